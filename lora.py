@@ -1,0 +1,302 @@
+"""How a low-rank update is computed, merged, saved and loaded (SAMed, section 3.2).
+
+Which projections get one is the business of `sam_lora_image_encoder.py` and
+`sam_lora_image_encoder_mask_decoder.py`: each is a list of `Update` rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from safe_io import InputError, first_few, load_tensors, save_tensors
+
+SETTINGS_KEY = "samed_settings"  # the one entry of an adapter file that is no tensor
+TRAINED_WITH_THE_ADAPTER = ("prompt_encoder.", "mask_decoder.")
+
+
+@dataclass(frozen=True)
+class Update:
+    """One low-rank update: where it is added and what its two matrices are called on disk."""
+
+    layer: str  # path of the linear layer inside the network
+    part: int  # which of the equal parts of its output: q, k, v of a fused projection
+    parts: int  # how many parts the layer's output has
+    down: str  # key of A, (rank, in)
+    up: str  # key of B, (out / parts, rank)
+
+
+class LoRABranch(nn.Module):
+    """Low-rank update ``x -> up(down(x))``; exactly zero at initialisation."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        if rank < 1:
+            raise InputError(f"LoRA rank is {rank}, expected at least 1; pass another --rank")
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A Kaiming-uniform, B zero: the wrapped layer starts unchanged."""
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
+        return self.up(self.down(x))
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with a low-rank update on some equal parts of its output.
+
+    It takes over the wrapped layer's parameters under their own names, so the network around it
+    keeps SAM's state-dict keys.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, *, parts: int, updated: Sequence[int]) -> None:
+        super().__init__()
+        self.weight = linear.weight  # (out, in)
+        self.bias = linear.bias  # (out,)
+        self.part_width = linear.out_features // parts
+        self.updates = nn.ModuleDict(
+            {str(part): LoRABranch(linear.in_features, self.part_width, rank) for part in updated}
+        )
+        # The weight with the updates added, while merged; the weight itself is never changed.
+        self.register_buffer("merged_weight", None, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
+        if self.merged_weight is not None:
+            return F.linear(x, self.merged_weight, self.bias)
+        parts = list(F.linear(x, self.weight, self.bias).split(self.part_width, dim=-1))
+        for part, branch in self.updates.items():
+            parts[int(part)] = parts[int(part)] + branch(x)
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the updates into a copy of the weight: inference at the cost of a plain layer."""
+        merged = self.weight.clone()
+        rows = merged.split(self.part_width)
+        for part, branch in self.updates.items():
+            rows[int(part)].add_(branch.up.weight @ branch.down.weight)
+        self.merged_weight = merged
+
+    def unmerge(self) -> None:
+        """Drop the merged copy; the weight was never touched, so nothing is lost to rounding."""
+        self.merged_weight = None
+
+
+class LoRAModel(nn.Module):
+    """A `Sam` with low-rank updates, and the adapter file that holds what was trained.
+
+    Args:
+        sam: the network; its updated layers are replaced in place.
+        rank: of every update.
+        updates: the rows of the variant.
+        frozen: name prefixes of the parameters that do not train.
+        variant: module name that users pass by `--module`.
+    """
+
+    def __init__(
+        self,
+        sam: nn.Module,
+        rank: int,
+        *,
+        updates: Sequence[Update],
+        frozen: Sequence[str],
+        variant: str,
+    ) -> None:
+        super().__init__()
+        self.sam = sam
+        self.rank = rank
+        self.updates = tuple(updates)
+        self.variant = variant
+        # SAM's own tensors that the adapter file holds; parameters outside it do not train.
+        self.saved = {
+            name
+            for name in sam.state_dict()
+            if name.startswith(TRAINED_WITH_THE_ADAPTER) and not name.startswith(tuple(frozen))
+        }
+        for name, parameter in sam.named_parameters():
+            parameter.requires_grad_(name in self.saved)
+        for path in dict.fromkeys(update.layer for update in updates):
+            rows = [update for update in updates if update.layer == path]
+            layer = LoRALinear(
+                sam.get_submodule(path),
+                rank,
+                parts=rows[0].parts,
+                updated=[row.part for row in rows],
+            )
+            sam.set_submodule(path, layer)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Sam.forward`."""
+        return self.sam(*args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """Start every update anew at zero."""
+        for update in self.updates:
+            self._branch(update).reset_parameters()
+
+    def train_all_weights(self) -> None:
+        """Unfreeze the network: a random encoder is of no use frozen (`--ckpt none`).
+
+        What is saved from then on holds the encoder too, so it needs no base weights.
+        """
+        self.saved = {name for name, _ in self._plain_tensors()}
+        for parameter in self.sam.parameters():
+            parameter.requires_grad_(True)
+
+    def merge(self) -> None:
+        """Fold every update into its layer, for inference."""
+        for layer in self._lora_layers():
+            layer.merge()
+
+    def unmerge(self) -> None:
+        """Undo `merge`, exactly."""
+        for layer in self._lora_layers():
+            layer.unmerge()
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """What the adapter file holds, by its published keys; the tensors are the live ones."""
+        return {key: value.detach() for key, value in self._adapter_tensors().items()}
+
+    def save_lora_parameters(
+        self, filename: str | Path, settings: dict[str, Any] | None = None
+    ) -> None:
+        """Write the adapter file.
+
+        Args:
+            filename: `….pth`.
+            settings: plain values to keep beside the tensors (classes, image size, …); with
+                None the file holds the published keys alone.
+        """
+        state: dict[str, Any] = {
+            key: value.cpu().clone() for key, value in self.adapter_state().items()
+        }
+        if settings is not None:
+            own = {"rank": self.rank, "module": self.variant}
+            base = {"base_fingerprint": getattr(self.sam, "base_fingerprint", None)}
+            state[SETTINGS_KEY] = settings | own | base
+        save_tensors(state, filename)
+
+    def load_lora_parameters(self, filename: str | Path) -> dict[str, Any]:
+        """Fill the adapter's tensors from a file, this project's or the original's.
+
+        A file that also holds the frozen weights (`train_all_weights`) restores them too.
+
+        Returns:
+            The settings saved beside the tensors, {} where there are none.
+
+        Raises:
+            InputError: another variant, rank, number of classes or encoder, or anything missing.
+        """
+        state, settings = read_adapter(filename)
+        self._require_fit(state, settings, filename)
+        own = self._adapter_tensors()
+        if holds_every_weight(state):
+            own |= dict(self._plain_tensors())
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or unexpected:
+            raise InputError(
+                f"{filename} does not fit this {self.variant} network: missing "
+                f"{first_few(missing) or 'nothing'}, unexpected "
+                f"{first_few(unexpected) or 'nothing'}; pass the --vit_name of its training"
+            )
+        wrong = [key for key in own if own[key].shape != state[key].shape]
+        if wrong:
+            found = [
+                f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in wrong
+            ]
+            raise InputError(
+                f"{filename} was trained with another encoder or image size than this network: "
+                f"{first_few(found)}; pass the --vit_name and --img_size of its training"
+            )
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(state[key])
+        return settings
+
+    def _adapter_tensors(self) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        for update in self.updates:
+            tensors[update.down] = self._branch(update).down.weight
+        for update in self.updates:
+            tensors[update.up] = self._branch(update).up.weight
+        tensors |= {name: value for name, value in self._plain_tensors() if name in self.saved}
+        return tensors
+
+    def _plain_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """SAM's own parameters and persistent buffers by their public names."""
+        state = self.sam.state_dict(keep_vars=True)
+        yield from ((name, value) for name, value in state.items() if ".updates." not in name)
+
+    def _lora_layers(self) -> list[LoRALinear]:
+        return [module for module in self.modules() if isinstance(module, LoRALinear)]
+
+    def _branch(self, update: Update) -> LoRABranch:
+        return self.sam.get_submodule(update.layer).updates[str(update.part)]
+
+    def _require_fit(
+        self, state: dict[str, torch.Tensor], settings: dict[str, Any], filename: str | Path
+    ) -> None:
+        """Name the cause where an adapter is of another variant, rank, class count or base."""
+        for label, flag, found, own in (
+            ("variant", "--module", _variant_of(state), self.variant),
+            ("LoRA rank", "--rank", len(state["w_a_000"]), self.rank),
+            (
+                "number of classes",
+                "--num_classes",
+                len(state.get("mask_decoder.mask_tokens.weight", [])) - 1,
+                len(self.sam.mask_decoder.mask_tokens.weight) - 1,
+            ),
+        ):
+            if found != own:
+                raise InputError(
+                    f"{filename} has {label} {found}, this network was built with {own}; "
+                    f"pass {flag} {found}"
+                )
+        trained_on = settings.get("base_fingerprint")
+        loaded = getattr(self.sam, "base_fingerprint", None)
+        if not holds_every_weight(state) and trained_on != loaded and trained_on is not None:
+            raise InputError(
+                f"{filename} was trained on base weights {trained_on}, this network holds "
+                f"{loaded or 'none'}; pass the --ckpt of its training"
+            )
+
+
+def read_adapter(filename: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of an adapter file and the settings saved beside them ({} if none).
+
+    Raises:
+        InputError: not an adapter, or damaged.
+    """
+    state = load_tensors(filename)
+    if not isinstance(state, dict) or "w_a_000" not in state:
+        is_base = isinstance(state, dict) and "image_encoder.pos_embed" in state
+        raise InputError(
+            f"{filename} is not a LoRA adapter (it has no w_a_000); "
+            + ("it looks like base weights: pass it by --ckpt" if is_base else "pass another file")
+        )
+    settings = state.pop(SETTINGS_KEY, None)
+    not_tensors = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    if not_tensors:
+        raise InputError(f"{filename} holds entries that are no tensors: {first_few(not_tensors)}")
+    return state, settings if isinstance(settings, dict) else {}
+
+
+def holds_every_weight(state: dict[str, torch.Tensor]) -> bool:
+    """Whether an adapter file brings the encoder too, so that no base weights are needed."""
+    return "image_encoder.pos_embed" in state
+
+
+def _variant_of(state: dict[str, torch.Tensor]) -> str:
+    both = "sa_a_000" in state
+    return "sam_lora_image_encoder_mask_decoder" if both else "sam_lora_image_encoder"

@@ -1,0 +1,62 @@
+"""SAMed_s: updates on the image encoder and on the mask decoder's transformer (section 4.4).
+
+The encoder and the decoder's transformer are frozen, so the adapter file is a third of SAMed's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora import LoRAModel, Update
+from sam_lora_image_encoder import encoder_updates
+from segment_anything.modeling import Sam
+
+TRANSFORMER = "mask_decoder.transformer"
+# Prefix of the names on disk -> attention of each decoder layer.
+LAYER_ATTENTIONS = {
+    "sa": "self_attn",
+    "cti": "cross_attn_token_to_image",
+    "cit": "cross_attn_image_to_token",
+}
+PROJECTIONS = ("q_proj", "v_proj")
+
+
+def decoder_updates(depth: int) -> list[Update]:
+    """Rows `sa_*_000` (layer 0 q), `sa_*_001` (layer 0 v), …, and `fati_{q,v}{a,b}`."""
+    rows = [
+        Update(
+            layer=f"{TRANSFORMER}.layers.{index // 2}.{attention}.{PROJECTIONS[index % 2]}",
+            part=0,
+            parts=1,
+            down=f"{prefix}_a_{index:03d}",
+            up=f"{prefix}_b_{index:03d}",
+        )
+        for prefix, attention in LAYER_ATTENTIONS.items()
+        for index in range(2 * depth)
+    ]
+    for letter, projection in zip("qv", PROJECTIONS, strict=True):
+        rows.append(
+            Update(
+                layer=f"{TRANSFORMER}.final_attn_token_to_image.{projection}",
+                part=0,
+                parts=1,
+                down=f"fati_{letter}a",
+                up=f"fati_{letter}b",
+            )
+        )
+    return rows
+
+
+class LoRA_Sam(LoRAModel):
+    """SAMed_s; the arguments are those of `sam_lora_image_encoder.LoRA_Sam`."""
+
+    def __init__(self, sam_model: Sam, r: int, lora_layer: Sequence[int] | None = None) -> None:
+        blocks = range(len(sam_model.image_encoder.blocks)) if lora_layer is None else lora_layer
+        depth = len(sam_model.mask_decoder.transformer.layers)
+        super().__init__(
+            sam_model,
+            r,
+            updates=[*encoder_updates(blocks), *decoder_updates(depth)],
+            frozen=("image_encoder.", f"{TRANSFORMER}."),
+            variant="sam_lora_image_encoder_mask_decoder",
+        )

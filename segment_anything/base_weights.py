@@ -1,0 +1,152 @@
+"""Loading SAM's public weights at another image size and number of classes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from safe_io import InputError, MissingFileError, first_few, load_tensors
+
+from .modeling import ImageEncoderViT, Sam
+
+# Heads whose shape depends on the classes: they start fresh in a fine-tuned network.
+MASK_HEADS = (
+    "mask_decoder.mask_tokens.",
+    "mask_decoder.output_hypernetworks_mlps.",
+    "mask_decoder.iou_prediction_head.",
+)
+
+
+@dataclass(frozen=True)
+class PublicWeights:
+    """A file of Meta's public SAM weights (Apache-2.0)."""
+
+    file: str
+    sha256: str
+
+    @property
+    def url(self) -> str:
+        """Where it is downloaded from."""
+        return f"https://dl.fbaipublicfiles.com/segment_anything/{self.file}"
+
+
+def load_base_weights(
+    sam: Sam,
+    path: str | Path,
+    *,
+    name: str,
+    widths: dict[str, tuple[int, int]],
+    public: PublicWeights | None,
+    keep_mask_heads: bool = False,
+) -> None:
+    """Fill `sam` from a SAM checkpoint of any image size; strict about everything else.
+
+    Args:
+        name: the encoder that `sam` was built with.
+        widths: (width, depth) of every known encoder, to recognise what the file holds.
+        public: what to download if the file is missing.
+        keep_mask_heads: load the mask heads too instead of leaving them freshly initialised.
+
+    Raises:
+        MissingFileError: no such file; says what to download.
+        InputError: another encoder, an adapter, or keys or shapes that do not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"base weights {path} do not exist; {_how_to_get(public, path)}")
+    state = load_tensors(path)
+    _require_encoder(state, path, name, widths)
+    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if not keep_mask_heads:
+        state = {key: value for key, value in state.items() if not key.startswith(MASK_HEADS)}
+    fit_image_size(state, sam.image_encoder)
+
+    own = sam.state_dict()
+    expected = {key for key in own if keep_mask_heads or not key.startswith(MASK_HEADS)}
+    missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
+    if missing or unexpected:
+        raise InputError(
+            f"{path} does not fit {name}: "
+            f"missing {first_few(missing) or 'nothing'}; unexpected "
+            f"{first_few(unexpected) or 'nothing'}; {_how_to_get(public, path)}"
+        )
+    wrong = [key for key in sorted(expected) if state[key].shape != own[key].shape]
+    if wrong:
+        found = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in wrong]
+        raise InputError(f"{path} has tensors of another shape than {name}: {first_few(found)}")
+    sam.load_state_dict(state, strict=False)
+    sam.base_fingerprint = fingerprint(state)
+
+
+def fit_image_size(state: dict[str, torch.Tensor], encoder: ImageEncoderViT) -> None:
+    """Interpolate position embeddings in `state` to the encoder's image size, in place.
+
+    The absolute embedding goes bilinearly to the new grid; the relative ones of the *global*
+    blocks go linearly to the new length, as their offsets span the grid. Windows keep their size
+    at any image size, so their blocks are left alone.
+    """
+    key = "image_encoder.pos_embed"
+    grid = encoder.pos_embed.shape[1]
+    if key in state and state[key].shape[1:3] != (grid, grid):
+        channels_first = state[key].permute(0, 3, 1, 2)
+        resized = F.interpolate(channels_first, (grid, grid), mode="bilinear", align_corners=False)
+        state[key] = resized.permute(0, 2, 3, 1)
+    for block in encoder.global_blocks:
+        for axis in ("h", "w"):
+            key = f"image_encoder.blocks.{block}.attn.rel_pos_{axis}"
+            if key in state and len(state[key]) != 2 * grid - 1:
+                channels_first = state[key].T[None]  # (1, d, offsets)
+                resized = F.interpolate(
+                    channels_first, 2 * grid - 1, mode="linear", align_corners=False
+                )
+                state[key] = resized[0].T.contiguous()
+
+
+def fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """Sixteen hex digits that tell base weights apart (SHA-256 of the encoder's neck)."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        if key.startswith("image_encoder.neck."):
+            digest.update(state[key].detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _require_encoder(
+    state: object, path: Path, name: str, widths: dict[str, tuple[int, int]]
+) -> None:
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds a {type(state).__name__}, expected a SAM state dict")
+    if "w_a_000" in state:
+        raise InputError(
+            f"{path} is a LoRA adapter, not base weights; pass it by --lora_ckpt and SAM's own "
+            "file by --ckpt"
+        )
+    patches = state.get("image_encoder.patch_embed.proj.weight")
+    if not isinstance(patches, torch.Tensor):
+        raise InputError(
+            f"{path} holds no SAM image encoder (no image_encoder.patch_embed.proj.weight); "
+            "expected a SAM checkpoint"
+        )
+    depth = len({key.split(".")[2] for key in state if key.startswith("image_encoder.blocks.")})
+    found = (len(patches), depth)
+    if found != widths[name]:
+        names = [other for other, sizes in widths.items() if sizes == found]
+        holds = names[0] if names else f"an encoder of width {found[0]} and depth {found[1]}"
+        remedy = f"pass --vit_name {names[0]} or another file" if names else "pass another file"
+        raise InputError(f"{path} holds {holds}, expected {name}; {remedy}")
+
+
+def _how_to_get(public: PublicWeights | None, path: Path) -> str:
+    if public is None:
+        return (
+            "there are no public weights of this encoder: train it from scratch by --ckpt none, "
+            "or pass --vit_name of another"
+        )
+    return (
+        f"download {public.url} (SHA-256 {public.sha256}) to {path}, "
+        "or train every weight from scratch by --ckpt none"
+    )

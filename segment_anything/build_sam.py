@@ -1,0 +1,139 @@
+"""The encoders, as a table, and how a `Sam` is put together from one row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from safe_io import InputError
+
+from .base_weights import PublicWeights, load_base_weights
+from .modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+PATCH_SIZE = 16
+EMBED_DIM = 256  # channels between the encoder and the decoder
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """One size of image encoder and where its public weights are."""
+
+    width: int
+    depth: int
+    heads: int
+    global_blocks: tuple[int, ...]  # blocks that attend over the whole image
+    weights: PublicWeights | None = None
+
+
+ENCODERS = {
+    # For CPUs, tests and the quickstart; there are no public weights for it.
+    "vit_tiny": EncoderSpec(width=192, depth=4, heads=3, global_blocks=(1, 3)),
+    "vit_b": EncoderSpec(
+        width=768,
+        depth=12,
+        heads=12,
+        global_blocks=(2, 5, 8, 11),
+        weights=PublicWeights(
+            "sam_vit_b_01ec64.pth",
+            "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+        ),
+    ),
+    "vit_l": EncoderSpec(
+        width=1024,
+        depth=24,
+        heads=16,
+        global_blocks=(5, 11, 17, 23),
+        weights=PublicWeights(
+            "sam_vit_l_0b3195.pth",
+            "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+        ),
+    ),
+    "vit_h": EncoderSpec(
+        width=1280,
+        depth=32,
+        heads=16,
+        global_blocks=(7, 15, 23, 31),
+        weights=PublicWeights(
+            "sam_vit_h_4b8939.pth",
+            "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+        ),
+    ),
+}
+
+
+def build_sam(
+    name: str,
+    image_size: int = 1024,
+    num_classes: int = 3,
+    pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
+    pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+    checkpoint: str | Path | None = None,
+    *,
+    keep_mask_heads: bool = False,
+) -> tuple[Sam, int]:
+    """Build one network, with base weights if a checkpoint is given.
+
+    Args:
+        name: a row of `ENCODERS`.
+        image_size: S, side of the square input in pixels, divisible by 16.
+        num_classes: foreground classes; the decoder gets one mask token more.
+        pixel_mean, pixel_std: SAM's by default; SAMed passes 0 and 1 for images in [0, 1].
+        checkpoint: base weights at any image size; None leaves the random initialisation.
+        keep_mask_heads: take the checkpoint's mask heads too (SAM's own three masks) instead of
+            starting fresh ones for the classes.
+
+    Returns:
+        The network and the side of its image embedding, S/16.
+
+    Raises:
+        InputError: the image size is not divisible by 16, or the checkpoint does not fit.
+    """
+    if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
+        raise InputError(
+            f"image size {image_size} is not a positive multiple of {PATCH_SIZE}, the encoder's "
+            f"patch size; pass --img_size {max(1, round(image_size / PATCH_SIZE)) * PATCH_SIZE}"
+        )
+    if num_classes < 1:
+        raise InputError(f"num_classes is {num_classes}, expected at least 1 foreground class")
+    spec = ENCODERS[name]
+    grid = image_size // PATCH_SIZE
+    sam = Sam(
+        ImageEncoderViT(
+            image_size=image_size,
+            width=spec.width,
+            depth=spec.depth,
+            heads=spec.heads,
+            global_blocks=spec.global_blocks,
+            patch_size=PATCH_SIZE,
+            out_channels=EMBED_DIM,
+        ),
+        PromptEncoder(
+            embed_dim=EMBED_DIM,
+            image_embedding_size=(grid, grid),
+            input_image_size=(image_size, image_size),
+        ),
+        MaskDecoder(
+            transformer_dim=EMBED_DIM,
+            transformer=TwoWayTransformer(
+                depth=2, embedding_dim=EMBED_DIM, num_heads=8, mlp_dim=2048
+            ),
+            num_multimask_outputs=num_classes,
+        ),
+        pixel_mean,
+        pixel_std,
+    )
+    if checkpoint is not None:
+        load_base_weights(
+            sam,
+            checkpoint,
+            name=name,
+            widths={other: (row.width, row.depth) for other, row in ENCODERS.items()},
+            public=spec.weights,
+            keep_mask_heads=keep_mask_heads,
+        )
+    return sam, grid
+
+
+sam_model_registry = {name: partial(build_sam, name) for name in ENCODERS}

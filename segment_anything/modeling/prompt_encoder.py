@@ -1,0 +1,125 @@
+"""SAM's prompt encoder: points, boxes and masks to embeddings (SAM, appendix A)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from .common import LayerNorm2d
+
+
+class PromptEncoder(nn.Module):
+    """Sparse embeddings for points and boxes, a dense one for masks.
+
+    Args:
+        embed_dim: channels of every embedding.
+        image_embedding_size: (H, W) of the image embedding.
+        input_image_size: (rows, columns) of the square input that prompts refer to, in pixels.
+        mask_in_chans: channels inside the mask downscaling.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        image_embedding_size: tuple[int, int],
+        input_image_size: tuple[int, int],
+        mask_in_chans: int = 16,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.image_embedding_size = image_embedding_size
+        self.input_image_size = input_image_size
+        self.pe_layer = PositionEmbeddingRandom(embed_dim // 2)
+        # background point, foreground point, top-left corner, bottom-right corner
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, embed_dim) for _ in range(4))
+        self.not_a_point_embed = nn.Embedding(1, embed_dim)
+        self.mask_downscaling = nn.Sequential(
+            nn.Conv2d(1, mask_in_chans // 4, kernel_size=2, stride=2),
+            LayerNorm2d(mask_in_chans // 4),
+            nn.GELU(),
+            nn.Conv2d(mask_in_chans // 4, mask_in_chans, kernel_size=2, stride=2),
+            LayerNorm2d(mask_in_chans),
+            nn.GELU(),
+            nn.Conv2d(mask_in_chans, embed_dim, kernel_size=1),
+        )
+        self.no_mask_embed = nn.Embedding(1, embed_dim)
+
+    def get_dense_pe(self) -> torch.Tensor:  # -> (1, C, H, W)
+        """The positional encoding of every place of the image embedding."""
+        return self.pe_layer(self.image_embedding_size)[None]
+
+    def forward(
+        self,
+        points: tuple[torch.Tensor, torch.Tensor] | None,
+        boxes: torch.Tensor | None,
+        masks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed the prompts of B masks of one image.
+
+        Args:
+            points: coordinates (B, N, 2) as (x, y) in input pixels and labels (B, N): 1 inside,
+                0 outside, -1 padding.
+            boxes: (B, 4) as (x0, y0, x1, y1) in input pixels.
+            masks: (B, 1, 4H, 4W) logits.
+
+        Returns:
+            Sparse embeddings (B, tokens, C), with no tokens where there is no prompt, and dense
+            ones (B, C, H, W). Without any prompt B is 1.
+        """
+        batch = next((len(p) for p in (points and points[0], boxes, masks) if p is not None), 1)
+        sparse = [self.no_mask_embed.weight.new_empty(batch, 0, self.embed_dim)]
+        if points is not None:
+            sparse.append(self._embed_points(*points, pad=boxes is None))
+        if boxes is not None:
+            sparse.append(self._embed_boxes(boxes))
+        if masks is not None:
+            dense = self.mask_downscaling(masks)
+        else:
+            no_mask = self.no_mask_embed.weight[:, :, None, None]
+            dense = no_mask.expand(batch, -1, *self.image_embedding_size)
+        return torch.cat(sparse, dim=1), dense
+
+    def _embed_points(
+        self, coords: torch.Tensor, labels: torch.Tensor, *, pad: bool
+    ) -> torch.Tensor:  # (B, N, 2), (B, N) -> (B, N or N + 1, C)
+        coords = coords + 0.5  # the centre of a pixel
+        if pad:  # SAM was trained with a padding point in place of an absent box
+            coords = torch.cat([coords, coords.new_zeros(len(coords), 1, 2)], dim=1)
+            labels = torch.cat([labels, -labels.new_ones(len(labels), 1)], dim=1)
+        position = self.pe_layer.at(coords, self.input_image_size)
+        is_point = (labels >= 0)[..., None]
+        kinds = torch.stack([p.weight[0] for p in self.point_embeddings[:2]])  # (2, C)
+        point = position + kinds[(labels == 1).long()]
+        return torch.where(is_point, point, self.not_a_point_embed.weight[0])
+
+    def _embed_boxes(self, boxes: torch.Tensor) -> torch.Tensor:  # (B, 4) -> (B, 2, C)
+        corners = self.pe_layer.at(boxes.reshape(-1, 2, 2) + 0.5, self.input_image_size)
+        return corners + torch.stack([p.weight[0] for p in self.point_embeddings[2:]])
+
+
+class PositionEmbeddingRandom(nn.Module):
+    """Positions in [0, 1]² as sines and cosines of random frequencies."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, features))
+
+    def forward(self, size: tuple[int, int]) -> torch.Tensor:  # -> (C, H, W)
+        height, width = size
+        matrix = self.positional_encoding_gaussian_matrix
+        rows = (torch.arange(height, device=matrix.device, dtype=matrix.dtype) + 0.5) / height
+        columns = (torch.arange(width, device=matrix.device, dtype=matrix.dtype) + 0.5) / width
+        grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # (H, W, xy)
+        return self._encode(grid).permute(2, 0, 1)
+
+    def at(self, coords: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+        """Encode (..., 2) positions (x, y) in pixels of an image of (rows, columns)."""
+        scale = coords.new_tensor([image_size[1], image_size[0]], dtype=torch.float32)
+        return self._encode(coords.float() / scale)
+
+    def _encode(self, unit_coords: torch.Tensor) -> torch.Tensor:  # (..., 2) -> (..., C)
+        angles = 2 * math.pi * ((2 * unit_coords - 1) @ self.positional_encoding_gaussian_matrix)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -1,0 +1,151 @@
+"""SAM as one network: a batch of images in, one logit map per class out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .image_encoder import ImageEncoderViT
+from .mask_decoder import MaskDecoder
+from .prompt_encoder import PromptEncoder
+
+
+class Sam(nn.Module):
+    """Image encoder, prompt encoder and mask decoder.
+
+    Args:
+        pixel_mean, pixel_std: per channel; SAMed uses 0 and 1 on images in [0, 1], SAM its own
+            statistics on images in 0…255.
+    """
+
+    mask_threshold = 0.0  # a logit above it is inside, where masks are binary (SamPredictor)
+    # Which base weights were loaded (`base_weights.fingerprint`); None: none were.
+    base_fingerprint: str | None = None
+
+    def __init__(
+        self,
+        image_encoder: ImageEncoderViT,
+        prompt_encoder: PromptEncoder,
+        mask_decoder: MaskDecoder,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.prompt_encoder = prompt_encoder
+        self.mask_decoder = mask_decoder
+        mean = torch.tensor(pixel_mean, dtype=torch.float32).view(-1, 1, 1)
+        std = torch.tensor(pixel_std, dtype=torch.float32).view(-1, 1, 1)
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.pixel_mean.device
+
+    def forward(
+        self,
+        batched_input: torch.Tensor | list[dict[str, Any]],
+        multimask_output: bool = True,
+        image_size: int | None = None,
+        *,
+        full_size_masks: bool = True,
+    ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
+        """Segment a batch of images without prompts, or a list of records with them.
+
+        Args:
+            batched_input: (B, 3, H, W) float images in the range that pixel_mean and pixel_std
+                expect, H and W up to S; or SAM's records, see `forward_records`.
+            multimask_output: kept for callers; every mask is returned whatever it says.
+            image_size: side of the returned `masks`, S if None.
+            full_size_masks: False leaves `masks` out; training needs only `low_res_logits`.
+
+        Returns:
+            For a tensor: `low_res_logits` (B, classes + 1, S/4, S/4), `iou_predictions`
+            (B, classes + 1) and `masks` (B, classes + 1, image_size, image_size), logits too.
+        """
+        del multimask_output
+        if not isinstance(batched_input, torch.Tensor):
+            return self.forward_records(batched_input)
+        embeddings = self.image_encoder(self.preprocess(batched_input))
+        sparse, dense = self.prompt_encoder(points=None, boxes=None, masks=None)
+        logits, iou = self.mask_decoder(
+            embeddings, self.prompt_encoder.get_dense_pe(), sparse, dense
+        )
+        outputs = {"low_res_logits": logits, "iou_predictions": iou}
+        if full_size_masks:
+            side = image_size or self.image_encoder.img_size
+            outputs["masks"] = self.postprocess_masks(logits, (side, side), (side, side))
+        return outputs
+
+    @torch.no_grad()
+    def forward_records(self, records: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
+        """Segment images, each with prompts of its own.
+
+        Args:
+            records: dicts with `image` (3, H, W) and `original_size` (rows, columns), and
+                optionally `point_coords` (P, N, 2) with `point_labels` (P, N), `boxes` (P, 4) and
+                `mask_inputs` (P, 1, S/4, S/4), in pixels of `image`.
+
+        Returns:
+            Per record `masks` (P, masks, rows, columns) bool, `iou_predictions` (P, masks) and
+            `low_res_logits` (P, masks, S/4, S/4).
+        """
+        images = torch.cat([self.preprocess(record["image"][None]) for record in records])
+        embeddings = self.image_encoder(images)
+        outputs = []
+        for record, embedding in zip(records, embeddings, strict=True):
+            points = None
+            if "point_coords" in record:
+                points = (record["point_coords"], record["point_labels"])
+            sparse, dense = self.prompt_encoder(
+                points=points, boxes=record.get("boxes"), masks=record.get("mask_inputs")
+            )
+            logits, iou = self.mask_decoder(
+                embedding[None], self.prompt_encoder.get_dense_pe(), sparse, dense
+            )
+            masks = self.postprocess_masks(
+                logits, record["image"].shape[-2:], record["original_size"]
+            )
+            outputs.append(
+                {
+                    "masks": masks > self.mask_threshold,
+                    "iou_predictions": iou,
+                    "low_res_logits": logits,
+                }
+            )
+        return outputs
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) -> (B, 3, S, S)
+        """Normalise, then pad with zeros at the bottom and right to the square."""
+        side = self.image_encoder.img_size
+        height, width = images.shape[-2:]
+        if height > side or width > side:
+            raise ValueError(f"images are {height}×{width}, expected at most {side}×{side}")
+        normalised = (images - self.pixel_mean) / self.pixel_std
+        return F.pad(normalised, (0, side - width, 0, side - height))
+
+    def postprocess_masks(
+        self, logits: torch.Tensor, input_size: tuple[int, int], original_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Scale logits up to the padded square, cut the padding off, scale to the original.
+
+        Args:
+            logits: (B, masks, S/4, S/4).
+            input_size: (rows, columns) of the image inside the square.
+            original_size: (rows, columns) of the image before it was resized.
+
+        Returns:
+            (B, masks, *original_size) logits.
+        """
+        side = self.image_encoder.img_size
+        square = F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)
+        masks = square[..., : input_size[0], : input_size[1]]
+        if tuple(masks.shape[-2:]) == tuple(original_size):
+            return masks
+        return F.interpolate(masks, original_size, mode="bilinear", align_corners=False)

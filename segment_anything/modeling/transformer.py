@@ -1,0 +1,111 @@
+"""The two-way transformer of SAM's mask decoder: tokens and image attend to each other."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .common import MLPBlock
+
+
+class TwoWayTransformer(nn.Module):
+    """`depth` two-way blocks and a last attention from the tokens to the image."""
+
+    def __init__(
+        self, *, depth: int, embedding_dim: int, num_heads: int, mlp_dim: int, downsample: int = 2
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            TwoWayAttentionBlock(
+                embedding_dim, num_heads, mlp_dim, downsample, first_layer=index == 0
+            )
+            for index in range(depth)
+        )
+        self.final_attn_token_to_image = Attention(embedding_dim, num_heads, downsample)
+        self.norm_final_attn = nn.LayerNorm(embedding_dim)
+
+    def forward(
+        self, image_embedding: torch.Tensor, image_pe: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let tokens and image exchange what they know.
+
+        Args:
+            image_embedding: (B, C, H, W).
+            image_pe: (1, C, H, W), its positional encoding.
+            tokens: (B, N, C); also their own positional encoding.
+
+        Returns:
+            The tokens (B, N, C) and the image (B, H·W, C).
+        """
+        keys = image_embedding.flatten(2).transpose(1, 2)  # (B, H·W, C)
+        key_pe = image_pe.flatten(2).transpose(1, 2)  # (1, H·W, C)
+        queries = tokens
+        for layer in self.layers:
+            queries, keys = layer(queries, keys, tokens, key_pe)
+        attended = self.final_attn_token_to_image(queries + tokens, keys + key_pe, keys)
+        return self.norm_final_attn(queries + attended), keys
+
+
+class TwoWayAttentionBlock(nn.Module):
+    """Self attention of the tokens, tokens to image, MLP, image to tokens."""
+
+    def __init__(
+        self, width: int, heads: int, mlp_dim: int, downsample: int, *, first_layer: bool
+    ) -> None:
+        super().__init__()
+        self.self_attn = Attention(width, heads)
+        self.norm1 = nn.LayerNorm(width)
+        self.cross_attn_token_to_image = Attention(width, heads, downsample)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLPBlock(width, mlp_dim, nn.ReLU)
+        self.norm3 = nn.LayerNorm(width)
+        self.norm4 = nn.LayerNorm(width)
+        self.cross_attn_image_to_token = Attention(width, heads, downsample)
+        self.first_layer = first_layer
+
+    def forward(
+        self,
+        queries: torch.Tensor,  # (B, N, C)
+        keys: torch.Tensor,  # (B, H·W, C)
+        query_pe: torch.Tensor,  # (B, N, C)
+        key_pe: torch.Tensor,  # (1, H·W, C)
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, N, C), (B, H·W, C)
+        if self.first_layer:  # the queries *are* their positional encoding there: no residual
+            queries = self.self_attn(queries, queries, queries)
+        else:
+            q = queries + query_pe
+            queries = queries + self.self_attn(q, q, queries)
+        queries = self.norm1(queries)
+
+        attended = self.cross_attn_token_to_image(queries + query_pe, keys + key_pe, keys)
+        queries = self.norm2(queries + attended)
+        queries = self.norm3(queries + self.mlp(queries))
+
+        attended = self.cross_attn_image_to_token(keys + key_pe, queries + query_pe, queries)
+        return queries, self.norm4(keys + attended)
+
+
+class Attention(nn.Module):
+    """Multi-head attention, at `1 / downsample` of the width inside."""
+
+    def __init__(self, width: int, heads: int, downsample: int = 1) -> None:
+        super().__init__()
+        inner = width // downsample
+        self.heads = heads
+        self.q_proj = nn.Linear(width, inner)
+        self.k_proj = nn.Linear(width, inner)
+        self.v_proj = nn.Linear(width, inner)
+        self.out_proj = nn.Linear(inner, width)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:  # (B, N, C), (B, M, C), (B, M, C) -> (B, N, C)
+        q = self._split(self.q_proj(q))
+        k = self._split(self.k_proj(k))
+        v = self._split(self.v_proj(v))
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:  # (B, N, C) -> (B, heads, N, d)
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)

@@ -1,0 +1,82 @@
+"""How the golden weights and inputs are made (tests/golden/README.md)."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lora import LoRAModel
+from segment_anything import sam_model_registry
+
+GOLDEN = Path(__file__).parent / "golden"
+MODULES = {
+    "encoder": "sam_lora_image_encoder",
+    "encoder_decoder": "sam_lora_image_encoder_mask_decoder",
+}
+
+
+def golden_tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """The tensor that the rule gives to a public key name."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    x = rng.standard_normal(shape).astype(np.float32)
+    if "gaussian" in name:
+        return torch.from_numpy(x)
+    if len(shape) == 1 and name.split(".")[-1] == "weight":
+        return torch.from_numpy(1 + np.float32(0.02) * x)
+    return torch.from_numpy(np.float32(0.02) * x)
+
+
+def golden_model(
+    size: int, variant: str = "encoder", *, vit: str = "vit_b", zero_up: bool = False
+) -> LoRAModel:
+    """A network with weights and adapter by the rule; `zero_up` leaves B at zero."""
+    sam, _ = sam_model_registry[vit](
+        image_size=size, num_classes=8, checkpoint=None, pixel_mean=[0, 0, 0], pixel_std=[1, 1, 1]
+    )
+    with torch.no_grad():
+        for name, tensor in sam.state_dict(keep_vars=True).items():
+            tensor.copy_(golden_tensor(name, tuple(tensor.shape)))
+    model = import_module(MODULES[variant]).LoRA_Sam(sam, 4)
+    set_adapter(model, zero_up=zero_up)
+    return model
+
+
+def set_adapter(model: LoRAModel, *, zero_up: bool = False) -> None:
+    """Set the low-rank matrices by the rule."""
+    up_keys = {update.up for update in model.updates}
+    down_keys = {update.down for update in model.updates}
+    with torch.no_grad():
+        for key, tensor in model.adapter_state().items():
+            if key in down_keys or (key in up_keys and not zero_up):
+                tensor.copy_(golden_tensor(key, tuple(tensor.shape)))
+
+
+def golden_images(size: int, batch: int = 1, seed: int = 0) -> torch.Tensor:  # (B, 3, S, S)
+    """The input images of the golden outputs."""
+    rng = np.random.default_rng([seed, size])
+    image = rng.random((batch, 1, size, size), dtype=np.float32)
+    return torch.from_numpy(image).repeat(1, 3, 1, 1)
+
+
+def read_json(name: str) -> dict:
+    """One golden json file."""
+    return json.loads((GOLDEN / name).read_text())
+
+
+def read_npz(name: str) -> dict[str, np.ndarray]:
+    """One golden npz file."""
+    with np.load(GOLDEN / name, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def assert_golden(found: torch.Tensor | np.ndarray, expected: np.ndarray) -> None:
+    """Largest absolute error at most 1e-5 + 1e-4 · largest absolute value."""
+    found = found.detach().numpy() if isinstance(found, torch.Tensor) else found
+    assert found.shape == expected.shape
+    bound = 1e-5 + 1e-4 * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= bound

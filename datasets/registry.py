@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from safe_io import InputError
 
 
@@ -68,3 +70,22 @@ def case_name(number: int) -> str:
 def slice_name(number: int, index: int) -> str:
     """`case0001_slice000`: the name of a training slice in the lists and on disk."""
     return f"{case_name(number)}_slice{index:03d}"
+
+
+# One colour per class, told apart on grey CT; classes beyond the table walk round it again.
+_COLOURS = (
+    (230, 60, 60),  # spleen
+    (250, 190, 40),  # right kidney
+    (60, 180, 75),  # left kidney
+    (70, 240, 240),  # gallbladder
+    (190, 120, 60),  # liver
+    (240, 80, 230),  # stomach
+    (60, 110, 255),  # aorta
+    (190, 240, 70),  # pancreas
+)
+
+
+def label_colours(num_classes: int) -> np.ndarray:
+    """The colour of every class, (num_classes + 1, 3) uint8; background is black."""
+    rows = [(0, 0, 0), *(_COLOURS[index % len(_COLOURS)] for index in range(num_classes))]
+    return np.array(rows, dtype=np.uint8)

@@ -1,0 +1,118 @@
+"""What training minimises: cross entropy and Dice on `low_res_logits` (SAMed, section 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SMOOTH = 1e-5
+
+
+def dice_per_class(
+    scores: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:  # (B, C, H, W), (B, H, W) int -> (C,)
+    """Soft Dice loss of each class, its sums pooled over the batch, squared in the denominator."""
+    classes = torch.arange(scores.shape[1], device=labels.device)
+    truth = labels[:, None] == classes[:, None, None]  # (B, C, H, W) bool
+    pooled = (0, 2, 3)
+    intersection = (scores * truth).sum(pooled)
+    denominator = scores.square().sum(pooled) + truth.sum(pooled)
+    return 1 - (2 * intersection + SMOOTH) / (denominator + SMOOTH)
+
+
+class DiceLoss(nn.Module):
+    """Mean soft Dice loss over all classes, background among them.
+
+    Args:
+        n_classes: channels of the logits, background included.
+    """
+
+    def __init__(self, n_classes: int) -> None:
+        super().__init__()
+        self.n_classes = n_classes
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        target: torch.Tensor,
+        weight: Sequence[float] | None = None,
+        softmax: bool = False,
+    ) -> torch.Tensor:
+        """Loss of a batch.
+
+        Args:
+            inputs: (B, C, H, W) probabilities, or logits with `softmax`.
+            target: (B, H, W) classes 0…C-1.
+            weight: one factor per class, 1 by default.
+            softmax: turn `inputs` into probabilities first.
+
+        Raises:
+            ValueError: shapes or the number of classes do not fit.
+        """
+        if inputs.shape[1] != self.n_classes or inputs[:, 0].shape != target.shape:
+            raise ValueError(
+                f"inputs {tuple(inputs.shape)} and target {tuple(target.shape)} do not fit "
+                f"{self.n_classes} classes"
+            )
+        scores = inputs.softmax(dim=1) if softmax else inputs
+        losses = dice_per_class(scores, target)
+        if weight is not None:
+            losses = losses * losses.new_tensor(weight)
+        return losses.sum() / self.n_classes
+
+
+class SegmentationLoss(nn.Module):
+    """``(1 - dice_weight) · cross entropy + dice_weight · Dice``."""
+
+    def __init__(self, n_classes: int, dice_weight: float) -> None:
+        super().__init__()
+        self.dice = DiceLoss(n_classes)
+        self.dice_weight = dice_weight
+
+    def forward(
+        self, logits: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:  # (B, C, H, W), (B, H, W) int64 -> three scalars
+        """The terms `loss`, `loss_ce` and `loss_dice`; in float32 whatever the logits' dtype."""
+        logits = logits.float()
+        ce = F.cross_entropy(logits, labels)
+        dice = self.dice(logits, labels, softmax=True)
+        total = (1 - self.dice_weight) * ce + self.dice_weight * dice
+        return {"loss": total, "loss_ce": ce, "loss_dice": dice}
+
+
+class Focal_loss(nn.Module):
+    """Focal loss (arXiv 1708.02002) for ablations; the recipe does not use it.
+
+    Args:
+        alpha: weight of class 0, the others getting 1 - alpha; or one weight per class.
+        gamma: exponent that plays down easy pixels.
+        num_classes: channels of the logits, background included.
+        size_average: mean over pixels instead of their sum.
+    """
+
+    def __init__(
+        self,
+        alpha: float | Sequence[float] = 0.25,
+        gamma: float = 2,
+        num_classes: int = 3,
+        size_average: bool = True,
+    ) -> None:
+        super().__init__()
+        weights = [alpha, *[1 - alpha] * (num_classes - 1)] if isinstance(alpha, float) else alpha
+        if len(weights) != num_classes:
+            raise ValueError(f"alpha has {len(weights)} weights for {num_classes} classes")
+        self.register_buffer("alpha", torch.tensor(weights, dtype=torch.float32))
+        self.gamma = gamma
+        self.size_average = size_average
+
+    def forward(
+        self, preds: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:  # (B, C, H, W) logits, (B, H, W) int64 -> scalar
+        labels = labels.long()
+        log_p = preds.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]  # (B, H, W)
+        weights = self.alpha.to(preds.device)[labels]
+        losses = -weights * (1 - log_p.exp()) ** self.gamma * log_p
+        return losses.mean() if self.size_average else losses.sum()

@@ -143,5 +143,5 @@ def hausdorff95(distances: tuple[np.ndarray, np.ndarray]) -> float:
 
 
 def average_distance(distances: tuple[np.ndarray, np.ndarray]) -> float:
-    """Average symmetric surface distance: the mean of the two directed means."""
-    return float((distances[0].mean() + distances[1].mean()) / 2)
+    """Average symmetric surface distance: the mean of both directed distance sets pooled."""
+    return float(np.concatenate(distances).mean())

@@ -121,7 +121,9 @@ class Synapse_dataset(Dataset):
         """Read every sample once, so that a faulty one stops a run before it starts."""
         with ThreadPoolExecutor(workers) as pool:
             readings = pool.map(self._check_one, range(len(self)))
-            for _ in tqdm(readings, total=len(self), desc=f"checking {self.split}", leave=False):
+            for _ in tqdm(
+                readings, total=len(self), desc=f"checking {self.split}", leave=False, disable=None
+            ):
                 pass
 
     def _check_one(self, index: int) -> None:

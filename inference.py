@@ -1,0 +1,52 @@
+"""Prediction of whole volumes by any network, slice batches at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from datasets.resampling import resize_images, resize_labels
+
+
+@torch.inference_mode()
+def predict_volume(
+    net: nn.Module,
+    volume: np.ndarray | torch.Tensor,
+    *,
+    input_size: tuple[int, int],
+    image_size: tuple[int, int],
+    batch_size: int = 12,
+    multimask_output: bool = True,
+    progress: Callable[[int], object] | None = None,
+) -> np.ndarray:
+    """Label every slice of a volume, as SAMed's evaluation does.
+
+    A slice goes by cubic zoom to `input_size`, the size of the training slices, and from there to
+    `image_size`; the class of the largest logit at that size goes back by nearest neighbour.
+    Network and resizing run on the network's device, `batch_size` slices at a time; only the
+    labels come back.
+
+    Args:
+        net: called as ``net(images, multimask_output, S)``, returns a dict with `masks`.
+        volume: (D, H, W) float, about [0, 1].
+        input_size, image_size: (rows, columns).
+        progress: called with the number of slices just done.
+
+    Returns:
+        (D, H, W) uint8 labels.
+    """
+    device = next(net.parameters()).device
+    volume = torch.as_tensor(volume)
+    labels = torch.empty(volume.shape, dtype=torch.uint8)
+    for start in range(0, len(volume), batch_size):
+        slices = volume[start : start + batch_size].to(device, torch.float32)  # (B, H, W)
+        images = resize_images(resize_images(slices, input_size), image_size)
+        outputs = net(images[:, None].expand(-1, 3, -1, -1), multimask_output, image_size[0])
+        classes = outputs["masks"].argmax(dim=1).to(torch.uint8)  # (B, S, S)
+        labels[start : start + batch_size] = resize_labels(classes, tuple(volume.shape[1:])).cpu()
+        if progress is not None:
+            progress(len(slices))
+    return labels.numpy()

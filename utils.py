@@ -1,0 +1,176 @@
+"""Seeding, devices, building the network; and names that older scripts import from here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from config import SCRATCH, base_checkpoint
+from inference import predict_volume
+from lora import LoRAModel, holds_every_weight, read_adapter
+from losses import DiceLoss, Focal_loss
+from metrics import calculate_metric_percase
+from safe_io import InputError
+from segment_anything import sam_model_registry
+from volumes import Geometry, write_volume
+
+__all__ = [
+    "DiceLoss",
+    "Focal_loss",
+    "build_model",
+    "calculate_metric_percase",
+    "choose_device",
+    "environment",
+    "seed_everything",
+    "test_single_volume",
+    "unwrap",
+]
+
+
+def seed_everything(seed: int, *, deterministic: bool) -> None:
+    """Seed every generator; `deterministic` also picks repeatable GPU kernels, at some speed."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device is {name} but this PyTorch sees no CUDA GPU; pass --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise InputError(f"--device is {name} but there are {count} GPUs, counted from 0")
+    return device
+
+
+def build_model(args: argparse.Namespace, device: torch.device) -> tuple[LoRAModel, int]:
+    """The network that the flags describe, with base weights and adapter loaded.
+
+    Returns:
+        The network on `device` and the side of its logits, S/4.
+
+    Raises:
+        InputError: a checkpoint is missing or does not fit.
+    """
+    complete = bool(args.lora_ckpt) and holds_every_weight(read_adapter(args.lora_ckpt)[0])
+    sam, image_embedding_size = sam_model_registry[args.vit_name](
+        image_size=args.img_size,
+        num_classes=args.num_classes,
+        checkpoint=None if complete else base_checkpoint(args),
+        pixel_mean=[0, 0, 0],
+        pixel_std=[1, 1, 1],
+    )
+    model = import_module(args.module).LoRA_Sam(sam, args.rank)
+    if complete or args.ckpt == SCRATCH:
+        model.train_all_weights()
+    if args.lora_ckpt:
+        model.load_lora_parameters(args.lora_ckpt)
+    return model.to(device), 4 * image_embedding_size
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside `torch.compile` or a parallel wrapper."""
+    for name in ("_orig_mod", "module"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module):
+            return unwrap(inner)
+    return model
+
+
+def environment() -> dict[str, str | None]:
+    """What a run ran on: versions, commit, hardware, command line."""
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": gpu,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "commit": commit,
+        "command": " ".join(sys.argv),
+    }
+
+
+def test_single_volume(
+    image: torch.Tensor | np.ndarray,
+    label: torch.Tensor | np.ndarray,
+    net: nn.Module,
+    classes: int,
+    multimask_output: bool = True,
+    patch_size: tuple[int, int] = (256, 256),
+    input_size: tuple[int, int] = (224, 224),
+    test_save_path: str | Path | None = None,
+    case: str | None = None,
+    z_spacing: float = 1,
+) -> list[tuple[float, float]]:
+    """Segment and score one volume with the original's interface; `test.py` does more.
+
+    Args:
+        image, label: (1, D, H, W) or (D, H, W), or one slice as (1, 1, H, W).
+        classes: foreground classes.
+        patch_size: (rows, columns) of the network's input.
+        input_size: of the training slices.
+        test_save_path: folder for `<case>_{pred,img,gt}.nii.gz`.
+        z_spacing: mm between slices in those files; in the plane it is 1.
+
+    Returns:
+        (DSC, HD95 in voxels) of the classes 1…classes, by the original's rule for empty masks.
+    """
+    image, label = (np.asarray(torch.as_tensor(x).cpu()) for x in (image, label))
+    image, label = (x[0] if x.ndim == 4 else x for x in (image, label))  # (D, H, W)
+    net.eval()
+    prediction = predict_volume(
+        net,
+        image,
+        input_size=tuple(input_size),
+        image_size=tuple(patch_size),
+        multimask_output=multimask_output,
+    )
+    if test_save_path is not None:
+        geometry = replace(Geometry.unknown(), spacing=(1.0, 1.0, float(z_spacing)))
+        for suffix, array in (
+            ("pred", prediction),
+            ("img", image.astype(np.float32)),
+            ("gt", label.astype(np.uint8)),
+        ):
+            write_volume(Path(test_save_path) / f"{case}_{suffix}.nii.gz", array, geometry)
+    if len(prediction) == 1:  # distances of a single slice are those of the plane
+        prediction, label = prediction[0], label[0]
+    return [
+        calculate_metric_percase(prediction == index, label == index)
+        for index in range(1, classes + 1)
+    ]

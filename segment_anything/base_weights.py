@@ -34,52 +34,60 @@ class PublicWeights:
         return f"https://dl.fbaipublicfiles.com/segment_anything/{self.file}"
 
 
-def load_base_weights(
-    sam: Sam,
+def read_base_weights(
     path: str | Path,
     *,
     name: str,
     widths: dict[str, tuple[int, int]],
     public: PublicWeights | None,
-    keep_mask_heads: bool = False,
-) -> None:
-    """Fill `sam` from a SAM checkpoint of any image size; strict about everything else.
+) -> dict[str, torch.Tensor]:
+    """Read a SAM checkpoint and make sure that it holds the encoder `name`.
 
     Args:
-        name: the encoder that `sam` was built with.
         widths: (width, depth) of every known encoder, to recognise what the file holds.
         public: what to download if the file is missing.
-        keep_mask_heads: load the mask heads too instead of leaving them freshly initialised.
 
     Raises:
         MissingFileError: no such file; says what to download.
-        InputError: another encoder, an adapter, or keys or shapes that do not fit.
+        InputError: another encoder, an adapter, or no SAM checkpoint at all.
     """
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"base weights {path} do not exist; {_how_to_get(public, path)}")
     state = load_tensors(path)
     _require_encoder(state, path, name, widths)
-    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    if not keep_mask_heads:
-        state = {key: value for key, value in state.items() if not key.startswith(MASK_HEADS)}
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def fill_base_weights(
+    sam: Sam, state: dict[str, torch.Tensor], *, source: str | Path, keep_mask_heads: bool = False
+) -> None:
+    """Fill `sam` from a checkpoint of any image size; strict about everything else.
+
+    Args:
+        source: the file that `state` was read from, for messages.
+        keep_mask_heads: load the mask heads too instead of leaving them freshly initialised.
+
+    Raises:
+        InputError: keys or shapes that do not fit.
+    """
+    skipped = () if keep_mask_heads else MASK_HEADS
+    state = {key: value for key, value in state.items() if not key.startswith(skipped)}
+    sam.base_fingerprint = fingerprint(state)
     fit_image_size(state, sam.image_encoder)
 
-    own = sam.state_dict()
-    expected = {key for key in own if keep_mask_heads or not key.startswith(MASK_HEADS)}
-    missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
+    own = {key: value for key, value in sam.state_dict().items() if not key.startswith(skipped)}
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
         raise InputError(
-            f"{path} does not fit {name}: "
-            f"missing {first_few(missing) or 'nothing'}; unexpected "
-            f"{first_few(unexpected) or 'nothing'}; {_how_to_get(public, path)}"
+            f"{source} is not a complete SAM checkpoint: missing {first_few(missing) or 'nothing'};"
+            f" unexpected {first_few(unexpected) or 'nothing'}; fetch the file again"
         )
-    wrong = [key for key in sorted(expected) if state[key].shape != own[key].shape]
+    wrong = [key for key in sorted(own) if state[key].shape != own[key].shape]
     if wrong:
         found = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in wrong]
-        raise InputError(f"{path} has tensors of another shape than {name}: {first_few(found)}")
+        raise InputError(f"{source} has tensors of another shape: {first_few(found)}")
     sam.load_state_dict(state, strict=False)
-    sam.base_fingerprint = fingerprint(state)
 
 
 def fit_image_size(state: dict[str, torch.Tensor], encoder: ImageEncoderViT) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safe_io import InputError
 
-from .base_weights import PublicWeights, load_base_weights
+from .base_weights import PublicWeights, fill_base_weights, read_base_weights
 from .modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 PATCH_SIZE = 16
@@ -98,6 +98,13 @@ def build_sam(
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}, expected at least 1 foreground class")
     spec = ENCODERS[name]
+    if checkpoint is not None:  # before the network is built, which takes seconds
+        state = read_base_weights(
+            checkpoint,
+            name=name,
+            widths={other: (row.width, row.depth) for other, row in ENCODERS.items()},
+            public=spec.weights,
+        )
     grid = image_size // PATCH_SIZE
     sam = Sam(
         ImageEncoderViT(
@@ -125,14 +132,7 @@ def build_sam(
         pixel_std,
     )
     if checkpoint is not None:
-        load_base_weights(
-            sam,
-            checkpoint,
-            name=name,
-            widths={other: (row.width, row.depth) for other, row in ENCODERS.items()},
-            public=spec.weights,
-            keep_mask_heads=keep_mask_heads,
-        )
+        fill_base_weights(sam, state, source=checkpoint, keep_mask_heads=keep_mask_heads)
     return sam, grid
 
 

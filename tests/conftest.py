@@ -1,0 +1,69 @@
+"""Shared by the tests: two threads at most, and small networks and data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lora import LoRAModel
+from sam_lora_image_encoder import LoRA_Sam
+from segment_anything import Sam, sam_model_registry
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+def tiny_sam(image_size: int = 64, num_classes: int = 2) -> Sam:
+    """A random vit_tiny that takes images in [0, 1]."""
+    sam, _ = sam_model_registry["vit_tiny"](
+        image_size=image_size,
+        num_classes=num_classes,
+        checkpoint=None,
+        pixel_mean=[0, 0, 0],
+        pixel_std=[1, 1, 1],
+    )
+    return sam
+
+
+def tiny_model(rank: int = 2, **kwargs: int) -> LoRAModel:
+    """A SAMed network on `tiny_sam`, its updates not zero."""
+    model = LoRA_Sam(tiny_sam(**kwargs), rank)
+    randomise_updates(model)
+    return model
+
+
+def randomise_updates(model: LoRAModel) -> None:
+    """Move every update away from zero."""
+    for name, parameter in model.named_parameters():
+        if ".up.weight" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+
+
+def write_slices(folder: Path, count: int = 5, size: int = 40, num_classes: int = 8) -> Path:
+    """Training slices with a block per class, and their list; returns the data folder."""
+    rng = np.random.default_rng(0)
+    names = [f"case0005_slice{index:03d}" for index in range(count)]
+    (folder / "train_npz").mkdir(parents=True)
+    (folder / "lists").mkdir(exist_ok=True)
+    for name in names:
+        label = np.kron(rng.integers(0, num_classes + 1, (5, 5)), np.ones((size // 5, size // 5)))
+        image = (label / num_classes * 0.8 + 0.1 * rng.random(label.shape)).astype(np.float32)
+        np.savez(folder / "train_npz" / f"{name}.npz", image=image, label=label.astype(np.float32))
+    (folder / "lists" / "train.txt").write_text("".join(f"{name}\n" for name in names))
+    return folder
+
+
+TINY_FLAGS = [
+    *("--vit_name", "vit_tiny"),
+    *("--ckpt", "none"),
+    *("--img_size", "64"),
+    *("--n_gpu", "1"),
+    *("--rank", "2"),
+    *("--device", "cpu"),
+]

@@ -1,0 +1,197 @@
+"""Properties of the network beyond the golden numbers."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_sam
+
+from safe_io import InputError, MissingFileError
+from segment_anything import ENCODERS, Sam, SamPredictor, sam_model_registry
+from segment_anything.modeling.image_encoder import Attention, offsets, partition, unpartition
+
+
+@pytest.mark.parametrize(("height", "width"), [(14, 14), (5, 9), (16, 30)])
+def test_windowed_attention_equals_the_plain_form(height: int, width: int):
+    """Zero-pad, cut, project everything, materialise the attention: what SAM writes down."""
+    window, heads = 14, 3
+    layer = Attention(12, heads, grid=32, window=window).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, height, width, 12, dtype=torch.double)
+    padded = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
+    windows = partition(padded, window)
+    q, k, v = (
+        part.flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2)
+        for part in layer.qkv(windows).chunk(3, dim=-1)
+    )
+    logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    grid = q.unflatten(2, (window, window))
+    rows = torch.einsum("nahwd,hkd->nahwk", grid, offsets(layer.rel_pos_h, window))
+    columns = torch.einsum("nahwd,wkd->nahwk", grid, offsets(layer.rel_pos_w, window))
+    logits = logits.unflatten(2, (window, window)).unflatten(4, (window, window))
+    logits = (logits + rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
+    out = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2).unflatten(1, (window, window))
+    expected = unpartition(layer.proj(out), window, padded.shape[1:3])[:, :height, :width]
+    assert torch.allclose(layer(x), expected, atol=1e-12)
+
+
+def test_a_batch_equals_its_images_one_by_one():
+    sam, images = tiny_sam().eval(), torch.rand(3, 3, 64, 64)
+    together = sam(images)
+    for index in range(3):
+        alone = sam(images[index : index + 1])
+        for key in ("low_res_logits", "iou_predictions", "masks"):
+            assert torch.allclose(together[key][index], alone[key][0], atol=1e-5)
+
+
+def test_all_classes_are_returned_whatever_multimask_output_says():
+    sam, images = tiny_sam(num_classes=4).eval(), torch.rand(1, 3, 64, 64)
+    first, second = sam(images, True, 64), sam(images, False, 64)
+    assert first["masks"].shape == (1, 5, 64, 64)
+    assert first["low_res_logits"].shape == (1, 5, 16, 16)
+    assert torch.equal(first["masks"], second["masks"])
+    assert "masks" not in sam(images, full_size_masks=False)
+
+
+def test_a_smaller_image_is_padded_at_the_bottom_and_right():
+    sam, image = tiny_sam(), torch.rand(1, 3, 40, 50)
+    padded = sam.preprocess(image)
+    assert padded.shape == (1, 3, 64, 64)
+    assert torch.equal(padded[..., :40, :50], image)
+    assert padded[..., 40:, :].abs().sum() == 0 and padded[..., 50:].abs().sum() == 0
+
+
+def test_records_equal_the_predictor():
+    sam = tiny_sam(image_size=64, num_classes=3).eval()
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    predictor = SamPredictor(sam)
+    predictor.set_image(image)
+    points, labels = np.array([[10.0, 20.0], [40.0, 30.0]]), np.array([1, 0])
+    box = np.array([5.0, 6.0, 30.0, 40.0])
+    mask_input = rng.standard_normal((1, 16, 16)).astype(np.float32)
+    masks, iou, logits = predictor.predict(points, labels, box, mask_input, return_logits=True)
+    assert masks.shape == (4, 48, 64) and iou.shape == (4,) and logits.shape == (4, 16, 16)
+    record = {
+        "image": torch.from_numpy(image).permute(2, 0, 1),
+        "original_size": (48, 64),
+        "point_coords": torch.tensor(points, dtype=torch.float32)[None],
+        "point_labels": torch.tensor(labels)[None],
+        "boxes": torch.tensor(box, dtype=torch.float32)[None],
+        "mask_inputs": torch.from_numpy(mask_input)[None],
+    }
+    (output,) = sam([record], multimask_output=True)
+    assert output["masks"].dtype == torch.bool
+    assert np.allclose(output["low_res_logits"][0].numpy(), logits, atol=1e-5)
+    assert np.array_equal(output["masks"][0].numpy(), masks > 0)
+
+
+@pytest.mark.parametrize("prompt", ["points", "box", "mask", "none"])
+def test_each_prompt_changes_the_answer(prompt: str):
+    sam = tiny_sam(num_classes=3).eval()
+    predictor = SamPredictor(sam)
+    predictor.set_image(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    plain = predictor.predict(return_logits=True)[0]
+    prompts = {
+        "points": {"point_coords": np.array([[9.0, 9.0]]), "point_labels": np.array([1])},
+        "box": {"box": np.array([4.0, 4.0, 20.0, 20.0])},
+        "mask": {"mask_input": np.ones((1, 16, 16), dtype=np.float32)},
+        "none": {},
+    }
+    changed = not np.allclose(predictor.predict(**prompts[prompt], return_logits=True)[0], plain)
+    assert changed == (prompt != "none")
+
+
+def test_predictor_needs_an_image():
+    with pytest.raises(RuntimeError, match="set_image"):
+        SamPredictor(tiny_sam()).predict()
+
+
+@pytest.mark.parametrize("vit", ENCODERS)
+def test_global_blocks_follow_the_table(vit: str):
+    with torch.device("meta"):
+        sam, side = sam_model_registry[vit](image_size=320, num_classes=8, checkpoint=None)
+    assert side == 20
+    for index, block in enumerate(sam.image_encoder.blocks):
+        is_global = index in ENCODERS[vit].global_blocks
+        assert (block.attn.window is None) == is_global
+        assert len(block.attn.rel_pos_h) == (2 * 20 - 1 if is_global else 27)
+
+
+class TestBaseWeights:
+    """Loading a base checkpoint."""
+
+    @staticmethod
+    def save(tmp_path, image_size: int = 64, **changes: torch.Tensor) -> tuple[Sam, str]:
+        sam = tiny_sam(image_size=image_size, num_classes=3)
+        for parameter in sam.parameters():
+            torch.nn.init.normal_(parameter)
+        path = tmp_path / "base.pth"
+        torch.save(sam.state_dict() | changes, path)
+        return sam, str(path)
+
+    @staticmethod
+    def load(path: str, vit: str = "vit_tiny", **kwargs: object) -> Sam:
+        return sam_model_registry[vit](
+            **{"image_size": 64, "num_classes": 8} | kwargs, checkpoint=path
+        )[0]
+
+    def test_heads_are_fresh_even_where_they_would_fit(self, tmp_path):
+        base, path = self.save(tmp_path)
+        sam = self.load(path, num_classes=3)
+        tokens = "mask_decoder.mask_tokens.weight"
+        assert not torch.equal(sam.state_dict()[tokens], base.state_dict()[tokens])
+        kept = self.load(path, num_classes=3, keep_mask_heads=True)
+        assert all(
+            torch.equal(value, base.state_dict()[k]) for k, value in kept.state_dict().items()
+        )
+
+    def test_windows_keep_their_relative_positions_at_another_size(self, tmp_path):
+        base, path = self.save(tmp_path)
+        blocks = self.load(path, image_size=128).image_encoder.blocks
+        for index, block in enumerate(base.image_encoder.blocks):
+            found = blocks[index].attn.rel_pos_w
+            if block.attn.window is None:
+                assert len(found) == 2 * 8 - 1
+            else:
+                assert torch.equal(found, block.attn.rel_pos_w)
+
+    def test_another_encoder_is_named(self, tmp_path):
+        _, path = self.save(tmp_path)
+        with pytest.raises(InputError, match=r"holds vit_tiny, expected vit_b; pass --vit_name"):
+            self.load(path, "vit_b")
+
+    @pytest.mark.parametrize("vit", ["vit_b", "vit_l", "vit_h"])
+    def test_a_missing_file_gets_address_and_checksum(self, vit: str, tmp_path):
+        public = ENCODERS[vit].weights
+        with pytest.raises(MissingFileError, match=re.escape(public.url)) as caught:
+            self.load(str(tmp_path / "no.pth"), vit)
+        assert public.sha256 in str(caught.value)
+
+    def test_an_unknown_key_is_listed(self, tmp_path):
+        _, path = self.save(tmp_path, extra=torch.zeros(1))
+        with pytest.raises(InputError, match="unexpected extra"):
+            self.load(path)
+
+    def test_a_missing_key_is_listed(self, tmp_path):
+        sam = tiny_sam()
+        state = sam.state_dict()
+        del state["image_encoder.neck.0.weight"]
+        torch.save(state, tmp_path / "base.pth")
+        with pytest.raises(InputError, match=r"missing image_encoder\.neck\.0\.weight"):
+            self.load(str(tmp_path / "base.pth"))
+
+    def test_an_adapter_is_no_base(self, tmp_path):
+        torch.save({"w_a_000": torch.zeros(4, 192)}, tmp_path / "adapter.pth")
+        with pytest.raises(InputError, match="--lora_ckpt"):
+            self.load(str(tmp_path / "adapter.pth"))
+
+    @pytest.mark.parametrize("size", [100, 0, -16])
+    def test_image_size_must_be_divisible_by_16(self, size: int):
+        with pytest.raises(InputError, match="16"):
+            tiny_sam(image_size=size)

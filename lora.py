@@ -1,4 +1,4 @@
-"""How a low-rank update is computed, merged, saved and loaded (SAMed, section 3.2).
+"""How a low-rank update is computed, merged, saved and restored (SAMed, section 3.2).
 
 Which projections get one is the business of `sam_lora_image_encoder.py` and
 `sam_lora_image_encoder_mask_decoder.py`: each is a list of `Update` rows.
@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from safe_io import InputError, first_few, load_tensors, save_tensors
+from adapter_file import SETTINGS_KEY, holds_every_weight, read_adapter, variant_of
+from safe_io import InputError, first_few, save_tensors
 
-SETTINGS_KEY = "samed_settings"  # the one entry of an adapter file that is no tensor
 TRAINED_WITH_THE_ADAPTER = ("prompt_encoder.", "mask_decoder.")
 
 
@@ -249,7 +249,7 @@ class LoRAModel(nn.Module):
     ) -> None:
         """Name the cause where an adapter is of another variant, rank, class count or base."""
         for label, flag, found, own in (
-            ("variant", "--module", _variant_of(state), self.variant),
+            ("variant", "--module", variant_of(state), self.variant),
             ("LoRA rank", "--rank", len(state["w_a_000"]), self.rank),
             (
                 "number of classes",
@@ -270,33 +270,3 @@ class LoRAModel(nn.Module):
                 f"{filename} was trained on base weights {trained_on}, this network holds "
                 f"{loaded or 'none'}; pass the --ckpt of its training"
             )
-
-
-def read_adapter(filename: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors of an adapter file and the settings saved beside them ({} if none).
-
-    Raises:
-        InputError: not an adapter, or damaged.
-    """
-    state = load_tensors(filename)
-    if not isinstance(state, dict) or "w_a_000" not in state:
-        is_base = isinstance(state, dict) and "image_encoder.pos_embed" in state
-        raise InputError(
-            f"{filename} is not a LoRA adapter (it has no w_a_000); "
-            + ("it looks like base weights: pass it by --ckpt" if is_base else "pass another file")
-        )
-    settings = state.pop(SETTINGS_KEY, None)
-    not_tensors = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
-    if not_tensors:
-        raise InputError(f"{filename} holds entries that are no tensors: {first_few(not_tensors)}")
-    return state, settings if isinstance(settings, dict) else {}
-
-
-def holds_every_weight(state: dict[str, torch.Tensor]) -> bool:
-    """Whether an adapter file brings the encoder too, so that no base weights are needed."""
-    return "image_encoder.pos_embed" in state
-
-
-def _variant_of(state: dict[str, torch.Tensor]) -> str:
-    both = "sa_a_000" in state
-    return "sam_lora_image_encoder_mask_decoder" if both else "sam_lora_image_encoder"

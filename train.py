@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from config import make_run_folder, parse_args, save_config, train_parser
+from config import parse_args, train_parser
 from datasets.dataset_synapse import Synapse_dataset
+from run_folder import make_run_folder, save_config
 from run_log import start_logging
 from safe_io import atomic_path, exit_on_bad_input
 from trainer import trainer_synapse

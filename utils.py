@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from config import SCRATCH, base_checkpoint
+from adapter_file import holds_every_weight, read_adapter
+from config import base_checkpoint
 from inference import predict_volume
-from lora import LoRAModel, holds_every_weight, read_adapter
+from lora import LoRAModel
 from losses import DiceLoss, Focal_loss
 from metrics import calculate_metric_percase
+from run_folder import SCRATCH
 from safe_io import InputError
 from segment_anything import sam_model_registry
 from volumes import Geometry, write_volume

@@ -1,0 +1,232 @@
+"""Reading and writing scans with their geometry, so that a prediction lies where the scan lay.
+
+Arrays are (slice, row, column), geometry is in SimpleITK's order (x, y, z): the order of both is
+what `SimpleITK.GetArrayFromImage` and `GetSpacing` give.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from safe_io import InputError, atomic_path, require_file
+
+SPACING_TOLERANCE = 1e-3  # relative
+ORIGIN_TOLERANCE = 1e-2  # mm
+DIRECTION_TOLERANCE = 1e-3  # of each cosine
+GZIP_MAGIC = b"\x1f\x8b"
+NIFTI_FLOATS = {16: "f4", 64: "f8"}  # by the header's datatype
+NIFTI_HEADER_SIZES = (348, 540)  # its first number, of version 1 and 2: tells the byte order
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the voxels of a scan lie in the patient, as SimpleITK orders it."""
+
+    spacing: tuple[float, ...]  # (x, y, z), mm
+    origin: tuple[float, ...]  # (x, y, z) of the first voxel's centre, mm
+    direction: tuple[float, ...]  # 3 x 3 cosines, row-major; its columns are the axes x, y, z
+
+    @classmethod
+    def unknown(cls) -> Geometry:
+        """The geometry of an array that came without one: 1 mm voxels along the axes."""
+        return cls((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))
+
+    @property
+    def voxel_spacing(self) -> tuple[float, ...]:
+        """Spacing in mm along (slice, row, column), the order of an array's axes."""
+        return self.spacing[::-1]
+
+    def matches(self, other: Geometry) -> bool:
+        """Whether both place voxels alike, up to the rounding of file headers."""
+        return not self.differences(other)
+
+    def differences(self, other: Geometry) -> list[str]:
+        """Which of spacing, origin and direction differ, as `spacing (1, 1, 3) and (1, 1, 5)`."""
+        close = {
+            "spacing": _all_close(self.spacing, other.spacing, relative=SPACING_TOLERANCE),
+            "origin": _all_close(self.origin, other.origin, absolute=ORIGIN_TOLERANCE),
+            "direction": _all_close(self.direction, other.direction, absolute=DIRECTION_TOLERANCE),
+        }
+        return [
+            f"{name} {_numbers(getattr(self, name))} and {_numbers(getattr(other, name))}"
+            for name, same in close.items()
+            if not same
+        ]
+
+
+def read_volume(path: str | Path) -> tuple[np.ndarray, Geometry]:  # (D, H, W), dtype of the file
+    """Read a scan of one value a voxel in any format that SimpleITK knows.
+
+    Raises:
+        MissingFileError: there is no such file.
+        InputError: it is unreadable or cut short, not 3-D, of several values a voxel, or holds
+            NaN or infinite values.
+    """
+    path = Path(path)
+    reader = _open(path)
+    _check_nifti(path, reader)
+    with _readable(path):
+        image = reader.Execute()
+    array = sitk.GetArrayFromImage(image)
+    if array.dtype.kind == "f":
+        bad = [index for index, plane in enumerate(array) if not np.isfinite(plane).all()]
+        _refuse_bad_slices(path, bad, len(array))
+    return array, _geometry(image)
+
+
+def read_header(path: str | Path) -> tuple[tuple[int, ...], Geometry]:  # (D, H, W)
+    """Shape and geometry of a scan without reading its voxels; raises as `read_volume` does."""
+    reader = _open(path)
+    return tuple(reader.GetSize()[::-1]), _geometry(reader)
+
+
+def write_volume(path: str | Path, array: np.ndarray, geometry: Geometry) -> None:
+    """Write (D, H, W) voxels with their geometry, whole or not at all; the dtype is kept.
+
+    Raises:
+        InputError: the array is not 3-D, no scan format holds its dtype, the suffix names no
+            format, or the file cannot be written.
+    """
+    if array.ndim != 3 or not array.size:
+        raise InputError(
+            f"cannot write {path}: the array has shape {array.shape}, expected non-empty (D, H, W)"
+        )
+    try:
+        image = sitk.GetImageFromArray(array, isVector=False)
+    except TypeError:
+        raise InputError(
+            f"cannot write {path}: scans do not hold values of type {array.dtype}; convert them, "
+            "labels to uint8 and intensities to float32"
+        ) from None
+    image.SetSpacing(geometry.spacing)
+    image.SetOrigin(geometry.origin)
+    image.SetDirection(geometry.direction)
+    try:
+        with _quiet(), atomic_path(path) as temporary:
+            sitk.WriteImage(image, temporary, useCompression=True)
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"cannot write {path} ({_meaningful_line(error)}); check that the folder can be "
+            "written and that the name ends as a scan's, e.g. .nii.gz"
+        ) from None
+
+
+def _open(path: str | Path) -> sitk.ImageFileReader:
+    path = require_file(path, what="scan", remedy="check the path")
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    with _readable(path):
+        reader.ReadImageInformation()
+    if reader.GetDimension() != 3:
+        raise InputError(
+            f"{path} has {reader.GetDimension()} dimensions of size {reader.GetSize()[::-1]}, "
+            "expected 3 (slice, row, column); give one scan a file"
+        )
+    kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+    if reader.GetNumberOfComponents() != 1 or "complex" in kind:
+        raise InputError(f"{path} holds voxels of {kind}, expected one real number a voxel")
+    return reader
+
+
+def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
+    """Refuse in a NIfTI file what SimpleITK mends in silence.
+
+    Voxels that are missing at the end, and NaN and infinite ones, it reads as 0. Of other formats,
+    which carry no `vox_offset`, it refuses the first and keeps the second.
+    """
+    if not reader.HasMetaDataKey("vox_offset") or path.suffix in (".hdr", ".img"):
+        return
+    columns, rows, slices = reader.GetSize()
+    plane_bytes = rows * columns * int(reader.GetMetaData("bitpix")) // 8
+    kind = NIFTI_FLOATS.get(int(reader.GetMetaData("datatype")))
+    bad = []
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == GZIP_MAGIC
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            order = "<" if int.from_bytes(stream.read(4), "little") in NIFTI_HEADER_SIZES else ">"
+            stream.seek(int(float(reader.GetMetaData("vox_offset"))))
+            for index in range(slices):
+                plane = stream.read(plane_bytes)
+                if len(plane) < plane_bytes:
+                    raise EOFError(f"the file ends in slice {index} of {slices}")
+                if kind and not np.isfinite(np.frombuffer(plane, order + kind)).all():
+                    bad.append(index)
+            while stream.read(1 << 20):  # gzip verifies its checksum at the end
+                pass
+    except (EOFError, OSError, zlib.error) as error:
+        raise InputError(
+            f"{path} is damaged or cut short ({_meaningful_line(error)}); fetch it again"
+        ) from None
+    _refuse_bad_slices(path, bad, slices)
+
+
+def _refuse_bad_slices(path: Path, bad: list[int], slices: int) -> None:
+    if bad:
+        raise InputError(
+            f"{path} holds NaN or infinite values in {len(bad)} of {slices} slices, first in "
+            f"slice {bad[0]}; export the scan again"
+        )
+
+
+def _geometry(source: sitk.Image | sitk.ImageFileReader) -> Geometry:
+    return Geometry(source.GetSpacing(), source.GetOrigin(), source.GetDirection())
+
+
+def _all_close(
+    first: tuple[float, ...],
+    second: tuple[float, ...],
+    *,
+    relative: float = 0.0,
+    absolute: float = 0.0,
+) -> bool:
+    return len(first) == len(second) and all(
+        math.isclose(a, b, rel_tol=relative, abs_tol=absolute)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return f"({', '.join(f'{value:.5g}' for value in values)})"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep SimpleITK's C++ warnings off stderr; its errors still come as exceptions."""
+    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+
+
+@contextlib.contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """Turn what SimpleITK raises on a bad file into one line that names it."""
+    try:
+        with _quiet():
+            yield
+    except RuntimeError as error:
+        raise InputError(
+            f"{path} is not a readable scan ({_meaningful_line(error)}); it may be damaged or cut "
+            "short: fetch or export it again"
+        ) from None
+
+
+def _meaningful_line(error: BaseException) -> str:
+    """What went wrong, without the C++ source line and object address that SimpleITK puts first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith("Exception thrown in SimpleITK")]
+    first = (telling or lines or [type(error).__name__])[0]
+    return re.sub(r"^((s?itk::ERROR|ITK ERROR|\w+\(0x\w+\)|ERROR): )+", "", first)[:200]

@@ -69,6 +69,9 @@ def train_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--lr_exp", type=float, default=0.9, help="exponent of the rate's decay")
     recipe.add_argument("--AdamW", action="store_true", help="AdamW instead of SGD")
     recipe.add_argument("--dice_param", type=float, default=0.8, help="weight of Dice in the loss")
+    recipe.add_argument(
+        "--clip_grad", type=float, help="largest norm of the gradient; default: not clipped"
+    )
     recipe.add_argument("--no_augment", action="store_true", help="train on the slices as they are")
 
     speed = parser.add_argument_group("speed")

@@ -27,6 +27,7 @@ def run_name(args: argparse.Namespace) -> str:
         f"bs{args.batch_size * args.n_gpu}",
         f"epo{args.stop_epoch}of{args.max_epochs}",
         f"it{args.max_iterations}" if args.max_iterations else None,
+        f"clip{args.clip_grad:g}" if args.clip_grad else None,
         "noaug" if args.no_augment else None,
         "amp" if args.use_amp else None,
         f"s{args.seed}",

@@ -111,6 +111,7 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     lr: float,
     *,
+    clip_grad: float | None = None,
     scaler: torch.amp.GradScaler | None = None,
     autocast: contextlib.AbstractContextManager[Any] | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -118,6 +119,7 @@ def training_step(
 
     Args:
         batch: `image` (B, 3, S, S) about [0, 1] and `low_res_label` (B, S/4, S/4) int64.
+        clip_grad: largest norm of the whole gradient; None, as published, leaves it alone.
 
     Returns:
         The detached loss terms and logits (B, classes + 1, S/4, S/4), still on the device.
@@ -130,13 +132,15 @@ def training_step(
     terms = criterion(logits, batch["low_res_label"])
 
     optimizer.zero_grad(set_to_none=True)
-    if scaler is None:
-        terms["loss"].backward()
-        optimizer.step()
-    else:  # fp16 gradients underflow unless scaled; a step that overflowed is skipped
-        scaler.scale(terms["loss"]).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    scaler = scaler or torch.amp.GradScaler(enabled=False)  # which passes everything through
+    # fp16 gradients underflow unless scaled; a step that overflowed is skipped
+    scaler.scale(terms["loss"]).backward()
+    if clip_grad is not None:
+        scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        terms["grad_norm"] = nn.utils.clip_grad_norm_(parameters, clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
     return {name: value.detach() for name, value in terms.items()}, logits.detach()
 
 
@@ -216,6 +220,7 @@ def trainer_synapse(
                 batch = augmented_batch(slices, epoch, args, low_res, device)
                 terms, logits = training_step(
                     *(network, batch, criterion, optimizer, lr),
+                    clip_grad=args.clip_grad,
                     scaler=scaler,
                     autocast=torch.autocast(device.type, dtype, enabled=args.use_amp),
                 )

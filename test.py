@@ -1,0 +1,105 @@
+"""Test SAMed on volumes: `python test.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import report
+import torch
+from tqdm import tqdm
+
+from config import class_names, parse_args, test_parser
+from datasets.dataset_synapse import Synapse_dataset
+from inference import predict_volume
+from metrics import score_volume
+from run_log import start_logging
+from safe_io import InputError, exit_on_bad_input
+from utils import build_model, choose_device, environment, seed_everything
+from volumes import Geometry, write_volume
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check everything that was given, then segment, score and report."""
+    args = parse_args(test_parser(), argv)
+    device = choose_device(args.device)
+    seed_everything(args.seed, deterministic=bool(args.deterministic))
+
+    dataset = Synapse_dataset(
+        args.volume_path, args.list_dir, "test_vol", num_classes=args.num_classes
+    )
+    dataset.check(workers=2)  # volumes are large: few at once
+    model, _ = build_model(args, device)
+    model.eval()
+    model.merge()
+
+    folder = Path(args.output_dir)
+    make_folder(folder)
+    start_logging(folder / "log.txt")
+    logging.info("%d volumes of %s, on %s", len(dataset), dataset.list_path, device)
+    results, panels = [], []
+    for index in tqdm(range(len(dataset)), desc="testing", unit="volume", disable=None):
+        sample = dataset[index]
+        result, panel = test_case(args, model, sample, dataset.geometry(index), folder)
+        results.append(result)
+        panels.append(panel)
+
+    names = class_names(args)
+    settings = {"flags": vars(args), "environment": environment()}
+    report.write_csv(folder / "results.csv", results, names)
+    report.write_json(folder / "results.json", results, names, settings)
+    pages = report.write_pages(folder, panels, results, names)
+    logging.info("\n%s", report.format_table(results, names))
+    logging.info(
+        "written: %s/results.csv, results.json, %s", folder, ", ".join(p.name for p in pages)
+    )
+
+
+def test_case(
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    sample: dict[str, object],
+    geometry: dict[str, tuple[float, ...]] | None,
+    folder: Path,
+) -> tuple[report.CaseResult, report.CasePanel]:
+    """Segment and score one volume, and write it as NIfTI if asked."""
+    case, image, label = sample["case_name"], sample["image"], sample["label"]  # (D, H, W)
+    if image.shape[1] != image.shape[2]:
+        logging.info("%s: slices of %d×%d are squashed to a square", case, *image.shape[1:])
+    if not label.any():
+        logging.info("%s: the label has no foreground", case)
+    prediction = predict_volume(
+        model,
+        image,
+        input_size=(args.input_size, args.input_size),
+        image_size=(args.img_size, args.img_size),
+        batch_size=args.batch_size,
+    )
+    placed = Geometry(**geometry) if geometry else None
+    spacing = placed.voxel_spacing if placed else None
+    if args.is_savenii:
+        if placed is None:
+            logging.info("%s: no geometry is stored; its NIfTI get 1 mm voxels", case)
+        for suffix, array in (("pred", prediction), ("img", image), ("gt", label)):
+            path = folder / "predictions" / f"{case}_{suffix}.nii.gz"
+            write_volume(path, array, placed or Geometry.unknown())
+    result = report.CaseResult(case, score_volume(prediction, label, args.num_classes, spacing))
+    panel = report.case_panel(case, image, label, prediction, args.num_classes, spacing=spacing)
+    return result, panel
+
+
+def make_folder(folder: Path) -> None:
+    """Make the output folder, or say that it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot make --output_dir {folder} ({error.strerror}); pass another"
+        ) from None
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main()

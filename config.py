@@ -267,6 +267,8 @@ def _check_values(args: argparse.Namespace) -> None:
         raise InputError(
             f"--num_classes is {args.num_classes}, expected at most 255 (8-bit labels)"
         )
+    if (getattr(args, "num_workers", None) or 0) < 0:
+        raise InputError(f"--num_workers is {args.num_workers}, expected 0 or more")
     if args.seed < 0:
         raise InputError(f"--seed is {args.seed}, expected 0 or more")
     if getattr(args, "root_path", "") is None:

@@ -1,0 +1,204 @@
+"""`train.py` at small size: what it writes, what it refuses, and what its flags do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS, write_slices
+
+import train
+from adapter_file import read_adapter
+from config import parse_args, train_parser
+from config import test_parser as parser_of_test
+from safe_io import InputError
+from utils import build_model
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Five slices: with batches of 2 the last batch holds one."""
+    return write_slices(tmp_path / "data")
+
+
+def run(data: Path, output: Path, *flags: str) -> Path:
+    """Train for a moment and return the run folder."""
+    train.main(["--root_path", str(data), "--output", str(output), *TINY_FLAGS, *flags])
+    return max(output.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+
+
+SHORT = ["--batch_size", "2", "--max_epochs", "2", "--stop_epoch", "2", "--base_lr", "1e-3"]
+
+
+def lines(run_folder: Path, key: str) -> list[dict]:
+    """The records of metrics.jsonl that hold `key`."""
+    records = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if key in record]
+
+
+def test_a_run_leaves_everything_to_repeat_and_test_it(data: Path, tmp_path: Path):
+    folder = run(data, tmp_path / "out", *SHORT, "--warmup", "--warmup_period", "3", "--AdamW")
+    steps = lines(folder, "loss")
+    assert [record["step"] for record in steps] == list(range(6))  # 3 a epoch, the last of one
+    assert [record["epoch"] for record in steps] == [0, 0, 0, 1, 1, 1]
+    assert all(np.isfinite(record["loss"]) for record in steps)
+    assert {"log.txt", "config.json", "environment.json", "epoch_1.pth", "log"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert list((folder / "log").glob("events*"))
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["img_size"] == 64 and config["base_lr"] == 1e-3 and config["AdamW"] is True
+    again = parse_args(train_parser(), ["--config", str(folder / "config.json")])
+    assert {k: v for k, v in vars(again).items() if k != "config"} == config
+
+    repeated = tmp_path / "again"
+    train.main(["--config", str(folder / "config.json"), "--output", str(repeated)])
+    assert lines(next(repeated.iterdir()), "loss") == steps
+
+
+def test_runs_do_not_overwrite_each_other(data: Path, tmp_path: Path):
+    folders = {run(data, tmp_path / "out", *SHORT).name for _ in range(2)}
+    folders.add(run(data, tmp_path / "out", *SHORT, "--AdamW").name)
+    folders.add(run(data, tmp_path / "out", *SHORT, "--dice_param", "0.5").name)
+    assert len(folders) == 4
+
+
+def test_training_learns(data: Path, tmp_path: Path):
+    flags = ["--batch_size", "5", "--max_epochs", "60", "--stop_epoch", "60", "--base_lr", "1e-3"]
+    folder = run(data, tmp_path, *flags, "--AdamW", "--no_augment")
+    losses = [record["loss"] for record in lines(folder, "loss")]
+    assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
+
+
+def test_batch_of_one_and_max_iterations(data: Path, tmp_path: Path):
+    flags = ["--batch_size", "1", "--max_iterations", "3"]
+    folder = run(data, tmp_path, *flags)
+    assert len(lines(folder, "loss")) == 3
+    assert (folder / "epoch_0.pth").is_file()
+
+
+def test_stop_epoch_ends_before_the_schedule(data: Path, tmp_path: Path):
+    long = run(data, tmp_path, "--batch_size", "5", "--max_epochs", "9", "--stop_epoch", "2")
+    rates = [record["lr"] for record in lines(long, "lr")]
+    assert len(rates) == 2 and rates == pytest.approx([0.005, 0.005], rel=1e-9)
+    assert (long / "epoch_1.pth").is_file()
+
+
+def test_a_constant_slice_makes_a_picture(data: Path, tmp_path: Path):
+    for path in (data / "train_npz").iterdir():
+        np.savez(path, image=np.full((40, 40), 0.5, "f4"), label=np.zeros((40, 40), "f4"))
+    folder = run(data, tmp_path / "out", "--batch_size", "5", "--max_iterations", "1")
+    assert np.isfinite(lines(folder, "loss")[0]["loss"])
+
+
+@pytest.mark.parametrize("module", ["image_encoder", "image_encoder_mask_decoder"])
+def test_what_was_trained_from_scratch_is_restored_by_its_file_alone(
+    data: Path, tmp_path: Path, module: str
+):
+    flags = ["--batch_size", "5", "--max_iterations", "2", "--AdamW"]
+    folder = run(data, tmp_path / "out", *flags, "--module", f"sam_lora_{module}")
+    adapter = str(folder / "epoch_1.pth")
+    args = parse_args(parser_of_test(), ["--lora_ckpt", adapter, "--volume_path", "x"])
+    assert (args.vit_name, args.img_size, args.rank, args.num_classes) == ("vit_tiny", 64, 2, 8)
+    torch.manual_seed(5)
+    first, _ = build_model(args, torch.device("cpu"))
+    torch.manual_seed(6)
+    second, _ = build_model(args, torch.device("cpu"))
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(first.eval()(images)["masks"], second.eval()(images)["masks"])
+    assert read_adapter(adapter)[1]["class_names"][4] == "liver"
+
+    flags = ["--batch_size", "5", "--max_iterations", "1", "--lora_ckpt", adapter]
+    tuned = run(data, tmp_path / "tuned", *flags, "--module", f"sam_lora_{module}")
+    assert "tuned" in tuned.name
+
+
+@pytest.mark.parametrize("flag", ["--use_amp", "--tf32"])
+def test_speed_flags_run_on_a_cpu(flag: str, data: Path, tmp_path: Path):
+    folder = run(data, tmp_path, "--batch_size", "5", "--max_iterations", "2", flag)
+    assert all(np.isfinite(record["loss"]) for record in lines(folder, "loss"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--root_path", "nowhere"], "nowhere does not exist"),
+        (["--list_dir", "nowhere"], "nowhere/train.txt does not exist"),
+        (["--vit_name", "vit_b", "--ckpt", "no.pth"], "SHA-256 ec2df627"),
+        (["--lora_ckpt", "no.pth"], "no.pth does not exist"),
+        (["--config", "no.json"], "no.json does not exist"),
+        (["--img_size", "100"], "multiple of 16"),
+        (["--rank", "0"], "--rank is 0"),
+        (["--batch_size", "0"], "--batch_size is 0"),
+        (["--dice_param", "1.5"], "--dice_param is 1.5"),
+        (["--base_lr", "-1"], "--base_lr is -1"),
+        (["--base_lr", "nan"], "--base_lr is nan"),
+        (["--num_classes", "0"], "--num_classes is 0"),
+        (["--num_classes", "4"], "label values"),
+        (["--dataset", "Unknown"], "unknown data set 'Unknown'"),
+        (["--module", "nothing_here"], "--module nothing_here"),
+        (["--module", "losses"], "no class LoRA_Sam"),
+        (["--device", "cuda:99"], "--device"),
+        (["--device", "toaster"], "--device"),
+        (["--seed", "-1"], "--seed"),
+        (["--num_workers", "-1"], "--num_workers"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_is_written(
+    flags: list[str], message: str, data: Path, tmp_path: Path
+):
+    with pytest.raises(InputError) as caught:
+        run(data, tmp_path / "out", *SHORT, *flags)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+class Exploit:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("flag", ["--ckpt", "--lora_ckpt"])
+def test_a_pickle_is_refused_and_not_executed(flag: str, data: Path, tmp_path: Path):
+    torch.save({"w_a_000": Exploit(tmp_path / "executed")}, tmp_path / "evil.pth")
+    with pytest.raises(InputError, match="more than plain tensors"):
+        run(data, tmp_path / "out", *SHORT, flag, str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"rank": "4"}', '{"AdamW": 1}', '{"vit_name": "v"}']
+)
+def test_a_bad_config_is_refused(content: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match="config"):
+        parse_args(train_parser(), ["--config", str(tmp_path / "config.json"), "--root_path", "x"])
+
+
+def test_the_command_line_wins_over_the_config(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"rank": 6, "base_lr": 1, "img_size": 320, "new": 1}')
+    argv = ["--config", str(tmp_path / "config.json"), "--root_path", "x", "--rank", "5"]
+    args = parse_args(train_parser(), argv)
+    assert (args.rank, args.base_lr, args.img_size, args.warmup_period) == (5, 1, 320, 250)
+
+
+def test_the_program_exits_with_2_and_one_line(tmp_path: Path):
+    command = [sys.executable, str(REPOSITORY / "train.py"), "--root_path", str(tmp_path / "no")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

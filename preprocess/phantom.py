@@ -1,0 +1,90 @@
+"""Phantom CT in the layout of the raw BTCV data: `python -m preprocess.phantom --help`."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datasets.phantom import make_phantom
+from safe_io import InputError, exit_on_bad_input
+from volumes import Geometry, write_volume
+
+NUMBERS = (*range(1, 11), *range(21, 41))  # BTCV's cases, so that the published split applies
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of `python -m preprocess.phantom`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m preprocess.phantom",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Make phantom CT volumes of the abdomen, each with an anatomy of its own, as\n"
+        "OUTPUT/Training/img/img0001.nii.gz (HU) and OUTPUT/Training/label/label0001.nii.gz\n"
+        "(raw BTCV values), named as BTCV names its cases. Then, as with real data:\n"
+        "  python -m preprocess.prepare --input OUTPUT --output DATA",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--cases",
+        type=int,
+        default=len(NUMBERS),
+        help=f"how many, at most {len(NUMBERS)} (default: all)",
+    )
+    parser.add_argument("--size", type=int, default=160, help="rows and columns (default: 160)")
+    parser.add_argument("--slices", type=int, default=32, help="of 5 mm (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="of the whole set (default: 0)")
+    parser.add_argument("--workers", type=int, help="processes (default: one a core)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check the flags, then make the cases in parallel."""
+    args = build_parser().parse_args(argv)
+    with exit_on_bad_input():
+        for name, low, high in (
+            ("cases", 1, len(NUMBERS)),
+            ("size", 32, 1024),
+            ("slices", 1, 512),
+            ("seed", 0, 2**32),
+            ("workers", 1, 256),
+        ):
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:
+                raise InputError(f"--{name} is {value}, expected {low}…{high}")
+        numbers = NUMBERS[: args.cases]
+        make = partial(write_case, args.output, seed=args.seed, size=args.size, slices=args.slices)
+        write_case_folders(args.output)
+        workers = min(args.workers or os.cpu_count() or 1, len(numbers))
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            for _ in tqdm(pool.map(make, numbers), total=len(numbers), desc="making", unit="case"):
+                pass
+    print(f"{len(numbers)} phantoms in {args.output}. Next:")
+    print(f"  python -m preprocess.prepare --input {args.output} --output DATA")
+
+
+def write_case_folders(output: Path) -> None:
+    """Make the folders, or say that they cannot be made."""
+    try:
+        for kind in ("img", "label"):
+            (output / "Training" / kind).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make --output {output} ({error.strerror})") from None
+
+
+def write_case(output: Path, number: int, *, seed: int, size: int, slices: int) -> None:
+    """Make and write one case; its anatomy depends on (seed, number) alone."""
+    phantom = make_phantom((seed, number), size=size, slices=slices)
+    geometry = Geometry(phantom.spacing, (0.0, 0.0, 0.0), Geometry.unknown().direction)
+    folder = output / "Training"
+    write_volume(folder / "img" / f"img{number:04d}.nii.gz", phantom.image, geometry)
+    write_volume(folder / "label" / f"label{number:04d}.nii.gz", phantom.label, geometry)
+
+
+if __name__ == "__main__":
+    main()

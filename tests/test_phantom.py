@@ -1,0 +1,81 @@
+"""Properties of the phantoms: repeatable, complete, the right way round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datasets.phantom import make_phantom
+from datasets.registry import SYNAPSE
+from preprocess.phantom import main
+from volumes import read_volume
+
+# raw label -> smallest and largest volume in ml, generous for an adult
+VOLUMES = {
+    **{1: (60, 400), 2: (60, 350), 3: (60, 400), 4: (15, 120)},
+    **{6: (600, 2200), 7: (150, 800), 8: (35, 180), 11: (35, 260)},
+}
+
+
+@pytest.fixture(scope="module")
+def phantoms() -> list:
+    return [make_phantom((0, number)) for number in range(1, 9)]
+
+
+def test_a_seed_makes_the_same_case_again(phantoms: list):
+    again = make_phantom((0, 1))
+    assert np.array_equal(again.image, phantoms[0].image)
+    assert np.array_equal(again.label, phantoms[0].label)
+    assert (again.label != phantoms[1].label).mean() > 0.05
+
+
+def test_every_scored_organ_is_there_at_its_size(phantoms: list):
+    assert VOLUMES.keys() == SYNAPSE.raw_labels.keys()
+    for phantom in phantoms:
+        millilitres = np.prod(phantom.spacing) / 1000
+        assert phantom.label.max() <= SYNAPSE.largest_raw_label
+        for value, (low, high) in VOLUMES.items():
+            assert low <= (phantom.label == value).sum() * millilitres <= high, value
+
+
+def test_organs_lie_on_their_side(phantoms: list):
+    for phantom in phantoms:
+        column = {v: np.argwhere(phantom.label == v)[:, 2].mean() for v in VOLUMES}
+        spine = column[8]  # the aorta runs before it
+        assert column[6] < spine < column[1]  # the liver on the patient's right, at the left
+        assert column[2] < spine < column[3]
+        assert column[4] < spine < column[7]
+
+
+def test_intensities_are_those_of_ct(phantoms: list):
+    for phantom in phantoms:
+        assert phantom.image.dtype == np.int16 and phantom.image[:, 0].mean() < -900  # air
+        mean = {v: phantom.image[phantom.label == v].mean() for v in VOLUMES}
+        assert 60 < mean[6] < 160 and 80 < mean[1] < 170 and -15 < mean[4] < 60
+        assert mean[8] > mean[11]  # contrast in the aorta
+        # not told apart by intensity alone: liver and spleen differ by less than their noise
+        assert abs(mean[6] - mean[1]) < 3 * phantom.image[phantom.label == 1].std()
+
+
+def test_the_command_writes_the_layout_of_btcv(tmp_path: Path):
+    main(["--output", str(tmp_path), "--cases", "2", "--size", "48", "--slices", "6"])
+    names = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.nii.gz"))
+    assert names == [
+        *("Training/img/img0001.nii.gz", "Training/img/img0002.nii.gz"),
+        *("Training/label/label0001.nii.gz", "Training/label/label0002.nii.gz"),
+    ]
+    image, geometry = read_volume(tmp_path / names[0])
+    label, label_geometry = read_volume(tmp_path / names[2])
+    assert image.shape == label.shape == (6, 48, 48) and geometry.matches(label_geometry)
+    assert geometry.spacing == pytest.approx((380 / 48, 380 / 48, 5.0))
+    assert image.dtype == np.int16 and label.dtype == np.uint8
+
+
+@pytest.mark.parametrize("flags", [["--cases", "31"], ["--cases", "0"], ["--size", "8"]])
+def test_bad_flags_are_refused(flags: list[str], tmp_path: Path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--output", str(tmp_path / "out"), *flags])
+    assert caught.value.code == 2 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.startswith("error: ")

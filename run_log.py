@@ -44,12 +44,13 @@ class RunLog:
         Raises:
             FloatingPointError: a loss is NaN or infinite.
         """
-        if not self.waiting:
+        waiting, self.waiting = self.waiting, []
+        if not waiting:
             return
-        names = list(self.waiting[0][1])
-        on_device = [terms[name] for _, terms in self.waiting for name in names]
+        names = list(waiting[0][1])
+        on_device = [terms[name] for _, terms in waiting for name in names]
         values = torch.stack(on_device).view(-1, len(names)).tolist()
-        for (facts, _), row in zip(self.waiting, values, strict=True):
+        for (facts, _), row in zip(waiting, values, strict=True):
             scalars = dict(zip(names, row, strict=True))
             self.write(facts | scalars)
             for name, value in [("lr", facts["lr"]), *scalars.items()]:
@@ -61,7 +62,6 @@ class RunLog:
                 )
         self.last_loss = values[-1][names.index("loss")]
         self.metrics.flush()
-        self.waiting.clear()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -83,7 +83,10 @@ class RunLog:
         for name, picture in pictures.items():  # (H, W, 3) uint8
             self.writer.add_image(f"train/{name}", picture, step, dataformats="HWC")
 
-    def close(self) -> None:
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         """Write what is waiting and close the files."""
         try:
             self.flush()

@@ -144,6 +144,24 @@ def training_step(
     return {name: value.detach() for name, value in terms.items()}, logits.detach()
 
 
+def make_loader(
+    dataset: Synapse_dataset, args: argparse.Namespace, device: torch.device
+) -> DataLoader:
+    """Batches of raw slices, in an order keyed by (seed, epoch); the last may be smaller."""
+    workers = args.num_workers
+    if workers is None:  # on a CPU a slice is read faster than a worker hands it over
+        workers = 4 if device.type == "cuda" else 0
+    return DataLoader(
+        dataset,
+        batch_size=args.batch_size * args.n_gpu,
+        sampler=EpochSampler(len(dataset), args.seed),
+        collate_fn=collate_slices,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+    )
+
+
 def trainer_synapse(
     args: argparse.Namespace,
     model: nn.Module,
@@ -174,19 +192,7 @@ def trainer_synapse(
         dataset.check()
     freeze_unreached(model)
 
-    workers = args.num_workers
-    if workers is None:  # on a CPU a slice is read faster than a worker hands it over
-        workers = 4 if device.type == "cuda" else 0
-    sampler = EpochSampler(len(dataset), args.seed)
-    loader = DataLoader(
-        dataset,
-        batch_size=args.batch_size * args.n_gpu,
-        sampler=sampler,
-        collate_fn=collate_slices,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-    )
+    loader = make_loader(dataset, args, device)
     criterion = SegmentationLoss(args.num_classes + 1, args.dice_param)
     optimizer = make_optimizer(model, adamw=args.AdamW, base_lr=args.base_lr)
     network = torch.compile(model) if args.compile else model
@@ -201,13 +207,15 @@ def trainer_synapse(
         *(len(dataset), len(loader), args.batch_size, args.n_gpu, last_step, device, dtype),
     )
     model.train()
-    log = RunLog(folder, every=args.log_every)
-    # no bar where nobody watches it move: there the log's line per epoch tells
-    bar = tqdm(total=last_step, desc="training", unit="step", dynamic_ncols=True, disable=None)
     step = 0
-    try:
+    with (
+        RunLog(folder, every=args.log_every) as log,
+        # no bar where nobody watches it move: there the log's line per epoch tells
+        tqdm(total=last_step, desc="training", unit="step", disable=None) as bar,
+        logging_redirect_tqdm(),
+    ):
         for epoch in range(epochs):
-            sampler.epoch = epoch
+            loader.sampler.epoch = epoch
             started = time.perf_counter()
             for slices in loader:
                 lr = learning_rate(
@@ -235,17 +243,13 @@ def trainer_synapse(
             log.flush()
             seconds = time.perf_counter() - started
             log.write({"epoch": epoch, "step": step, "seconds": seconds})
-            with logging_redirect_tqdm():
-                logging.info("epoch %d: loss %.4f, %.0f s", epoch, log.last_loss, seconds)
+            logging.info("epoch %d: loss %.4f, %.0f s", epoch, log.last_loss, seconds)
             if (epoch + 1) % SAVE_EVERY == 0 or step >= last_step:
                 path = folder / f"epoch_{epoch}.pth"
                 unwrap(model).save_lora_parameters(path, settings=adapter_settings(args))
                 logging.info("saved %s", path)
             if step >= last_step:
                 break
-    finally:
-        bar.close()
-        log.close()
     return "Training Finished!"
 
 

@@ -7,14 +7,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import report
 import torch
 from tqdm import tqdm
 
 from config import class_names, parse_args, test_parser
 from datasets.dataset_synapse import Synapse_dataset
+from figures import CasePanel, case_panel, write_pages
 from inference import predict_volume
 from metrics import score_volume
+from report import CaseResult, format_table, write_csv, write_json
 from run_log import start_logging
 from safe_io import InputError, exit_on_bad_input
 from utils import build_model, choose_device, environment, seed_everything
@@ -22,7 +23,7 @@ from volumes import Geometry, write_volume
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check everything that was given, then segment, score and report."""
+    """Check everything that was given, then segment, score and"""
     args = parse_args(test_parser(), argv)
     device = choose_device(args.device)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
@@ -48,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     names = class_names(args)
     settings = {"flags": vars(args), "environment": environment()}
-    report.write_csv(folder / "results.csv", results, names)
-    report.write_json(folder / "results.json", results, names, settings)
-    pages = report.write_pages(folder, panels, results, names)
-    logging.info("\n%s", report.format_table(results, names))
+    write_csv(folder / "results.csv", results, names)
+    write_json(folder / "results.json", results, names, settings)
+    pages = write_pages(folder, panels, results, names)
+    logging.info("\n%s", format_table(results, names))
     logging.info(
         "written: %s/results.csv, results.json, %s", folder, ", ".join(p.name for p in pages)
     )
@@ -63,7 +64,7 @@ def test_case(
     sample: dict[str, object],
     geometry: dict[str, tuple[float, ...]] | None,
     folder: Path,
-) -> tuple[report.CaseResult, report.CasePanel]:
+) -> tuple[CaseResult, CasePanel]:
     """Segment and score one volume, and write it as NIfTI if asked."""
     case, image, label = sample["case_name"], sample["image"], sample["label"]  # (D, H, W)
     if image.shape[1] != image.shape[2]:
@@ -85,8 +86,8 @@ def test_case(
         for suffix, array in (("pred", prediction), ("img", image), ("gt", label)):
             path = folder / "predictions" / f"{case}_{suffix}.nii.gz"
             write_volume(path, array, placed or Geometry.unknown())
-    result = report.CaseResult(case, score_volume(prediction, label, args.num_classes, spacing))
-    panel = report.case_panel(case, image, label, prediction, args.num_classes, spacing=spacing)
+    result = CaseResult(case, score_volume(prediction, label, args.num_classes, spacing))
+    panel = case_panel(case, image, label, prediction, args.num_classes, spacing=spacing)
     return result, panel
 
 

@@ -21,7 +21,8 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": set(),
     "volumes": {"safe_io"},
     "preprocess": {"safe_io", "datasets", "volumes"},
-    "report": {"safe_io", "metrics", "datasets"},
+    "report": {"safe_io", "metrics"},
+    "figures": {"safe_io", "metrics", "datasets", "report"},
     "inference": {"datasets"},
     "sam_lora_image_encoder": {"lora", "segment_anything"},
     "sam_lora_image_encoder_mask_decoder": {"lora", "segment_anything", "sam_lora_image_encoder"},
@@ -34,8 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "trainer": {"config", "datasets", "losses", "run_log", "utils"},
     "train": {"config", "datasets", "run_folder", "run_log", "safe_io", "trainer", "utils"},
     "test": {
-        *("config", "datasets", "inference", "metrics", "report", "run_log", "safe_io"),
-        *("utils", "volumes"),
+        *("config", "datasets", "figures", "inference", "metrics", "report", "run_log"),
+        *("safe_io", "utils", "volumes"),
     },
 }
 

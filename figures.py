@@ -1,0 +1,194 @@
+"""What a test run reports, as pictures: overlays of every case, and DSC and HD95 per organ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from datasets.registry import label_colours
+from metrics import FALSE_ORGAN, MISSED
+from report import CaseResult, case_means, class_means, total_means
+from safe_io import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CASES_A_PAGE = 6
+SLICES_A_CASE = 3
+OPACITY = 0.35  # of a label's colour over the image; its outline is opaque
+
+
+@dataclass(frozen=True)
+class CasePanel:
+    """The few slices of a case that are shown; small, whatever the size of the volume."""
+
+    case: str
+    slices: tuple[int, ...]
+    truth: tuple[np.ndarray, ...]  # each (H, W, 3) uint8
+    prediction: tuple[np.ndarray, ...]
+    aspect: float  # height of a voxel over its width
+
+
+def case_panel(
+    case: str,
+    image: np.ndarray,
+    label: np.ndarray,
+    prediction: np.ndarray,
+    num_classes: int,
+    *,
+    spacing: Sequence[float] | None = None,
+) -> CasePanel:
+    """Keep the slices of one case that show most.
+
+    Args:
+        image: (D, H, W), about [0, 1].
+        label, prediction: (D, H, W), 0…num_classes.
+        spacing: mm along (slice, row, column), for the shape of a voxel; None: square.
+    """
+    chosen = choose_slices(label if label.any() else prediction)
+    colours = label_colours(num_classes)
+    return CasePanel(
+        case,
+        chosen,
+        tuple(overlay(image[index], label[index], colours) for index in chosen),
+        tuple(overlay(image[index], prediction[index], colours) for index in chosen),
+        1.0 if spacing is None else spacing[1] / spacing[2],
+    )
+
+
+def choose_slices(label: np.ndarray) -> tuple[int, ...]:  # (D, H, W) -> ascending indices
+    """Of each third of the labelled slices, the one with most classes, then most foreground."""
+    foreground = np.count_nonzero(label, axis=(1, 2))
+    filled = np.flatnonzero(foreground)
+    if not filled.size:
+        return (len(label) // 2,)
+    classes = np.array([len(np.unique(plane)) for plane in label])
+    parts = np.array_split(filled, min(SLICES_A_CASE, filled.size))
+    return tuple(int(max(part, key=lambda i: (classes[i], foreground[i]))) for part in parts)
+
+
+def overlay(image: np.ndarray, label: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """A grey slice (H, W) in [0, 1] with its labels tinted and outlined: (H, W, 3) uint8."""
+    grey = np.repeat((image.clip(0, 1) * 255)[..., None], 3, axis=-1)
+    tint = colours[label].astype(np.float64)
+    padded = np.pad(label, 1, mode="edge")
+    inside = np.ones(label.shape, dtype=bool)
+    for rows, columns in ((0, 1), (2, 1), (1, 0), (1, 2)):
+        neighbour = padded[rows : rows + label.shape[0], columns : columns + label.shape[1]]
+        inside &= neighbour == label
+    strength = np.where(label > 0, np.where(inside, OPACITY, 1.0), 0.0)[..., None]
+    return ((1 - strength) * grey + strength * tint).round().astype(np.uint8)
+
+
+def write_pages(
+    folder: Path,
+    panels: Sequence[CasePanel],
+    results: Sequence[CaseResult],
+    class_names: Sequence[str],
+) -> list[Path]:
+    """Write `dsc_per_organ.png` and `overlays.png`, or `overlays_1.png` … of many cases."""
+    pages = [folder / "dsc_per_organ.png"]
+    save(draw_scores(results, class_names), pages[0])
+    means = [row["dsc"] for row in case_means(results)]
+    starts = range(0, len(panels), CASES_A_PAGE)
+    for number, start in enumerate(starts, start=1):
+        shown = slice(start, start + CASES_A_PAGE)
+        name = "overlays.png" if len(starts) == 1 else f"overlays_{number}.png"
+        save(draw_overlays(panels[shown], means[shown], class_names), folder / name)
+        pages.append(folder / name)
+    return pages
+
+
+def draw_overlays(
+    panels: Sequence[CasePanel], means: Sequence[float | None], class_names: Sequence[str]
+) -> Figure:
+    """One row a case: its slices, truth and prediction side by side."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    columns = 2 * SLICES_A_CASE
+    heights = [p.truth[0].shape[0] * p.aspect / p.truth[0].shape[1] for p in panels]
+    figure = Figure(figsize=(2.6 * columns, 2.6 * sum(heights) + 0.42 * len(panels) + 0.8))
+    grid = figure.subplots(
+        len(panels), columns, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for row, panel, dsc in zip(grid, panels, means, strict=True):
+        for axes in row:
+            axes.axis("off")
+        for index, number in enumerate(panel.slices):
+            for offset, (name, pictures) in enumerate(
+                (("truth", panel.truth), ("prediction", panel.prediction))
+            ):
+                axes = row[2 * index + offset]
+                axes.imshow(pictures[index], aspect=panel.aspect, interpolation="nearest")
+                axes.set_title(f"slice {number}, {name}", fontsize=9, color="0.3", pad=3)
+        score = "no organ" if dsc is None else f"mean DSC {100 * dsc:.1f} %"
+        row[0].text(
+            *(0.02, 0.97, f"{panel.case}\n{score}"),
+            **{"transform": row[0].transAxes, "va": "top", "color": "white", "fontsize": 10},
+        )
+    colours = label_colours(len(class_names)) / 255
+    patches = [Patch(color=colours[i], label=n) for i, n in enumerate(class_names, start=1)]
+    figure.legend(handles=patches, ncols=min(8, len(patches)), loc="lower center", frameon=False)
+    figure.tight_layout(rect=(0, 0.45 / figure.get_figheight(), 1, 1), w_pad=0.3, h_pad=0.5)
+    return figure
+
+
+def draw_scores(results: Sequence[CaseResult], class_names: Sequence[str]) -> Figure:
+    """DSC and HD95 of every organ: a bar for the mean, a dot for each case."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.2 * len(class_names) + 3.4, 7.2))
+    upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 2)})
+    total = total_means(results)
+    in_mm = total["hd95_mm"] is not None
+    draw_bars(upper, results, "dsc", 100)
+    upper.set(ylabel="DSC %", ylim=(0, 104))
+    draw_bars(lower, results, "hd95_mm" if in_mm else "hd95_voxels", 1)
+    lower.set(ylabel=f"HD95 {'mm' if in_mm else 'voxels'}", ylim=(0, None))
+    for index in range(len(class_names)):
+        for outcome, marker in ((FALSE_ORGAN, "x"), (MISSED, "v")):
+            count = sum(result.scores[index].outcome == outcome for result in results)
+            if count:
+                upper.text(index, 2 + 6 * (marker == "v"), f"{count} {outcome}", ha="center")
+    mean_dsc = "-" if total["dsc"] is None else f"{100 * total['dsc']:.2f} %"
+    upper.set_title(
+        f"{len(results)} cases, mean DSC {mean_dsc} (a false or missed organ scores 0)", loc="left"
+    )
+    lower.set_xticks(range(len(class_names)), [name.replace(" ", "\n") for name in class_names])
+    figure.tight_layout()
+    return figure
+
+
+def draw_bars(axes: Axes, results: Sequence[CaseResult], score: str, factor: float) -> None:
+    """The mean of a score per organ as a bar, with every case that defines it as a dot."""
+    colours = label_colours(len(results[0].scores)) / 255
+    for index, row in enumerate(class_means(results)):
+        if row[score] is None:
+            continue
+        height = factor * row[score]
+        axes.bar(index, height, color=colours[index + 1], alpha=0.55, width=0.7)
+        axes.annotate(
+            f"{height:.1f}",
+            *((index - 0.34, height), (1, 3)),
+            **{"textcoords": "offset points", "fontsize": 9, "color": "0.25"},
+        )
+        values = [getattr(result.scores[index], score) for result in results]
+        dots = [factor * value for value in values if value is not None]
+        spread = np.linspace(-0.2, 0.2, len(dots)) if len(dots) > 1 else [0.0]
+        axes.scatter(index + np.array(spread), dots, s=16, color="0.15", alpha=0.7, zorder=3)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture, whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)

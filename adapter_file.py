@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from safe_io import InputError, first_few, load_tensors
+from safe_io import InputError, first_few, load_tensors, require_file
 
 SETTINGS_KEY = "samed_settings"
 
@@ -23,6 +23,7 @@ def read_adapter(filename: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
     Raises:
         InputError: not an adapter, or damaged.
     """
+    require_file(filename, what="adapter", remedy="put one there or pass another by --lora_ckpt")
     state = load_tensors(filename)
     if not isinstance(state, dict) or "w_a_000" not in state:
         is_base = isinstance(state, dict) and "image_encoder.pos_embed" in state

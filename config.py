@@ -122,7 +122,7 @@ def test_parser() -> argparse.ArgumentParser:
 
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--config", help="config.json that a run wrote; the command line wins")
+    group.add_argument("--config", help="a run folder or its config.json; the command line wins")
     group.add_argument(
         "--dataset", default="Synapse", help=f"one of {', '.join(DATASETS)}: classes and names"
     )
@@ -165,10 +165,13 @@ def parse_args(
         InputError: a missing or unreadable configuration or adapter, or a value out of range.
     """
     early, _ = parser.parse_known_args(argv)
-    saved = read_config(Path(early.config), parser) if early.config else {}
-    if parser.prog == "test.py" and early.config and not early.lora_ckpt:
-        saved["lora_ckpt"] = str(newest_adapter(Path(early.config).parent))
-        saved["output_dir"] = str(Path(early.config).parent / "test")
+    config = config_path(early.config) if early.config else None
+    saved = read_config(config, parser) if config else {}
+    if parser.prog == "test.py":  # a run's newest adapter, or the published one
+        saved["output_dir"] = str(config.parent / "test") if config else "output/test"
+        if early.lora_ckpt is None:
+            published = CHECKPOINTS / "epoch_159.pth"
+            saved["lora_ckpt"] = str(newest_adapter(config.parent) if config else published)
     adapter = early.lora_ckpt or saved.get("lora_ckpt")
     if adapter:
         state, settings = read_adapter(adapter)
@@ -191,13 +194,18 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     return merged
 
 
+def config_path(given: str) -> Path:
+    """The file that `--config` names: itself, or the one in a run folder."""
+    path = Path(given) / CONFIG_FILE if Path(given).is_dir() else Path(given)
+    return require_file(path, what="configuration", remedy="pass a run folder or its config.json")
+
+
 def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """The saved values that the parser knows, checked against the types of its flags.
 
     Raises:
         InputError: no JSON object, or a value of another type than the flag's.
     """
-    path = require_file(path, what="configuration", remedy="pass the config.json of a run")
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -42,6 +42,7 @@ def case_panel(
     num_classes: int,
     *,
     spacing: Sequence[float] | None = None,
+    direction: Sequence[float] | None = None,
 ) -> CasePanel:
     """Keep the slices of one case that show most.
 
@@ -49,7 +50,12 @@ def case_panel(
         image: (D, H, W), about [0, 1].
         label, prediction: (D, H, W), 0…num_classes.
         spacing: mm along (slice, row, column), for the shape of a voxel; None: square.
+        direction: the scan's 3 × 3 cosines, row-major, to show it as radiologists do: the
+            patient's front at the top, right at the left; None: as the array lies.
     """
+    if direction is not None:  # an axis that runs against x (to the left) or y (backwards)
+        flips = tuple(axis for axis, cosine in ((1, direction[4]), (2, direction[0])) if cosine < 0)
+        image, label, prediction = (np.flip(a, flips) for a in (image, label, prediction))
     chosen = choose_slices(label if label.any() else prediction)
     colours = label_colours(num_classes)
     return CasePanel(
@@ -62,13 +68,14 @@ def case_panel(
 
 
 def choose_slices(label: np.ndarray) -> tuple[int, ...]:  # (D, H, W) -> ascending indices
-    """Of each third of the labelled slices, the one with most classes, then most foreground."""
+    """From the middle of each third of the labelled slices, the one with most classes."""
     foreground = np.count_nonzero(label, axis=(1, 2))
     filled = np.flatnonzero(foreground)
     if not filled.size:
         return (len(label) // 2,)
     classes = np.array([len(np.unique(plane)) for plane in label])
-    parts = np.array_split(filled, min(SLICES_A_CASE, filled.size))
+    thirds = np.array_split(filled, min(SLICES_A_CASE, filled.size))
+    parts = [part[len(part) // 4 : len(part) - len(part) // 4] for part in thirds]
     return tuple(int(max(part, key=lambda i: (classes[i], foreground[i]))) for part in parts)
 
 
@@ -113,7 +120,7 @@ def draw_overlays(
 
     columns = 2 * SLICES_A_CASE
     heights = [p.truth[0].shape[0] * p.aspect / p.truth[0].shape[1] for p in panels]
-    figure = Figure(figsize=(2.6 * columns, 2.6 * sum(heights) + 0.42 * len(panels) + 0.8))
+    figure = Figure(figsize=(2.6 * columns, 2.6 * sum(heights) + 0.35 * len(panels) + 0.4))
     grid = figure.subplots(
         len(panels), columns, squeeze=False, gridspec_kw={"height_ratios": heights}
     )
@@ -152,14 +159,13 @@ def draw_scores(results: Sequence[CaseResult], class_names: Sequence[str]) -> Fi
     draw_bars(lower, results, "hd95_mm" if in_mm else "hd95_voxels", 1)
     lower.set(ylabel=f"HD95 {'mm' if in_mm else 'voxels'}", ylim=(0, None))
     for index in range(len(class_names)):
-        for outcome, marker in ((FALSE_ORGAN, "x"), (MISSED, "v")):
-            count = sum(result.scores[index].outcome == outcome for result in results)
-            if count:
-                upper.text(index, 2 + 6 * (marker == "v"), f"{count} {outcome}", ha="center")
+        outcomes = [result.scores[index].outcome for result in results]
+        for height, outcome in ((2, FALSE_ORGAN), (8, MISSED)):
+            if outcome in outcomes:
+                upper.text(index, height, f"{outcomes.count(outcome)} {outcome}", ha="center")
     mean_dsc = "-" if total["dsc"] is None else f"{100 * total['dsc']:.2f} %"
-    upper.set_title(
-        f"{len(results)} cases, mean DSC {mean_dsc} (a false or missed organ scores 0)", loc="left"
-    )
+    cases = "1 case" if len(results) == 1 else f"{len(results)} cases"
+    upper.set_title(f"{cases}, mean DSC {mean_dsc} (a false or missed organ scores 0)", loc="left")
     lower.set_xticks(range(len(class_names)), [name.replace(" ", "\n") for name in class_names])
     figure.tight_layout()
     return figure

@@ -263,6 +263,13 @@ class LoRAModel(nn.Module):
                     f"{filename} has {label} {found}, this network was built with {own}; "
                     f"pass {flag} {found}"
                 )
+        width = self.adapter_state()["w_a_000"].shape[1]
+        if state["w_a_000"].shape[1] != width:
+            raise InputError(
+                f"{filename} was trained with another encoder, of width "
+                f"{state['w_a_000'].shape[1]}, this network's is {width}; pass --vit_name "
+                f"{settings.get('vit_name', 'of its training')}"
+            )
         trained_on = settings.get("base_fingerprint")
         loaded = getattr(self.sam, "base_fingerprint", None)
         if not holds_every_weight(state) and trained_on != loaded and trained_on is not None:

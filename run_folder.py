@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from safe_io import InputError, atomic_path
+from safe_io import InputError, atomic_path, make_folder
 
 SCRATCH = "none"  # --ckpt none: no base weights, every weight is trained
 CONFIG_FILE = "config.json"
@@ -42,13 +42,7 @@ def make_run_folder(args: argparse.Namespace) -> Path:
     while folder.exists():
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot make the run folder {folder} ({error.strerror}); pass another --output"
-        ) from None
-    return folder
+    return make_folder(folder, flag="--output", exist_ok=False)
 
 
 def save_config(args: argparse.Namespace, folder: Path) -> None:

@@ -73,6 +73,17 @@ def require_folder(path: str | Path, *, what: str, remedy: str) -> Path:
     return path
 
 
+def make_folder(path: str | Path, *, flag: str, exist_ok: bool = True) -> Path:
+    """Make a folder and those above it, or raise an `InputError` that names the flag to change."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=exist_ok)
+    except OSError as error:
+        raise InputError(
+            f"cannot make the folder {path} ({error.strerror}); pass another {flag}"
+        ) from None
+    return Path(path)
+
+
 def safe_name(name: str, *, source: str | Path) -> str:
     """Return `name` if it is one plain path component, else refuse it (`../`, `/`, empty)."""
     if not name or name in (".", "..") or "\\" in name or PurePosixPath(name).name != name:

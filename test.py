@@ -17,13 +17,13 @@ from inference import predict_volume
 from metrics import score_volume
 from report import CaseResult, format_table, write_csv, write_json
 from run_log import start_logging
-from safe_io import InputError, exit_on_bad_input
+from safe_io import exit_on_bad_input, make_folder
 from utils import build_model, choose_device, environment, seed_everything
 from volumes import Geometry, write_volume
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check everything that was given, then segment, score and"""
+    """Check everything that was given, then segment, score and report."""
     args = parse_args(test_parser(), argv)
     device = choose_device(args.device)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.eval()
     model.merge()
 
-    folder = Path(args.output_dir)
-    make_folder(folder)
+    folder = make_folder(args.output_dir, flag="--output_dir")
     start_logging(folder / "log.txt")
     logging.info("%d volumes of %s, on %s", len(dataset), dataset.list_path, device)
     results, panels = [], []
@@ -53,9 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(folder / "results.json", results, names, settings)
     pages = write_pages(folder, panels, results, names)
     logging.info("\n%s", format_table(results, names))
-    logging.info(
-        "written: %s/results.csv, results.json, %s", folder, ", ".join(p.name for p in pages)
-    )
+    written = ", ".join(["results.csv", "results.json", *(page.name for page in pages)])
+    logging.info("written in %s: %s", folder, written)
 
 
 def test_case(
@@ -87,18 +85,12 @@ def test_case(
             path = folder / "predictions" / f"{case}_{suffix}.nii.gz"
             write_volume(path, array, placed or Geometry.unknown())
     result = CaseResult(case, score_volume(prediction, label, args.num_classes, spacing))
-    panel = case_panel(case, image, label, prediction, args.num_classes, spacing=spacing)
+    panel = case_panel(
+        *(case, image, label, prediction, args.num_classes),
+        spacing=spacing,
+        direction=placed.direction if placed else None,
+    )
     return result, panel
-
-
-def make_folder(folder: Path) -> None:
-    """Make the output folder, or say that it cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot make --output_dir {folder} ({error.strerror}); pass another"
-        ) from None
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets.phantom import make_phantom
-from safe_io import InputError, exit_on_bad_input
+from safe_io import InputError, exit_on_bad_input, make_folder
 from volumes import Geometry, write_volume
 
 NUMBERS = (*range(1, 11), *range(21, 41))  # BTCV's cases, so that the published split applies
@@ -59,22 +59,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise InputError(f"--{name} is {value}, expected {low}…{high}")
         numbers = NUMBERS[: args.cases]
         make = partial(write_case, args.output, seed=args.seed, size=args.size, slices=args.slices)
-        write_case_folders(args.output)
+        for kind in ("img", "label"):
+            make_folder(args.output / "Training" / kind, flag="--output")
         workers = min(args.workers or os.cpu_count() or 1, len(numbers))
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             for _ in tqdm(pool.map(make, numbers), total=len(numbers), desc="making", unit="case"):
                 pass
     print(f"{len(numbers)} phantoms in {args.output}. Next:")
     print(f"  python -m preprocess.prepare --input {args.output} --output DATA")
-
-
-def write_case_folders(output: Path) -> None:
-    """Make the folders, or say that they cannot be made."""
-    try:
-        for kind in ("img", "label"):
-            (output / "Training" / kind).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make --output {output} ({error.strerror})") from None
 
 
 def write_case(output: Path, number: int, *, seed: int, size: int, slices: int) -> None:

@@ -22,7 +22,14 @@ import torch
 from tqdm import tqdm
 
 from datasets.registry import DATASETS, DatasetSpec, case_name, get_dataset, slice_name
-from safe_io import EXIT_BAD_INPUT, InputError, atomic_path, exit_on_bad_input, first_few
+from safe_io import (
+    EXIT_BAD_INPUT,
+    InputError,
+    atomic_path,
+    exit_on_bad_input,
+    first_few,
+    make_folder,
+)
 
 from .cases import (
     LAYOUT,
@@ -175,11 +182,8 @@ def open_output(output: Path, overwrite: bool) -> None:
             f"{output} already holds {' and '.join(foreign)} made elsewhere; choose another "
             "--output, or pass --overwrite to replace the cases of this run"
         )
-    try:
-        for name in (SLICES, VOLUMES, LISTS, RECORDS):
-            (output / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make --output {output} ({error.strerror})") from None
+    for name in (SLICES, VOLUMES, LISTS, RECORDS):
+        make_folder(output / name, flag="--output")
 
 
 def finished_results(jobs: list[Job]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,0 +1,218 @@
+"""`test.py` at small size: what it writes, what it refuses, and whether its numbers are right."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import TINY_FLAGS, write_slices
+from PIL import Image
+from real_data import REAL_DATA, needs_real_data
+
+import train
+from figures import case_panel, choose_slices, overlay
+from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, score_volume
+from preprocess.prepare import main as prepare
+from report import CaseResult, class_means, format_table, total_means, write_json
+from volumes import Geometry, read_volume
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+OBLIQUE = Geometry((0.8, 0.7, 3.0), (10.0, -20.0, 5.0), (0.6, -0.8, 0, 0.8, 0.6, 0, 0, 0, 1))
+
+
+def run_test(*flags: str) -> subprocess.CompletedProcess:
+    """Run test.py as a user does."""
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "test.py"), "--device", "cpu", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """A data folder with two volumes, and the run of a network trained for a moment on it."""
+    folder = tmp_path_factory.mktemp("test")
+    data = write_slices(folder / "data")
+    rng = np.random.default_rng(3)
+    for case, shape in (("case0001", (5, 20, 24)), ("case0002", (1, 18, 18))):
+        path = data / "test_vol_h5" / f"{case}.npy.h5"
+        path.parent.mkdir(exist_ok=True)
+        with h5py.File(path, "w") as file:
+            file["image"] = rng.random(shape, dtype=np.float32)
+            file["label"] = rng.integers(0, 9, shape).astype(np.uint8)
+            if case == "case0001":
+                file.attrs.update(vars(OBLIQUE))
+    (data / "lists" / "test_vol.txt").write_text("case0001\ncase0002\n")
+    flags = ["--batch_size", "5", "--max_iterations", "3", "--AdamW", "--base_lr", "1e-3"]
+    train.main(["--root_path", str(data), "--output", str(folder / "out"), *TINY_FLAGS, *flags])
+    return data, next((folder / "out").iterdir())
+
+
+@pytest.fixture(scope="module")
+def tested(trained: tuple[Path, Path]) -> tuple[Path, Path, subprocess.CompletedProcess]:
+    data, run = trained
+    flags = ["--input_size", "32", "--is_savenii"]
+    return data, run, run_test("--config", str(run), "--volume_path", str(data), *flags)
+
+
+def test_it_writes_every_result(tested):
+    _, run, done = tested
+    assert done.returncode == 0, done.stderr
+    names = {str(p.relative_to(run / "test")) for p in (run / "test").rglob("*") if p.is_file()}
+    cases = [
+        f"predictions/case000{n}_{kind}.nii.gz" for n in (1, 2) for kind in ("pred", "img", "gt")
+    ]
+    pages = ["overlays.png", "dsc_per_organ.png"]
+    assert names == {"results.csv", "results.json", "log.txt", *pages, *cases}
+    for page in pages:
+        assert min(Image.open(run / "test" / page).size) > 200
+    assert "samed DSC %" in done.stdout and "right kidney" in done.stdout
+    assert "case0001: slices of 20×24 are squashed" in done.stdout
+
+
+def test_its_numbers_are_those_of_the_files(tested):
+    data, run, _ = tested
+    prediction, geometry = read_volume(run / "test" / "predictions" / "case0001_pred.nii.gz")
+    image, _ = read_volume(run / "test" / "predictions" / "case0001_img.nii.gz")
+    assert prediction.dtype == np.uint8 and geometry.matches(OBLIQUE)
+    with h5py.File(data / "test_vol_h5" / "case0001.npy.h5") as file:
+        assert np.array_equal(image, file["image"][()])
+        scores = score_volume(prediction, file["label"][()], 8, OBLIQUE.voxel_spacing)
+    content = json.loads((run / "test" / "results.json").read_text())
+    found = list(content["cases"][0]["scores"].values())
+    assert found == [vars(score) for score in scores]
+    assert content["flags"]["img_size"] == 64 and content["environment"]["torch"]
+    with (run / "test" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16 and rows[0]["name"] == "spleen"
+    assert float(rows[3]["samed_dsc"]) == scores[3].samed_dsc
+    assert all(row["hd95_mm"] == "" for row in rows if row["case"] == "case0002")  # no geometry
+
+
+def test_batches_do_not_change_the_labels(tested, tmp_path: Path):
+    data, run, _ = tested
+    flags = ["--input_size", "32", "--is_savenii", "--batch_size", "2"]
+    flags += ["--output_dir", str(tmp_path)]
+    assert run_test("--config", str(run), "--volume_path", str(data), *flags).returncode == 0
+    for case in ("case0001", "case0002"):
+        name = Path("predictions") / f"{case}_pred.nii.gz"
+        assert np.array_equal(read_volume(tmp_path / name)[0], read_volume(run / "test" / name)[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--volume_path", "nowhere"], "nowhere does not exist"),
+        (["--rank", "3"], "--rank 2"),
+        (["--num_classes", "3"], "label values"),
+        (["--vit_name", "vit_b"], "another encoder"),
+        (["--img_size", "80"], "--img_size"),
+        (["--module", "sam_lora_image_encoder_mask_decoder"], "--module sam_lora_image_encoder"),
+        (["--lora_ckpt", "nowhere.pth"], "nowhere.pth does not exist"),
+        (["--input_size", "0"], "--input_size is 0"),
+        (["--output_dir", "/dev/null/out"], "--output_dir"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, trained):
+    data, run = trained
+    done = run_test("--config", str(run), "--volume_path", str(data), *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_a_faulty_volume_stops_the_run_before_it_starts(trained, tmp_path: Path):
+    _, run = trained
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "test_vol.txt").write_text("good\nbad\n")
+    for name, value in (("good", 0.5), ("bad", -1000.0)):
+        with h5py.File(tmp_path / f"{name}.npy.h5", "w") as file:
+            file["image"] = np.full((2, 16, 16), value, dtype=np.float32)
+            file["label"] = np.zeros((2, 16, 16))
+    flags = ["--list_dir", str(tmp_path / "list"), "--output_dir", str(tmp_path / "out")]
+    done = run_test("--config", str(run), "--volume_path", str(tmp_path), *flags)
+    assert done.returncode == 2 and "bad.npy.h5" in done.stderr and "raw HU" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def score(outcome: str, dsc: float | None, hd95: float | None, samed: tuple) -> ClassScore:
+    return ClassScore(outcome, *samed, dsc, hd95, None, None)
+
+
+RESULTS = [
+    CaseResult("a", [score(BOTH, 0.8, 4.0, (0.8, 4.0)), score(MISSED, 0.0, None, (0.0, 0.0))]),
+    CaseResult("b", [score(BOTH, 0.6, 2.0, (0.6, 2.0)), score(FALSE_ORGAN, 0.0, None, (1.0, 0))]),
+    CaseResult("c", [score(BOTH, 1.0, 0.0, (1.0, 0.0)), score(ABSENT, None, None, (0.0, 0.0))]),
+]
+
+
+def test_totals_are_means_over_cases_then_classes(tmp_path: Path):
+    first, second = class_means(RESULTS)
+    assert (first["dsc"], first["hd95_voxels"]) == pytest.approx((0.8, 2.0))
+    assert second["dsc"] == 0 and second["hd95_voxels"] is None
+    assert second["samed_dsc"] == pytest.approx(1 / 3)
+    total = total_means(RESULTS)
+    assert total["dsc"] == pytest.approx(0.4) and total["hd95_voxels"] == pytest.approx(2.0)
+    assert total["samed_dsc"] == pytest.approx((0.8 + 1 / 3) / 2)
+    assert total["samed_hd95"] == pytest.approx(1.0) and total["hd95_mm"] is None
+    table = format_table(RESULTS, ["liver", "spleen"])
+    assert "80.00" in table and "56.67" in table
+    write_json(tmp_path / "r.json", RESULTS, ["liver", "spleen"], {})
+    assert json.loads((tmp_path / "r.json").read_text())["classes"][1]["outcomes"][MISSED] == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 9), (12, 8, 9)])
+def test_panels_of_empty_constant_and_single_slices(shape: tuple[int, int, int]):
+    empty = np.zeros(shape, dtype=np.uint8)
+    panel = case_panel("a", np.full(shape, 0.5), empty, empty, 3, spacing=(2.0, 1.0, 1.0))
+    assert panel.slices == (shape[0] // 2,) and panel.truth[0].shape == (8, 9, 3)
+    assert len(np.unique(panel.truth[0])) == 1
+
+
+def test_panels_show_labels_and_stand_upright():
+    label = np.zeros((9, 10, 10), dtype=np.uint8)
+    label[2:7, 1:4, 1:3] = 1
+    assert all(label[index].any() for index in choose_slices(label))
+    colours = np.array([[0, 0, 0], [200, 0, 0]], dtype=np.uint8)
+    picture = overlay(np.full((10, 10), 0.5), label[3], colours)
+    assert (picture[1, 1] == colours[1]).all() and (picture[8, 8] == 128).all()
+    turned = case_panel(
+        "a", np.full(label.shape, 0.5), label, label, 1, direction=(-1, 0, 0, 0, -1, 0, 0, 0, 1)
+    )
+    assert (turned.truth[0][8, 8] != 128).any() and (turned.truth[0][1, 1] == 128).all()
+
+
+@needs_real_data
+def test_real_ct_from_scan_to_nifti(tmp_path: Path):
+    """The README's run on one real CT, cut short: same commands, fewer steps."""
+    raw = tmp_path / "raw" / "Training"
+    for kind, suffix in (("img", ""), ("label", "_label")):
+        (raw / kind).mkdir(parents=True)
+        source = REAL_DATA / "ct" / f"abdomen_full{suffix}.nii.gz"
+        (raw / kind / f"{kind}0001.nii.gz").symlink_to(source)
+    data = tmp_path / "data"
+    split = ["--train_cases", "1", "--test_cases", "1", "--label_values", "classes"]
+    prepare(["--input", str(tmp_path / "raw"), "--output", str(data), *split])
+    flags = ["--vit_name", "vit_tiny", "--ckpt", "none", "--img_size", "224", "--batch_size", "8"]
+    flags += ["--n_gpu", "1", "--base_lr", "3e-4", "--clip_grad", "0.5", "--warmup", "--AdamW"]
+    flags += ["--warmup_period", "20", "--no_augment", "--max_epochs", "12", "--stop_epoch", "12"]
+    train.main(["--root_path", str(data), "--output", str(tmp_path / "out"), *flags])
+    run = next((tmp_path / "out").iterdir())
+    done = run_test("--config", str(run), "--volume_path", str(data), "--is_savenii")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((run / "test" / "results.json").read_text())
+    # 168 steps: it has begun to learn. The whole run reaches 0.85, see the README.
+    assert content["total"]["dsc"] > 0.3
+    liver = next(row for row in content["classes"] if row["name"] == "liver")
+    assert liver["mean"]["dsc"] > 0.7 and liver["mean"]["hd95_mm"] is not None
+    _, geometry = read_volume(run / "test" / "predictions" / "case0001_pred.nii.gz")
+    _, original = read_volume(REAL_DATA / "ct" / "abdomen_full.nii.gz")
+    assert geometry == original

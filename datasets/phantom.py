@@ -118,20 +118,21 @@ def paint_body(
     wall = ellipse(place[:2], (0, -15), (163 - fat, 116 - fat))
     image[wall < 1] = MUSCLE
     ribs = (np.abs(wall - 0.955) < 0.035) & (np.sin(z / 5.5 + np.arctan2(y + 15, x) * 5) > 0.55)
-    image[ribs & (y > -90 + z)] = 380
+    image[ribs & (y > 20 - 1.3 * z)] = 380  # they reach further forward higher up
     cavity = wall < 0.9
     image[cavity] = FAT
     for side in (-1, 1):
         image[ellipse(place[:2], (side * 34, 76), (30, 19)) < 1] = MUSCLE
-        psoas = 16 - z * 0.1  # thicker further down
-        image[ellipse(place[:2], (side * 37, 42), (1, 1)) < np.clip(psoas, 4, 24)] = MUSCLE
+        psoas = 14 - z * 0.2  # thicker further down, none in the chest
+        image[ellipse(place[:2], (side * 37, 42), (1, 1)) < np.clip(psoas, 0, 24)] = MUSCLE
     paint_spine(place, image)
-    dome = 68 - 0.006 * ((np.abs(x) - 60) ** 2 + (y + 20) ** 2) + 5 * variation * rng.normal()
+    dome = 68 - 0.0045 * ((np.abs(x) - 60) ** 2 + (y + 20) ** 2) + 5 * variation * rng.normal()
     heart = cavity & (ellipse(place, (14, -50, 108), (58, 44, 50)) < 1)
-    lungs = cavity & ~heart & (z > dome) & (ellipse(place[:2], (0, 30), (36, 42)) > 1)
-    image[lungs] = LUNG
+    beside_spine = (ellipse(place[:2], (0, 25), (36, 60)) > 1) & ((y < 62) | (np.abs(x) > 45))
+    chest = cavity & ~heart & (z > dome) & beside_spine
+    image[chest & (image == FAT)] = LUNG  # muscle and bone stay
     image[heart] = 135
-    return image, cavity & ~lungs & ~heart & (ellipse(place[:2], (0, 40), (25, 23)) > 1)
+    return image, cavity & ~chest & ~heart & (ellipse(place[:2], (0, 40), (25, 23)) > 1)
 
 
 def paint_spine(place: np.ndarray, image: np.ndarray) -> None:
@@ -160,7 +161,7 @@ def paint_organ(rng: np.random.Generator, organ: Organ, canvas: Canvas, variatio
     canvas.image[mask] = value
     canvas.label[mask] = organ.label
     if organ.name == "liver":  # its vessels, seen as thin bright lines
-        canvas.image[mask & (np.abs(canvas.lumps) < 0.08)] += 25
+        canvas.image[(depth > 10) & mask & (np.abs(canvas.lumps) < 0.12)] += 35
     if organ.wall is not None:
         inner = mask & (depth > organ.wall)
         canvas.image[inner] = organ.content + 10 * canvas.lumps[inner]

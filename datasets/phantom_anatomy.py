@@ -28,7 +28,7 @@ class Organ:
 def _kidney(name: str, label: int, side: int, height: float) -> tuple[Organ, Organ]:
     """A kidney with a darker medulla, and the fat of its sinus, which is not labelled."""
     x = side * 66.0
-    kidney = Organ(name, label, 188, 14, balls=((x, 42, height, 29, 32, 57),), wall=9, content=155)
+    kidney = Organ(name, label, 188, 14, balls=((x, 42, height, 27, 30, 55),), wall=9, content=155)
     sinus = Organ(f"{name}'s sinus", 0, -20, 15, balls=((x - side * 20, 36, height, 13, 11, 22),))
     return kidney, sinus
 
@@ -91,7 +91,12 @@ ORGANS = (
         **{"shift": 3},
     ),
     Organ("portal vein", 10, 150, 12, tube=((0, -18, 2, 7), (-28, -28, 22, 8), (-58, -32, 42, 6))),
-    Organ("oesophagus", 5, 60, 8, tube=((20, 0, 95, 9), (24, -4, 68, 9)), shift=2),
+    Organ(
+        "oesophagus",
+        *(5, 60, 8),
+        tube=((8, -20, 95, 10), (12, -22, 68, 10), (34, -16, 48, 10)),
+        **{"shift": 2},
+    ),
     Organ("gallbladder", 4, 12, 6, balls=((-58, -60, -14, 20, 23, 30),)),
     Organ("aorta", 8, 165, 18, tube=((6, 6, -95, 12), (4, 4, 0, 13), (8, 6, 95, 14)), shift=2),
 )

@@ -79,3 +79,11 @@ def test_bad_flags_are_refused(flags: list[str], tmp_path: Path, capsys):
         main(["--output", str(tmp_path / "out"), *flags])
     assert caught.value.code == 2 and not (tmp_path / "out").exists()
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_organs_that_are_not_scored_do_not_vanish(phantoms: list):
+    smallest = {5: 4, 9: 30, 10: 5, 12: 0.5, 13: 0.5}  # raw label -> ml
+    for phantom in phantoms:
+        millilitres = np.prod(phantom.spacing) / 1000
+        for value, low in smallest.items():
+            assert (phantom.label == value).sum() * millilitres >= low, value

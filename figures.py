@@ -160,7 +160,7 @@ def draw_scores(results: Sequence[CaseResult], class_names: Sequence[str]) -> Fi
     lower.set(ylabel=f"HD95 {'mm' if in_mm else 'voxels'}", ylim=(0, None))
     for index in range(len(class_names)):
         outcomes = [result.scores[index].outcome for result in results]
-        for height, outcome in ((2, FALSE_ORGAN), (8, MISSED)):
+        for height, outcome in ((9, FALSE_ORGAN), (15, MISSED)):
             if outcome in outcomes:
                 upper.text(index, height, f"{outcomes.count(outcome)} {outcome}", ha="center")
     mean_dsc = "-" if total["dsc"] is None else f"{100 * total['dsc']:.2f} %"
@@ -181,8 +181,8 @@ def draw_bars(axes: Axes, results: Sequence[CaseResult], score: str, factor: flo
         axes.bar(index, height, color=colours[index + 1], alpha=0.55, width=0.7)
         axes.annotate(
             f"{height:.1f}",
-            *((index - 0.34, height), (1, 3)),
-            **{"textcoords": "offset points", "fontsize": 9, "color": "0.25"},
+            *((index, 0), (0, 4)),
+            **{"textcoords": "offset points", "ha": "center", "weight": "bold"},
         )
         values = [getattr(result.scores[index], score) for result in results]
         dots = [factor * value for value in values if value is not None]

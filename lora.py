@@ -219,6 +219,7 @@ class LoRAModel(nn.Module):
                 f"{filename} was trained with another encoder or image size than this network: "
                 f"{first_few(found)}; pass the --vit_name and --img_size of its training"
             )
+        self.unmerge()  # what was merged is about to change
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(state[key])

@@ -81,6 +81,16 @@ def test_save_and_load_give_the_same_logits(module, tmp_path):
     assert settings["num_classes"] == 2 and settings["rank"] == 2
 
 
+def test_loading_undoes_a_merge(tmp_path):
+    model, images = tiny_model().eval(), torch.rand(1, 3, 64, 64)
+    model.save_lora_parameters(tmp_path / "adapter.pth")
+    expected = model(images)["masks"]
+    randomise_updates(model)
+    model.merge()
+    model.load_lora_parameters(tmp_path / "adapter.pth")
+    assert torch.equal(model(images)["masks"], expected)
+
+
 def test_an_adapter_of_a_network_trained_from_scratch_needs_nothing_else(tmp_path):
     model = tiny_model().eval()
     model.train_all_weights()

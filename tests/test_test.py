@@ -16,7 +16,7 @@ from PIL import Image
 from real_data import REAL_DATA, needs_real_data
 
 import train
-from figures import case_panel, choose_slices, overlay
+from figures import case_panel, choose_slices, overlay, write_pages
 from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, score_volume
 from preprocess.prepare import main as prepare
 from report import CaseResult, class_means, format_table, total_means, write_json
@@ -175,6 +175,17 @@ def test_panels_of_empty_constant_and_single_slices(shape: tuple[int, int, int])
     panel = case_panel("a", np.full(shape, 0.5), empty, empty, 3, spacing=(2.0, 1.0, 1.0))
     assert panel.slices == (shape[0] // 2,) and panel.truth[0].shape == (8, 9, 3)
     assert len(np.unique(panel.truth[0])) == 1
+
+
+def test_a_case_without_foreground_is_reported(tmp_path: Path):
+    empty = np.zeros((2, 8, 8), dtype=np.uint8)
+    result = CaseResult("a", score_volume(empty, empty, 2))
+    assert total_means([result])["dsc"] is None
+    assert "-" in format_table([result], ["liver", "spleen"])
+    panel = case_panel("a", empty.astype(np.float32), empty, empty, 2)
+    pages = write_pages(tmp_path, [panel] * 7, [result] * 7, ["liver", "spleen"])
+    names = ["dsc_per_organ.png", "overlays_1.png", "overlays_2.png"]
+    assert [page.name for page in pages] == names and all(page.is_file() for page in pages)
 
 
 def test_panels_show_labels_and_stand_upright():

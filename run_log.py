@@ -31,6 +31,7 @@ class RunLog:
         self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.waiting: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
         self.last_loss = math.nan
+        self.epoch_losses: list[float] = []
 
     def step(self, facts: dict[str, Any], terms: dict[str, torch.Tensor]) -> None:
         """Note one step: plain facts (step, epoch, lr) and scalars still on the device."""
@@ -52,6 +53,7 @@ class RunLog:
         values = torch.stack(on_device).view(-1, len(names)).tolist()
         for (facts, _), row in zip(waiting, values, strict=True):
             scalars = dict(zip(names, row, strict=True))
+            self.epoch_losses.append(scalars["loss"])
             self.write(facts | scalars)
             for name, value in [("lr", facts["lr"]), *scalars.items()]:
                 self.writer.add_scalar(f"info/{name}", value, facts["step"])
@@ -60,8 +62,16 @@ class RunLog:
                     f"the loss is {scalars['loss']} at step {facts['step']}; lower --base_lr or "
                     "lengthen --warmup_period"
                 )
-        self.last_loss = values[-1][names.index("loss")]
+        self.last_loss = self.epoch_losses[-1]
         self.metrics.flush()
+
+    def end_epoch(self, epoch: int, step: int, seconds: float) -> float:
+        """Write one line about the epoch; returns the mean loss of its steps."""
+        self.flush()
+        loss = sum(self.epoch_losses) / len(self.epoch_losses)
+        self.epoch_losses.clear()
+        self.write({"epoch": epoch, "step": step, "mean_loss": loss, "seconds": seconds})
+        return loss
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

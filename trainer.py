@@ -240,10 +240,9 @@ def trainer_synapse(
                 bar.set_postfix(epoch=epoch, loss=f"{log.last_loss:.4f}", refresh=False)
                 if step >= last_step:
                     break
-            log.flush()
             seconds = time.perf_counter() - started
-            log.write({"epoch": epoch, "step": step, "seconds": seconds})
-            logging.info("epoch %d: loss %.4f, %.0f s", epoch, log.last_loss, seconds)
+            loss = log.end_epoch(epoch, step, seconds)
+            logging.info("epoch %d: mean loss %.4f, %.0f s", epoch, loss, seconds)
             if (epoch + 1) % SAVE_EVERY == 0 or step >= last_step:
                 path = folder / f"epoch_{epoch}.pth"
                 unwrap(model).save_lora_parameters(path, settings=adapter_settings(args))

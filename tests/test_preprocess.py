@@ -381,7 +381,7 @@ def test_bad_folders(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     (raw / "label").rmdir()
     add_case(raw, 5)
     (tmp_path / "file").touch()
-    assert_refused(raw, tmp_path / "file", capfd, "cannot make --output")
+    assert_refused(raw, tmp_path / "file", capfd, "pass another --output")
 
     foreign = output / "train_npz" / "case0005_slice009.npz"
     foreign.parent.mkdir(parents=True)

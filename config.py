@@ -42,7 +42,8 @@ def train_parser() -> argparse.ArgumentParser:
         "  python train.py --root_path data/Synapse --output output --warmup --AdamW\n"
         "Without base weights, on a CPU:\n"
         "  python train.py --root_path data/Synapse --vit_name vit_tiny --ckpt none "
-        "--img_size 224 \\\n      --batch_size 8 --n_gpu 1 --base_lr 3e-4 --warmup --AdamW",
+        "--img_size 224 \\\n      --batch_size 8 --n_gpu 1 --base_lr 3e-4 --clip_grad 0.5 "
+        "--warmup --AdamW",
         formatter_class=HelpFormatter,
     )
     data = parser.add_argument_group("data")

@@ -10,7 +10,7 @@ import torch
 
 from config import parse_args, train_parser
 from datasets.dataset_synapse import Synapse_dataset
-from run_folder import make_run_folder, save_config
+from run_folder import SCRATCH, make_run_folder, save_config
 from run_log import start_logging
 from safe_io import atomic_path, exit_on_bad_input
 from trainer import trainer_synapse
@@ -37,6 +37,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logging.info("%s: %s parameters, %s of them train", folder, f"{total:,}", f"{trainable:,}")
+
+    if args.ckpt == SCRATCH and args.base_lr >= 1e-3 and args.clip_grad is None:
+        logging.warning(
+            "from scratch, --base_lr %g has been seen to collapse to background; "
+            "3e-4 to 1e-3 with --warmup --AdamW --clip_grad 0.5 learns",
+            args.base_lr,
+        )
 
     trainer_synapse(args, model, folder, args.num_classes > 1, low_res, dataset=dataset)
     logging.info("test it: python test.py --config %s --volume_path …", folder / "config.json")

@@ -233,7 +233,7 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
             return {key: file[key][()] for key in ("image", "label")}
     except InputError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except Exception as error:  # on damaged bytes the parser raises nearly anything
         raise InputError(
             f"{path} is not a readable h5 file ({error}); run preprocess again"
         ) from None

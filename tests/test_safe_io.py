@@ -1,0 +1,95 @@
+"""Damaged files are an `InputError`, whatever their bytes; what is written is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from adapter_file import read_adapter
+from datasets.dataset_synapse import Synapse_dataset
+from safe_io import InputError, atomic_path, load_arrays, safe_name
+
+ROUNDS = 150
+
+
+def write_pth(path: Path) -> None:
+    state = {"w_a_000": torch.zeros(4, 8), "samed_settings": {"rank": 4, "class_names": ["a"]}}
+    torch.save(state, path)
+
+
+def write_old_pth(path: Path) -> None:
+    torch.save({"w_a_000": torch.zeros(4, 8)}, path, _use_new_zipfile_serialization=False)
+
+
+def write_npz(path: Path) -> None:
+    np.savez(path, image=np.random.default_rng(0).random((8, 8)), label=np.zeros((8, 8)))
+
+
+def write_h5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["image"] = np.random.default_rng(0).random((2, 8, 8), dtype=np.float32)
+        file["label"] = np.zeros((2, 8, 8), dtype=np.uint8)
+
+
+def read_slice(path: Path) -> None:
+    load_arrays(path, ("image", "label"))
+
+
+def read_volume_file(path: Path) -> None:
+    (path.parent / "test_vol.txt").write_text("damaged\n")
+    Synapse_dataset(path.parent, path.parent, "test_vol").check()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "write", "read"),
+    [
+        ("damaged.pth", write_pth, read_adapter),
+        ("damaged.pth", write_old_pth, read_adapter),
+        ("damaged.npz", write_npz, read_slice),
+        ("damaged.npy.h5", write_h5, read_volume_file),
+    ],
+)
+def test_damaged_bytes_never_cause_another_error(
+    name: str, write: Callable, read: Callable, tmp_path: Path
+):
+    path = tmp_path / name
+    write(path)
+    read(path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(1)
+    refused = 0
+    for number in range(ROUNDS):
+        damaged = bytearray(whole)
+        if number % 3 == 0:
+            damaged = damaged[: rng.integers(0, len(whole))]
+        for place in rng.integers(0, len(damaged), 4) if damaged else ():
+            damaged[place] = rng.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            read(path)
+        except InputError as error:
+            refused += 1
+            assert "damaged" in str(error) and "\n" not in str(error)
+    assert refused > ROUNDS // 4  # the others hit bytes that do not matter
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/b", "/a", "a\\b"])
+def test_a_name_cannot_leave_its_folder(name: str):
+    with pytest.raises(InputError, match="plain"):
+        safe_name(name, source="list")
+    assert safe_name("case0001_slice000", source="list") == "case0001_slice000"
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

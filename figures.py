@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from datasets.registry import label_colours
-from metrics import FALSE_ORGAN, MISSED
+from metrics import BOTH, FALSE_ORGAN, MISSED
 from report import CaseResult, case_means, class_means, total_means
 from safe_io import atomic_path
 
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 CASES_A_PAGE = 6
 SLICES_A_CASE = 3
 OPACITY = 0.35  # of a label's colour over the image; its outline is opaque
+MARKS = {  # of a case among the scores of an organ, by its outcome
+    BOTH: {"s": 18, "color": "0.15", "alpha": 0.7, "marker": "o", "zorder": 3},
+    MISSED: {"s": 46, "color": "crimson", "marker": "x", "linewidths": 2, "zorder": 4},
+    FALSE_ORGAN: {"s": 46, "color": "black", "marker": "^", "zorder": 4},
+}
 
 
 @dataclass(frozen=True)
@@ -118,62 +123,80 @@ def draw_overlays(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    columns = 2 * SLICES_A_CASE
+    columns = 2 * max(len(panel.slices) for panel in panels)
+    side, heading, name_width = 2.6, 0.6, 0.65 + 0.09 * max(map(len, class_names))  # inches
     heights = [p.truth[0].shape[0] * p.aspect / p.truth[0].shape[1] for p in panels]
-    figure = Figure(figsize=(2.6 * columns, 2.6 * sum(heights) + 0.35 * len(panels) + 0.4))
+    width = side * columns
+    entries = max(1, min(len(class_names), int(width / name_width)))  # in a row of the legend
+    below = 0.25 * -(-len(class_names) // entries) + 0.25
+    height = side * sum(heights) + heading * len(panels) + below
+    figure = Figure(figsize=(width, height))
     grid = figure.subplots(
-        len(panels), columns, squeeze=False, gridspec_kw={"height_ratios": heights}
+        *(len(panels), columns), squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    figure.subplots_adjust(
+        **{"left": 0.05 / width, "right": 1 - 0.05 / width, "wspace": 0.04},
+        **{"bottom": below / height, "top": 1 - heading / height},
+        hspace=heading / (side * np.mean(heights)),
     )
     for row, panel, dsc in zip(grid, panels, means, strict=True):
-        for axes in row:
-            axes.axis("off")
-        for index, number in enumerate(panel.slices):
-            for offset, (name, pictures) in enumerate(
-                (("truth", panel.truth), ("prediction", panel.prediction))
-            ):
-                axes = row[2 * index + offset]
-                axes.imshow(pictures[index], aspect=panel.aspect, interpolation="nearest")
-                axes.set_title(f"slice {number}, {name}", fontsize=9, color="0.3", pad=3)
-        score = "no organ" if dsc is None else f"mean DSC {100 * dsc:.1f} %"
-        row[0].text(
-            *(0.02, 0.97, f"{panel.case}\n{score}"),
-            **{"transform": row[0].transAxes, "va": "top", "color": "white", "fontsize": 10},
-        )
+        draw_case(row, panel, "no organ" if dsc is None else f"mean DSC {100 * dsc:.1f} %")
     colours = label_colours(len(class_names)) / 255
     patches = [Patch(color=colours[i], label=n) for i, n in enumerate(class_names, start=1)]
-    figure.legend(handles=patches, ncols=min(8, len(patches)), loc="lower center", frameon=False)
-    figure.tight_layout(rect=(0, 0.45 / figure.get_figheight(), 1, 1), w_pad=0.3, h_pad=0.5)
+    figure.legend(handles=patches, ncols=entries, loc="lower center", frameon=False)
     return figure
 
 
+def draw_case(row: Sequence[Axes], panel: CasePanel, score: str) -> None:
+    """The slices of one case in a row of axes, its name and score above them."""
+    for axes in row:
+        axes.axis("off")
+    for index, number in enumerate(panel.slices):
+        for offset, (name, pictures) in enumerate(
+            (("truth", panel.truth), ("prediction", panel.prediction))
+        ):
+            axes = row[2 * index + offset]
+            axes.imshow(pictures[index], aspect=panel.aspect, interpolation="nearest")
+            axes.set_title(f"slice {number}, {name}", fontsize=9, color="0.3", pad=3)
+    row[0].annotate(
+        *(f"{panel.case}   {score}", (0, 1)),
+        **{"xycoords": "axes fraction", "xytext": (0, 19), "textcoords": "offset points"},
+        **{"weight": "bold", "fontsize": 11, "annotation_clip": False},
+    )
+
+
 def draw_scores(results: Sequence[CaseResult], class_names: Sequence[str]) -> Figure:
-    """DSC and HD95 of every organ: a bar for the mean, a dot for each case."""
+    """DSC and HD95 of every organ: a bar for the mean, a mark for each case."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.2 * len(class_names) + 3.4, 7.2))
+    crowded = len(class_names) > 10
+    figure = Figure(figsize=(min(14.0, max(8.0, 1.2 * len(class_names) + 3.4)), 7.2))
     upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 2)})
     total = total_means(results)
     in_mm = total["hd95_mm"] is not None
     draw_bars(upper, results, "dsc", 100)
-    upper.set(ylabel="DSC %", ylim=(0, 104))
+    upper.set(ylabel="DSC %", ylim=(0, 102))
     draw_bars(lower, results, "hd95_mm" if in_mm else "hd95_voxels", 1)
     lower.set(ylabel=f"HD95 {'mm' if in_mm else 'voxels'}", ylim=(0, None))
-    for index in range(len(class_names)):
-        outcomes = [result.scores[index].outcome for result in results]
-        for height, outcome in ((9, FALSE_ORGAN), (15, MISSED)):
-            if outcome in outcomes:
-                upper.text(index, height, f"{outcomes.count(outcome)} {outcome}", ha="center")
     mean_dsc = "-" if total["dsc"] is None else f"{100 * total['dsc']:.2f} %"
     cases = "1 case" if len(results) == 1 else f"{len(results)} cases"
-    upper.set_title(f"{cases}, mean DSC {mean_dsc} (a false or missed organ scores 0)", loc="left")
-    lower.set_xticks(range(len(class_names)), [name.replace(" ", "\n") for name in class_names])
-    figure.tight_layout()
+    title = f"{cases}, mean DSC {mean_dsc} (a false or missed organ scores 0)"
+    upper.set_title(title, loc="left", pad=24)
+    shown = [upper.scatter([], [], label=name, **style) for name, style in MARKS.items()]
+    figure.legend(handles=shown, loc="lower center", ncols=len(shown), frameon=False)
+    lower.set_xticks(
+        range(len(class_names)),
+        class_names if crowded else [name.replace(" ", "\n") for name in class_names],
+        **({"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}),
+    )
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     return figure
 
 
 def draw_bars(axes: Axes, results: Sequence[CaseResult], score: str, factor: float) -> None:
-    """The mean of a score per organ as a bar, with every case that defines it as a dot."""
+    """The mean of a score per organ as a bar, with every case that defines it as a mark."""
     colours = label_colours(len(results[0].scores)) / 255
+    spread = np.linspace(-0.25, 0.25, len(results)) if len(results) > 1 else [0.0]
     for index, row in enumerate(class_means(results)):
         if row[score] is None:
             continue
@@ -181,15 +204,17 @@ def draw_bars(axes: Axes, results: Sequence[CaseResult], score: str, factor: flo
         axes.bar(index, height, color=colours[index + 1], alpha=0.55, width=0.7)
         axes.annotate(
             f"{height:.1f}",
-            *((index, 0), (0, 4)),
-            **{"textcoords": "offset points", "ha": "center", "weight": "bold"},
+            (index, 1),
+            **{"xycoords": ("data", "axes fraction"), "ha": "center", "weight": "bold"},
+            **{"xytext": (0, 4), "textcoords": "offset points", "annotation_clip": False},
         )
-        values = [getattr(result.scores[index], score) for result in results]
-        dots = [factor * value for value in values if value is not None]
-        spread = np.linspace(-0.2, 0.2, len(dots)) if len(dots) > 1 else [0.0]
-        axes.scatter(index + np.array(spread), dots, s=16, color="0.15", alpha=0.7, zorder=3)
+        for result, shift in zip(results, spread, strict=True):  # a case keeps its place
+            value, outcome = getattr(result.scores[index], score), result.scores[index].outcome
+            if value is not None:
+                axes.scatter(index + shift, factor * value, clip_on=False, **MARKS[outcome])
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
+    axes.set_xlim(-0.6, len(results[0].scores) - 0.4)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 

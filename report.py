@@ -92,8 +92,10 @@ def format_table(results: Sequence[CaseResult], class_names: Sequence[str]) -> s
     ]
     notes = (
         "HD95: 95th percentile of both directed surface-distance sets pooled, where both masks "
-        "have the organ.\nDSC: a false or missed organ scores 0. samed: the published rules (a "
-        "false organ scores DSC 1,\na missed one HD95 0, in voxels)."
+        "have the organ.\n-: not defined; in mm, also where the spacing is unknown (such cases are "
+        "left out of mm means).\nDSC: a false or missed organ scores 0, an absent one is left "
+        "out.\nsamed: the published rules, in voxels: a false organ scores DSC 1 and HD95 0, a "
+        "missed or absent one 0 and 0."
     )
     return f"{_align(per_class)}\n\n{_align(per_case)}\n\n{notes}"
 

@@ -101,7 +101,9 @@ class Focal_loss(nn.Module):
         size_average: bool = True,
     ) -> None:
         super().__init__()
-        weights = [alpha, *[1 - alpha] * (num_classes - 1)] if isinstance(alpha, float) else alpha
+        weights = (
+            [alpha, *[1 - alpha] * (num_classes - 1)] if isinstance(alpha, int | float) else alpha
+        )
         if len(weights) != num_classes:
             raise ValueError(f"alpha has {len(weights)} weights for {num_classes} classes")
         self.register_buffer("alpha", torch.tensor(weights, dtype=torch.float32))

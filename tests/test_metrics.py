@@ -7,7 +7,7 @@ import pytest
 from medpy.metric import binary
 from scipy import ndimage
 
-from metrics import mean, score_class
+from metrics import ABSENT, FALSE_ORGAN, MISSED, confusion, mean, score_volume
 
 SPACING = (3.0, 0.7, 0.8)
 
@@ -25,29 +25,63 @@ def test_scores_equal_medpy(seed: int, shape: tuple[int, ...]):
     prediction, label = blob(rng, shape, 0.1), blob(rng, shape, 0.2)
     prediction |= rng.random(shape) < 0.01  # scattered false positives
     spacing = SPACING[-len(shape) :]
-    score = score_class(prediction, label, spacing)
+    score = score_volume(prediction, label, 1, spacing)[0]
     assert score.dsc == pytest.approx(binary.dc(prediction, label), abs=1e-12)
     assert score.hd95_voxels == pytest.approx(binary.hd95(prediction, label), abs=1e-9)
     assert score.hd95_mm == pytest.approx(binary.hd95(prediction, label, spacing), abs=1e-9)
     assert score.assd_mm == pytest.approx(binary.assd(prediction, label, spacing), abs=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shape", [(9, 21, 17), (1, 20, 20), (7, 1, 30), (15, 22)])
+def test_all_classes_at_once_equal_medpy_class_by_class(seed: int, shape: tuple[int, ...]):
+    """Touching classes, stray voxels, a class in neither mask, and one in either alone."""
+    rng = np.random.default_rng(seed)
+    field = ndimage.gaussian_filter(rng.standard_normal((2, *shape)), (0, *[1.5] * len(shape)))
+    prediction, label = (np.digitize(f, np.quantile(f, [0.6, 0.75, 0.9])) for f in field)
+    prediction, label = prediction.astype(np.uint8), label.astype(np.uint8)
+    prediction[rng.random(shape) < 0.02] = 1
+    prediction[(0,) * len(shape)], label[(-1,) * len(shape)] = 5, 6
+    scores = score_volume(prediction, label, 6, SPACING[-len(shape) :])
+    for index in (1, 2, 3):
+        masks = prediction == index, label == index
+        assert scores[index - 1].dsc == pytest.approx(binary.dc(*masks), abs=1e-12)
+        assert scores[index - 1].hd95_voxels == pytest.approx(binary.hd95(*masks), abs=1e-9)
+        mm = binary.assd(*masks, SPACING[-len(shape) :])
+        assert scores[index - 1].assd_mm == pytest.approx(mm, abs=1e-9)
+    assert [score.outcome for score in scores[3:]] == [ABSENT, FALSE_ORGAN, MISSED]
+
+
+def test_empty_volumes_have_no_class():
+    empty = np.zeros((3, 4, 5), dtype=np.uint8)
+    assert [score.outcome for score in score_volume(empty, empty, 2, SPACING)] == [ABSENT] * 2
+
+
+def test_confusion_counts_every_voxel_once():
+    rng = np.random.default_rng(0)
+    prediction, label = rng.integers(0, 5, (2, 6, 7, 8), dtype=np.uint8)
+    counts = confusion(prediction, label, 3)  # 4 is beyond and counts as background
+    assert counts.sum() == prediction.size
+    assert counts[2, 3] == np.count_nonzero((prediction == 2) & (label == 3))
+    assert counts[0, 1] == np.count_nonzero(np.isin(prediction, (0, 4)) & (label == 1))
+
+
 def test_a_mask_that_touches_the_border_has_a_surface_there():
     full = np.ones((3, 4, 5), dtype=bool)
     inner = np.zeros_like(full)
     inner[1, 1:3, 1:4] = True
-    score = score_class(full, inner, SPACING)
+    score = score_volume(full, inner, 1, SPACING)[0]
     assert score.hd95_mm == pytest.approx(binary.hd95(full, inner, SPACING), abs=1e-9)
 
 
 def test_without_spacing_there_are_no_millimetres():
-    score = score_class(np.ones((2, 2, 2)), np.ones((2, 2, 2)))
+    score = score_volume(np.ones((2, 2, 2), bool), np.ones((2, 2, 2), bool), 1)[0]
     assert (score.dsc, score.hd95_voxels, score.hd95_mm, score.assd_mm) == (1, 0, None, None)
 
 
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="differ in shape"):
-        score_class(np.ones((2, 2)), np.ones((2, 3)))
+        score_volume(np.ones((2, 2), bool), np.ones((2, 3), bool), 1)
 
 
 def test_mean_leaves_out_what_is_not_defined():

@@ -15,7 +15,7 @@ from test_datasets import write_volume_h5
 
 import utils
 from adapter_file import read_adapter
-from metrics import FALSE_ORGAN, score_class
+from metrics import FALSE_ORGAN, score_volume
 
 SCRIPTS = Path(__file__).parent / "older_scripts"
 REPOSITORY = SCRIPTS.parent.parent
@@ -73,10 +73,11 @@ def test_calculate_metric_percase_follows_the_original_and_changes_nothing():
 
 def test_honest_scores_do_not_reward_a_false_organ():
     mask, empty = np.ones((2, 3, 3)), np.zeros((2, 3, 3))
-    false = score_class(mask, empty)
+    false = score_volume(mask, empty, 1)[0]
     assert (false.outcome, false.samed_dsc, false.dsc) == (FALSE_ORGAN, 1, 0)
-    assert score_class(empty, empty).dsc is None
-    assert score_class(empty, mask).dsc == 0 and score_class(empty, mask).hd95_voxels is None
+    assert score_volume(empty, empty, 1)[0].dsc is None
+    missed = score_volume(empty, mask, 1)[0]
+    assert missed.dsc == 0 and missed.hd95_voxels is None
 
 
 def test_dice_loss_takes_weights_and_softmax():

@@ -65,6 +65,7 @@ class LoRALinear(nn.Module):
         self.weight = linear.weight  # (out, in)
         self.bias = linear.bias  # (out,)
         self.part_width = linear.out_features // parts
+        self.parts = [str(part) for part in range(parts)]
         self.updates = nn.ModuleDict(
             {str(part): LoRABranch(linear.in_features, self.part_width, rank) for part in updated}
         )
@@ -74,19 +75,27 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
         if self.merged_weight is not None:
             return F.linear(x, self.merged_weight, self.bias)
-        parts = list(F.linear(x, self.weight, self.bias).split(self.part_width, dim=-1))
-        for part, branch in self.updates.items():
-            parts[int(part)] = parts[int(part)] + branch(x)
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        tokens = x.flatten(0, -2)  # (N, in)
+        out = F.linear(tokens, self.weight, self.bias)  # (N, out)
+        down, up = self.low_rank()
+        hidden = F.linear(tokens, down)  # (N, updates · rank)
+        # all updates in one product that adds in place; parts without one get a product with 0
+        return out.addmm_(hidden, up.T.to(hidden.dtype)).unflatten(0, x.shape[:-1])
+
+    def low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All updates as one: (updates · rank, in) and (out, updates · rank)."""
+        updates = dict(self.updates.items())
+        branches = [updates.get(part) for part in self.parts]
+        down = torch.cat([branch.down.weight for branch in branches if branch is not None])
+        nothing = down.new_zeros(self.part_width, 0)
+        up = [nothing if branch is None else branch.up.weight for branch in branches]
+        return down, torch.block_diag(*up)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Add the updates into a copy of the weight: inference at the cost of a plain layer."""
-        merged = self.weight.clone()
-        rows = merged.split(self.part_width)
-        for part, branch in self.updates.items():
-            rows[int(part)].add_(branch.up.weight @ branch.down.weight)
-        self.merged_weight = merged
+        down, up = self.low_rank()
+        self.merged_weight = torch.addmm(self.weight, up, down)
 
     def unmerge(self) -> None:
         """Drop the merged copy; the weight was never touched, so nothing is lost to rounding."""

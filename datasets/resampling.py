@@ -8,11 +8,17 @@ scipy's last coordinate rounds past the edge and the last row and column come ou
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
 import torch
 from scipy import ndimage
+
+BLOCK = 64  # rows or columns: small enough to skip most of a zoom matrix, large enough to be fast
+NEGLIGIBLE = 1e-9  # weights of a zoom matrix, whose rows sum to 1
 
 
 def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -30,9 +36,11 @@ def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     rows, columns = size
     if (height, width) == (rows, columns):
         return images
-    left = zoom_matrix(height, rows, images.device, images.dtype)  # (rows, H)
-    right = zoom_matrix(width, columns, images.device, images.dtype)  # (columns, W)
-    return left @ images @ right.T
+    with _full_float32(images.device):
+        right = zoom_blocks(width, columns, images.device, images.dtype)
+        images = torch.cat([images[..., start:stop] @ block.T for start, stop, block in right], -1)
+        left = zoom_blocks(height, rows, images.device, images.dtype)
+        return torch.cat([block @ images[..., start:stop, :] for start, stop, block in left], -2)
 
 
 def resize_labels(labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -58,18 +66,46 @@ def resize_labels(labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 @lru_cache(maxsize=256)
-def zoom_matrix(
+def zoom_blocks(
     source: int, target: int, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:  # (target, source)
-    """The matrix of a one-dimensional order-3 zoom: column j is the zoomed j-th unit vector."""
-    return torch.from_numpy(_zoom_matrix(source, target)).to(device, dtype)
+) -> list[tuple[int, int, torch.Tensor]]:  # (start, stop, (rows, stop - start))
+    """The matrix of a one-dimensional order-3 zoom, cut into blocks of its rows.
+
+    A spline's weights fall by a factor of four from sample to sample, so each block needs only
+    the columns `start`…`stop`; what lies outside is too small to change a float32. On a GPU one
+    product of the whole matrix is faster than several small ones.
+    """
+    matrix = zoom_matrix(source, target)
+    count = 1 if device.type == "cuda" else math.ceil(max(source, target) / BLOCK)
+    blocks = []
+    for rows in np.array_split(matrix, min(count, target)):
+        used = np.flatnonzero(np.abs(rows).max(axis=0) > NEGLIGIBLE)
+        start, stop = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 1)
+        block = torch.from_numpy(rows[:, start:stop].copy())
+        blocks.append((start, stop, block.to(device, dtype)))
+    return blocks
 
 
 @lru_cache(maxsize=64)
-def _zoom_matrix(source: int, target: int) -> np.ndarray:  # (target, source), float64
+def zoom_matrix(source: int, target: int) -> np.ndarray:  # (target, source), float64
+    """The matrix of a one-dimensional order-3 zoom: column j is the zoomed j-th unit vector."""
     units = np.eye(source)
     factor = target / source
     return np.stack([ndimage.zoom(unit, factor, order=3) for unit in units], axis=1)
+
+
+@contextlib.contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    """No TF32 in here, whatever the network runs with: it would round slices to 10 bits."""
+    if device.type != "cuda":
+        yield
+        return
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 @lru_cache(maxsize=256)

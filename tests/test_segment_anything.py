@@ -3,41 +3,87 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import tiny_sam
+from conftest import randomise_updates, tiny_model, tiny_sam
+from golden_rule import MODULES
 
+from benchmarks.plain import PlainAttention, plain_copy
 from safe_io import InputError, MissingFileError
 from segment_anything import ENCODERS, Sam, SamPredictor, sam_model_registry
-from segment_anything.modeling.image_encoder import Attention, offsets, partition, unpartition
+from segment_anything.modeling import relative_attention
+from segment_anything.modeling.relative_attention import Attention
+from trainer import freeze_unreached
+
+PLAIN_GRIDS = [  # grid, window
+    (14, None),
+    (1, None),  # one token
+    (14, 14),  # one whole window
+    (28, 14),  # whole windows
+    (5, 14),  # one window, mostly padding
+    (16, 7),
+    (15, 14),  # windows of one row and one column
+]
 
 
-@pytest.mark.parametrize(("height", "width"), [(14, 14), (5, 9), (16, 30)])
-def test_windowed_attention_equals_the_plain_form(height: int, width: int):
-    """Zero-pad, cut, project everything, materialise the attention: what SAM writes down."""
-    window, heads = 14, 3
-    layer = Attention(12, heads, grid=32, window=window).double()
+@pytest.mark.parametrize("grads", [True, False])
+@pytest.mark.parametrize(("grid", "window"), PLAIN_GRIDS)
+def test_attention_equals_the_plain_form(
+    grid: int, window: int | None, grads: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Folded with gradients, in chunks without: what SAM writes down, and its gradients."""
+    monkeypatch.setattr(relative_attention, "CHUNK", 3 * min(grid, window or grid) ** 4 // 2)
+    layer = Attention(12, 3, grid, window).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    x = torch.randn(2, height, width, 12, dtype=torch.double)
-    padded = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
-    windows = partition(padded, window)
-    q, k, v = (
-        part.flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2)
-        for part in layer.qkv(windows).chunk(3, dim=-1)
-    )
-    logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-    grid = q.unflatten(2, (window, window))
-    rows = torch.einsum("nahwd,hkd->nahwk", grid, offsets(layer.rel_pos_h, window))
-    columns = torch.einsum("nahwd,wkd->nahwk", grid, offsets(layer.rel_pos_w, window))
-    logits = logits.unflatten(2, (window, window)).unflatten(4, (window, window))
-    logits = (logits + rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
-    out = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2).unflatten(1, (window, window))
-    expected = unpartition(layer.proj(out), window, padded.shape[1:3])[:, :height, :width]
-    assert torch.allclose(layer(x), expected, atol=1e-12)
+    x = torch.randn(2, grid, grid, 12, dtype=torch.double, requires_grad=grads)
+    weights = torch.randn(2, grid, grid, 12, dtype=torch.double)
+    with torch.set_grad_enabled(grads):
+        found, expected = layer(x), PlainAttention(layer)(x)
+    assert torch.allclose(found, expected, atol=1e-12)
+    if grads:
+        inputs = [x, *layer.parameters()]
+        pairs = zip(
+            torch.autograd.grad((found * weights).sum(), inputs),
+            torch.autograd.grad((expected * weights).sum(), inputs),
+            strict=True,
+        )
+        assert all(torch.allclose(fast, plain, atol=1e-10) for fast, plain in pairs)
+
+
+@pytest.mark.parametrize("variant", ["encoder", "encoder_decoder"])
+def test_the_network_and_its_gradients_equal_the_plain_form(variant: str):
+    model = import_module(MODULES[variant]).LoRA_Sam(tiny_sam(image_size=240), 2)
+    randomise_updates(model)
+    freeze_unreached(model)
+    images = torch.rand(2, 3, 240, 240)
+    plain = plain_copy(model)
+    gradients = []
+    for network in (model, plain):
+        outputs = network(images)
+        outputs["low_res_logits"].square().mean().backward()
+        gradients.append((outputs, [p.grad for p in network.parameters() if p.requires_grad]))
+    (fast, fast_grads), (slow, slow_grads) = gradients
+    assert torch.allclose(fast["masks"], slow["masks"], atol=1e-4)
+    for one, other in zip(fast_grads, slow_grads, strict=True):
+        assert torch.allclose(one, other, atol=1e-3 * float(other.abs().max()) + 1e-9)
+    model.merge()
+    with torch.inference_mode():
+        assert torch.allclose(model(images)["masks"], slow["masks"], atol=1e-4)
+
+
+def test_checkpointed_blocks_give_the_same_gradients():
+    model, images = tiny_model(), torch.rand(2, 3, 64, 64)
+    gradients = []
+    for checkpointed in (False, True):
+        model.sam.image_encoder.checkpoint_blocks = checkpointed
+        model.zero_grad()
+        model(images, full_size_masks=False)["low_res_logits"].square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 def test_a_batch_equals_its_images_one_by_one():

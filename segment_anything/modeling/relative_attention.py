@@ -1,0 +1,171 @@
+"""Attention of SAM's image encoder: decomposed relative positions, whole image or windows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CHUNK = 1 << 21  # attention logits that a CPU works on at once, to keep them in its cache
+
+
+class Attention(nn.Module):
+    """Multi-head attention with decomposed relative positions, global or in windows.
+
+    SAM pads the token grid with zeros to whole windows *before* projecting it, so its padding
+    tokens are keys and values too, each equal to the projection of zero. Here one zero token is
+    projected with the real ones and put wherever padding stands: the same numbers.
+
+    Args:
+        width: C, channels.
+        grid: side of the token grid.
+        window: side of the windows; None: attend over the whole grid.
+    """
+
+    def __init__(self, width: int, heads: int, grid: int, window: int | None) -> None:
+        super().__init__()
+        self.heads = heads
+        # a grid of one whole window needs no cutting
+        self.window = None if window == grid else window
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        side = window or grid
+        head_width = width // heads
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, head_width))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, head_width))
+        if self.window is not None:
+            indices = window_indices(grid, self.window)
+            for name, index in zip(("token_of", "place_of", "padding"), indices, strict=True):
+                self.register_buffer(name, index, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
+        if self.window is None:
+            return self.proj(self.attend(self.qkv(x)))
+        tokens = F.pad(x.flatten(1, 2), (0, 0, 0, 1))  # (B, H·W + 1, C), the last one zero
+        qkv = CutWindows.apply(self.qkv(tokens), self.token_of, self.place_of, self.padding)
+        qkv = qkv.view(-1, self.window, self.window, qkv.shape[-1])  # (B · windows, w, w, 3C)
+        return self.proj(join_windows(self.attend(qkv), x.shape[1:3]))
+
+    def attend(self, qkv: torch.Tensor) -> torch.Tensor:  # (N, H, W, 3C) -> (N, H, W, C)
+        """Softmax attention of every token of a grid with every other."""
+        count, height, width, _ = qkv.shape
+        q, k, v = qkv.view(count, height * width, 3, self.heads, -1).unbind(2)  # (N, H·W, heads, d)
+        # how much each query favours each row and column of keys: q times the offset's embedding,
+        # not scaled, as SAM scales only the content term
+        grid = q.unflatten(1, (height, width))
+        rows = torch.einsum("nhwad,hkd->nahwk", grid, offsets(self.rel_pos_h, height))
+        columns = torch.einsum("nhwad,wkd->nahwk", grid, offsets(self.rel_pos_w, width))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (N, heads, H·W, d)
+        # measured, see docs/benchmarks.md: folded attention trains in less time and memory and
+        # needs no mask, so that flash kernels take it; added in chunks suits inference on a CPU
+        fold = torch.is_grad_enabled() or qkv.is_cuda
+        out = (folded_attention if fold else biased_attention)(q, k, v, rows, columns)
+        return out.transpose(1, 2).reshape(count, height, width, -1)
+
+
+def folded_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """Attention whose relative positions are extra channels of the queries and keys.
+
+    A key's extra channels are 1 at its own row and column and 0 elsewhere, so the product of query
+    and key gains exactly the two terms, and no bias of H·W × H·W is ever made.
+
+    Args:
+        q, k, v: (N, heads, H·W, d).
+        rows: (N, heads, H, W, H), added to the logits of all keys of a row.
+        columns: (N, heads, H, W, W), likewise of a column.
+
+    Returns:
+        (N, heads, H·W, d).
+    """
+    height, width, depth = rows.shape[-1], columns.shape[-1], q.shape[-1]
+    terms = torch.cat([rows, columns], dim=-1).flatten(2, 3)  # (N, heads, H·W, H + W)
+    place = torch.cat(
+        [
+            torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, dim=0),
+            torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1),
+        ],
+        dim=-1,
+    )  # (H·W, H + W)
+    q = torch.cat([q, terms * math.sqrt(depth)], dim=-1)  # the scale is for the content alone
+    k = torch.cat([k, place.expand(*k.shape[:2], -1, -1)], dim=-1)
+    v = F.pad(v, (0, height + width))  # fused kernels want queries, keys and values of one width
+    return F.scaled_dot_product_attention(q, k, v, scale=depth**-0.5)[..., :depth]
+
+
+def biased_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """As `folded_attention`, the relative positions added as a bias, chunk by chunk."""
+    count, heads, length, _ = q.shape
+    rows, columns = rows.contiguous(), columns.contiguous()  # so that the bias comes out so too
+    out = torch.empty_like(v)
+    images = min(count, max(1, CHUNK // length**2))
+    together = max(1, CHUNK // (images * length**2))
+    for image, head in itertools.product(range(0, count, images), range(0, heads, together)):
+        part = (slice(image, image + images), slice(head, head + together))
+        bias = rows[part][..., :, None] + columns[part][..., None, :]  # (N, heads, H, W, H, W)
+        bias = bias.flatten(4, 5).flatten(2, 3)
+        out[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], attn_mask=bias)
+    return out
+
+
+def offsets(rel_pos: torch.Tensor, side: int) -> torch.Tensor:  # (2·side - 1, d) -> (side, side, d)
+    """Entry (i, j) is the embedding of the offset i - j between query i and key j."""
+    position = torch.arange(side, device=rel_pos.device)
+    return rel_pos[position[:, None] - position[None, :] + side - 1]
+
+
+def window_indices(
+    grid: int, window: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # int64
+    """Where tokens stand when a grid × grid of them is padded and cut into windows.
+
+    Returns:
+        The token of each place, windows in row-major order, grid² for padding; the place of each
+        token; the places of padding.
+    """
+    windows = -(-grid // window)
+    padded = torch.full((windows * window, windows * window), grid**2)
+    padded[:grid, :grid] = torch.arange(grid**2).view(grid, grid)
+    cut = padded.view(windows, window, windows, window).transpose(1, 2).flatten()
+    order = cut.argsort(stable=True)  # the padding comes last
+    return cut, order[: grid**2].contiguous(), order[grid**2 :].contiguous()
+
+
+class CutWindows(torch.autograd.Function):
+    """Tokens (B, T, C) to places (B, P, C) by index, the last token standing for all padding.
+
+    Every other token has one place, so its gradient is a plain look-up: that of `index_select`
+    would add rows up one by one, slowly, and on a GPU in another order every time.
+    """
+
+    @staticmethod
+    def forward(
+        tokens: torch.Tensor, token_of: torch.Tensor, place_of: torch.Tensor, padding: torch.Tensor
+    ) -> torch.Tensor:
+        return tokens.index_select(1, token_of)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        place_of, padding = ctx.saved_tensors
+        real = gradient.index_select(1, place_of)
+        zero = gradient.index_select(1, padding).sum(1, keepdim=True)
+        return torch.cat([real, zero], dim=1), None, None, None
+
+
+def join_windows(windows: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B · windows, w, w, C) to the grid (B, H, W, C) of `size`, without the padding."""
+    side = windows.shape[1]
+    height, width = size
+    rows, columns = -(-height // side), -(-width // side)
+    x = windows.unflatten(0, (-1, rows, columns))  # (B, rows, columns, w, w, C)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]

@@ -76,11 +76,14 @@ def train_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--no_augment", action="store_true", help="train on the slices as they are")
 
     speed = parser.add_argument_group("speed")
-    speed.add_argument(
-        "--use_amp", action="store_true", help="bf16 where the device has it, else scaled fp16"
-    )
-    speed.add_argument("--tf32", action="store_true", help="TF32 matrix products on NVIDIA GPUs")
+    _add_precision_flags(speed)
     speed.add_argument("--compile", action="store_true", help="torch.compile; pays on a GPU")
+    speed.add_argument(
+        "--checkpoint_blocks",
+        action="store_true",
+        help="keep less of the encoder for the gradient and compute it again: same numbers, "
+        "less memory, more time",
+    )
     parser.add_argument_group("logging").add_argument(
         "--log_every", type=int, default=20, help="steps between writes of the scalars"
     )
@@ -118,7 +121,9 @@ def test_parser() -> argparse.ArgumentParser:
         default=224,
         help="slices are brought to this size first, as the training slices were",
     )
-    network.add_argument("--batch_size", type=int, default=12, help="slices at once")
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--batch_size", type=int, default=12, help="slices at once")
+    _add_precision_flags(speed)
     return parser
 
 
@@ -155,6 +160,13 @@ def _add_network_flags(group: argparse._ArgumentGroup) -> None:
         "--deterministic", type=int, default=1, choices=(0, 1), help="repeatable GPU kernels"
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def _add_precision_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--use_amp", action="store_true", help="bf16 where the device has it, else fp16"
+    )
+    group.add_argument("--tf32", action="store_true", help="TF32 matrix products on NVIDIA GPUs")
 
 
 def parse_args(

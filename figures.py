@@ -78,9 +78,9 @@ def choose_slices(label: np.ndarray) -> tuple[int, ...]:  # (D, H, W) -> ascendi
     filled = np.flatnonzero(foreground)
     if not filled.size:
         return (len(label) // 2,)
-    classes = np.array([len(np.unique(plane)) for plane in label])
     thirds = np.array_split(filled, min(SLICES_A_CASE, filled.size))
     parts = [part[len(part) // 4 : len(part) - len(part) // 4] for part in thirds]
+    classes = {index: np.count_nonzero(np.bincount(label[index].ravel())) for index in filled}
     return tuple(int(max(part, key=lambda i: (classes[i], foreground[i]))) for part in parts)
 
 

@@ -20,6 +20,7 @@ def predict_volume(
     image_size: tuple[int, int],
     batch_size: int = 12,
     multimask_output: bool = True,
+    amp_dtype: torch.dtype | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Label every slice of a volume, as SAMed's evaluation does.
@@ -27,12 +28,14 @@ def predict_volume(
     A slice goes by cubic zoom to `input_size`, the size of the training slices, and from there to
     `image_size`; the class of the largest logit at that size goes back by nearest neighbour.
     Network and resizing run on the network's device, `batch_size` slices at a time; only the
-    labels come back.
+    labels come back, all at once, so that a GPU never waits for the host between batches.
 
     Args:
         net: called as ``net(images, multimask_output, S)``, returns a dict with `masks`.
         volume: (D, H, W) float, about [0, 1].
         input_size, image_size: (rows, columns).
+        amp_dtype: the network computes in it by autocast; None: in its own dtype. The resizing
+            is always in float32.
         progress: called with the number of slices just done.
 
     Returns:
@@ -40,13 +43,16 @@ def predict_volume(
     """
     device = next(net.parameters()).device
     volume = torch.as_tensor(volume)
-    labels = torch.empty(volume.shape, dtype=torch.uint8)
+    labels = torch.empty(volume.shape, dtype=torch.uint8, device=device)
+    autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
     for start in range(0, len(volume), batch_size):
         slices = volume[start : start + batch_size].to(device, torch.float32)  # (B, H, W)
         images = resize_images(resize_images(slices, input_size), image_size)
-        outputs = net(images[:, None].expand(-1, 3, -1, -1), multimask_output, image_size[0])
-        classes = outputs["masks"].argmax(dim=1).to(torch.uint8)  # (B, S, S)
-        labels[start : start + batch_size] = resize_labels(classes, tuple(volume.shape[1:])).cpu()
+        with autocast:
+            outputs = net(images[:, None].expand(-1, 3, -1, -1), multimask_output, image_size[0])
+        # as argmax, the first of equal ones too, and six times faster on a CPU
+        classes = outputs["masks"].max(dim=1).indices.to(torch.uint8)  # (B, S, S)
+        labels[start : start + batch_size] = resize_labels(classes, tuple(volume.shape[1:]))
         if progress is not None:
             progress(len(slices))
-    return labels.numpy()
+    return labels.cpu().numpy()

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -18,8 +23,17 @@ from metrics import score_volume
 from report import CaseResult, format_table, write_csv, write_json
 from run_log import start_logging
 from safe_io import exit_on_bad_input, make_folder
-from utils import build_model, choose_device, environment, seed_everything
+from utils import (
+    allow_tf32,
+    amp_dtype,
+    build_model,
+    choose_device,
+    environment,
+    seed_everything,
+)
 from volumes import Geometry, write_volume
+
+FINISHERS = min(4, os.cpu_count() or 1)  # volumes that are scored and written at a time
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(test_parser(), argv)
     device = choose_device(args.device)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
+    allow_tf32(args.tf32)
 
     dataset = Synapse_dataset(
         args.volume_path, args.list_dir, "test_vol", num_classes=args.num_classes
@@ -40,9 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     start_logging(folder / "log.txt")
     logging.info("%d volumes of %s, on %s", len(dataset), dataset.list_path, device)
     results, panels = [], []
-    for index in tqdm(range(len(dataset)), desc="testing", unit="volume", disable=None):
-        sample = dataset[index]
-        result, panel = test_case(args, model, sample, dataset.geometry(index), folder)
+    for result, panel in tqdm(
+        test_cases(args, model, dataset, folder),
+        total=len(dataset),
+        desc="testing",
+        unit="volume",
+        disable=None,
+    ):
         results.append(result)
         panels.append(panel)
 
@@ -56,26 +75,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.info("written in %s: %s", folder, written)
 
 
-def test_case(
+def test_cases(
+    args: argparse.Namespace, model: torch.nn.Module, dataset: Synapse_dataset, folder: Path
+) -> Iterator[tuple[CaseResult, CasePanel]]:
+    """Segment one volume while the next is read and earlier ones are scored and written.
+
+    At most `FINISHERS` volumes wait, so that memory does not grow with their number.
+    """
+    dtype = amp_dtype(next(model.parameters()).device) if args.use_amp else None
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(FINISHERS) as finishers:
+        waiting: deque[Future[tuple[CaseResult, CasePanel]]] = deque()
+        coming = reader.submit(dataset.__getitem__, 0)
+        for index in range(len(dataset)):
+            sample = coming.result()
+            if index + 1 < len(dataset):
+                coming = reader.submit(dataset.__getitem__, index + 1)
+            prediction = predict_volume(
+                model,
+                sample["image"],
+                input_size=(args.input_size, args.input_size),
+                image_size=(args.img_size, args.img_size),
+                batch_size=args.batch_size,
+                amp_dtype=dtype,
+            )
+            geometry = dataset.geometry(index)
+            waiting.append(
+                finishers.submit(finish_case, args, sample, prediction, geometry, folder)
+            )
+            if len(waiting) > FINISHERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def finish_case(
     args: argparse.Namespace,
-    model: torch.nn.Module,
-    sample: dict[str, object],
+    sample: dict[str, Any],
+    prediction: np.ndarray,
     geometry: dict[str, tuple[float, ...]] | None,
     folder: Path,
 ) -> tuple[CaseResult, CasePanel]:
-    """Segment and score one volume, and write it as NIfTI if asked."""
+    """Score one segmented volume (D, H, W), and write it as NIfTI if asked."""
     case, image, label = sample["case_name"], sample["image"], sample["label"]  # (D, H, W)
     if image.shape[1] != image.shape[2]:
         logging.info("%s: slices of %d×%d are squashed to a square", case, *image.shape[1:])
     if not label.any():
         logging.info("%s: the label has no foreground", case)
-    prediction = predict_volume(
-        model,
-        image,
-        input_size=(args.input_size, args.input_size),
-        image_size=(args.img_size, args.img_size),
-        batch_size=args.batch_size,
-    )
     placed = Geometry(**geometry) if geometry else None
     spacing = placed.voxel_spacing if placed else None
     if args.is_savenii:

@@ -6,15 +6,13 @@ import json
 import logging
 from collections.abc import Sequence
 
-import torch
-
 from config import parse_args, train_parser
 from datasets.dataset_synapse import Synapse_dataset
 from run_folder import SCRATCH, make_run_folder, save_config
 from run_log import start_logging
 from safe_io import atomic_path, exit_on_bad_input
 from trainer import trainer_synapse
-from utils import build_model, choose_device, environment, seed_everything
+from utils import allow_tf32, build_model, choose_device, environment, seed_everything
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,8 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(train_parser(), argv)
     device = choose_device(args.device)
     seed_everything(args.seed, deterministic=bool(args.deterministic))
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    torch.backends.cudnn.allow_tf32 = args.tf32
+    allow_tf32(args.tf32)
 
     dataset = Synapse_dataset(args.root_path, args.list_dir, "train", num_classes=args.num_classes)
     dataset.check()

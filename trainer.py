@@ -23,7 +23,7 @@ from datasets.augmentation import Augmentation, draw_augmentation, keyed_rng, pr
 from datasets.dataset_synapse import Synapse_dataset
 from losses import SegmentationLoss
 from run_log import RunLog
-from utils import unwrap
+from utils import amp_dtype, unwrap
 
 SAVE_EVERY = 20  # epochs; epoch_159.pth is the published adapter
 PICTURES_EVERY = 200  # steps
@@ -95,13 +95,6 @@ def collate_slices(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         arrays = [torch.from_numpy(array) for array in batch[key]]
         batch[key] = torch.stack(arrays) if len({a.shape for a in arrays}) == 1 else arrays
     return batch
-
-
-def amp_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the device has it; fp16, with scaled gradients, on older GPUs."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
 
 
 def training_step(
@@ -191,12 +184,13 @@ def trainer_synapse(
         )
         dataset.check()
     freeze_unreached(model)
+    unwrap(model).sam.image_encoder.checkpoint_blocks = args.checkpoint_blocks
 
     loader = make_loader(dataset, args, device)
     criterion = SegmentationLoss(args.num_classes + 1, args.dice_param)
     optimizer = make_optimizer(model, adamw=args.AdamW, base_lr=args.base_lr)
     network = torch.compile(model) if args.compile else model
-    dtype = amp_dtype(device) if args.use_amp else torch.float32
+    dtype = amp_dtype(device) if args.use_amp else None
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
 
     max_iterations = args.max_epochs * len(loader)  # of the schedule
@@ -204,7 +198,15 @@ def trainer_synapse(
     last_step = min(epochs * len(loader), args.max_iterations or math.inf)
     logging.info(
         "%d slices, %d steps an epoch of %d × %d slices, %d steps in all, on %s in %s",
-        *(len(dataset), len(loader), args.batch_size, args.n_gpu, last_step, device, dtype),
+        *(
+            len(dataset),
+            len(loader),
+            args.batch_size,
+            args.n_gpu,
+            last_step,
+            device,
+            dtype or "full precision",
+        ),
     )
     model.train()
     step = 0

@@ -30,6 +30,8 @@ from volumes import Geometry, write_volume
 __all__ = [
     "DiceLoss",
     "Focal_loss",
+    "allow_tf32",
+    "amp_dtype",
     "build_model",
     "calculate_metric_percase",
     "choose_device",
@@ -66,6 +68,19 @@ def choose_device(name: str) -> torch.device:
         count = torch.cuda.device_count()
         raise InputError(f"--device is {name} but there are {count} GPUs, counted from 0")
     return device
+
+
+def amp_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the device has it; fp16, with scaled gradients, on older GPUs."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether NVIDIA GPUs may round the factors of float32 products to 10 bits, for speed."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> tuple[LoRAModel, int]:

@@ -53,18 +53,20 @@ def keyed_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 def rotate_nearest(images: torch.Tensor, angle: int) -> torch.Tensor:
     """`scipy.ndimage.rotate(order=0, reshape=False)` of (..., H, W) as one gather."""
     height, width = images.shape[-2:]
-    index = _rotation_index(height, width, angle).to(images.device)  # (H·W,)
+    index = _rotation_index(height, width, angle, images.device)
     # position 0 stands for "outside", so that pixels rotated in from there are 0
     flat = torch.nn.functional.pad(images.flatten(-2), (1, 0))  # (..., 1 + H·W)
     return flat.index_select(-1, index).unflatten(-1, (height, width))
 
 
-@lru_cache(maxsize=256)
-def _rotation_index(height: int, width: int, angle: int) -> torch.Tensor:  # (H·W,) int64
+@lru_cache(maxsize=256)  # on the device: a copy for every sample would wait for it
+def _rotation_index(
+    height: int, width: int, angle: int, device: torch.device
+) -> torch.Tensor:  # (H·W,) int32
     """Where each rotated pixel comes from: scipy's own rotation of the numbered pixels."""
     numbered = np.arange(1, height * width + 1, dtype=np.float64).reshape(height, width)
     rotated = ndimage.rotate(numbered, angle, order=0, reshape=False)
-    return torch.from_numpy(rotated.astype(np.int64).ravel())
+    return torch.from_numpy(rotated.astype(np.int32).ravel()).to(device)
 
 
 def prepare_batch(
@@ -85,7 +87,8 @@ def prepare_batch(
         low_res: (rows, columns) of the logits, S/4 × S/4.
 
     Returns:
-        `image` (B, 3, S, S) float32, `label` (B, S, S) int64, `low_res_label` (B, S/4, S/4) int64.
+        `image` (B, 3, S, S) float32, `label` (B, S, S) in its own dtype, `low_res_label`
+        (B, S/4, S/4) int64, as the loss takes it.
     """
     moved = [augment(image) for augment, image in zip(augmentations, images, strict=True)]
     moved_labels = [augment(label) for augment, label in zip(augmentations, labels, strict=True)]
@@ -97,7 +100,7 @@ def prepare_batch(
         label = torch.stack([resize_labels(one, output_size) for one in moved_labels])
     return {
         "image": image[:, None].expand(-1, 3, -1, -1),
-        "label": label.long(),
+        "label": label,
         # from the label at S × S, as the original does: two roundings, not one
         "low_res_label": resize_labels(label, low_res).long(),
     }

@@ -218,7 +218,7 @@ class RandomGenerator:
             output_size=self.output_size,
             low_res=self.low_res,
         )
-        return {key: value[0] for key, value in batch.items()}
+        return {key: value[0] for key, value in batch.items()} | {"label": batch["label"][0].long()}
 
 
 def _read_h5(path: Path) -> dict[str, np.ndarray]:

@@ -168,4 +168,4 @@ def join_windows(windows: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     height, width = size
     rows, columns = -(-height // side), -(-width // side)
     x = windows.unflatten(0, (-1, rows, columns))  # (B, rows, columns, w, w, C)
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width].contiguous()

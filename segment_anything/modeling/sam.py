@@ -80,7 +80,8 @@ class Sam(nn.Module):
         outputs = {"low_res_logits": logits, "iou_predictions": iou}
         if full_size_masks:
             side = image_size or self.image_encoder.img_size
-            outputs["masks"] = self.postprocess_masks(logits, (side, side), (side, side))
+            # float32 also under autocast, where neighbouring logits would round to ties
+            outputs["masks"] = self.postprocess_masks(logits.float(), (side, side), (side, side))
         return outputs
 
     @torch.no_grad()

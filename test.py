@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,16 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = make_folder(args.output_dir, flag="--output_dir")
     start_logging(folder / "log.txt")
     logging.info("%d volumes of %s, on %s", len(dataset), dataset.list_path, device)
-    results, panels = [], []
-    for result, panel in tqdm(
-        test_cases(args, model, dataset, folder),
-        total=len(dataset),
-        desc="testing",
-        unit="volume",
-        disable=None,
-    ):
-        results.append(result)
-        panels.append(panel)
+    with tqdm(total=dataset.count_slices(), desc="testing", unit="slice", disable=None) as bar:
+        finished = list(test_cases(args, model, dataset, folder, progress=bar.update))
+    results, panels = [result for result, _ in finished], [panel for _, panel in finished]
 
     names = class_names(args)
     settings = {"flags": vars(args), "environment": environment()}
@@ -76,7 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def test_cases(
-    args: argparse.Namespace, model: torch.nn.Module, dataset: Synapse_dataset, folder: Path
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    dataset: Synapse_dataset,
+    folder: Path,
+    *,
+    progress: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[CaseResult, CasePanel]]:
     """Segment one volume while the next is read and earlier ones are scored and written.
 
@@ -97,6 +95,7 @@ def test_cases(
                 image_size=(args.img_size, args.img_size),
                 batch_size=args.batch_size,
                 amp_dtype=dtype,
+                progress=progress,
             )
             geometry = dataset.geometry(index)
             waiting.append(

@@ -117,6 +117,14 @@ class Synapse_dataset(Dataset):
                 return None
             return {name: tuple(float(v) for v in file.attrs[name]) for name in GEOMETRY}
 
+    def count_slices(self) -> int:
+        """Slices of all volumes together."""
+        total = 0
+        for path in self.paths:
+            with h5py.File(path, "r") as file:
+                total += len(file["image"])
+        return total
+
     def check(self, workers: int = 4) -> None:
         """Read every sample once, so that a faulty one stops a run before it starts."""
         with ThreadPoolExecutor(workers) as pool:

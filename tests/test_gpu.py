@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS, write_slices
+from conftest import TINY_FLAGS, tiny_model, write_slices
 from golden_rule import assert_golden, golden_images, golden_model, read_npz
 
 import train
+from benchmarks.plain import PlainAttention
+from config import complete
+from losses import SegmentationLoss
+from segment_anything.modeling import relative_attention
+from trainer import augmented_batch, freeze_unreached, make_optimizer, training_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,6 +30,48 @@ def test_outputs_equal_the_reference_on_the_gpu():
     expected = read_npz("model_vit_b_224_encoder.npz")
     outputs = golden_model(224).eval().cuda()(golden_images(224).cuda(), True, 224)
     assert_golden(outputs["low_res_logits"].cpu(), expected["low_res_logits"])
+
+
+def test_a_training_step_waits_for_nothing():
+    """Augmentation, network, loss and optimiser: no synchronising call (fp16 alone needs one)."""
+    args = complete(argparse.Namespace(root_path="x", num_classes=2, img_size=64))
+    model = tiny_model().cuda().train()
+    freeze_unreached(model)
+    criterion, optimizer = SegmentationLoss(3, 0.8), make_optimizer(model, adamw=True, base_lr=1e-3)
+    slices = {
+        "image": torch.rand(6, 40, 40).pin_memory(),
+        "label": torch.randint(0, 3, (6, 40, 40), dtype=torch.uint8).pin_memory(),
+        "index": list(range(6)),
+    }
+
+    def step(epoch: int) -> None:
+        batch = augmented_batch(slices, epoch, args, 16, torch.device("cuda"))
+        autocast = torch.autocast("cuda", torch.bfloat16)
+        training_step(model, batch, criterion, optimizer, 1e-3, clip_grad=1.0, autocast=autocast)
+
+    for epoch in range(40):  # matrices and rotations are made and kept
+        step(epoch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for epoch in range(40):
+            step(epoch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("grid", [16, 28, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_forms_of_attention_equal_the_plain_one(grid: int, dtype: torch.dtype):
+    layer = relative_attention.Attention(96, 3, grid, 14).cuda()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(2, grid, grid, 96, device="cuda")
+    expected = PlainAttention(layer)(x)
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        found = layer(x).float()
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("flags", [[], ["--use_amp"], ["--tf32"], ["--compile"]])

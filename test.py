@@ -8,8 +8,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from datasets.dataset_synapse import Synapse_dataset
 from figures import CasePanel, case_panel, write_pages
 from inference import predict_volume
 from metrics import score_volume
+from packing import can_pack, pack_encoder
 from report import CaseResult, format_table, write_csv, write_json
 from run_log import start_logging
 from safe_io import exit_on_bad_input, make_folder
@@ -33,7 +34,7 @@ from utils import (
 )
 from volumes import Geometry, write_volume
 
-FINISHERS = min(4, os.cpu_count() or 1)  # volumes that are scored and written at a time
+WAITING = 4  # volumes that may wait to be scored and written
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, _ = build_model(args, device)
     model.eval()
     model.merge()
+    if can_pack(device) and not args.use_amp:
+        pack_encoder(model)
 
     folder = make_folder(args.output_dir, flag="--output_dir")
     start_logging(folder / "log.txt")
@@ -78,63 +81,81 @@ def test_cases(
 ) -> Iterator[tuple[CaseResult, CasePanel]]:
     """Segment one volume while the next is read and earlier ones are scored and written.
 
-    At most `FINISHERS` volumes wait, so that memory does not grow with their number.
+    At most `WAITING` volumes are kept, so that memory does not grow with their number.
     """
     dtype = amp_dtype(next(model.parameters()).device) if args.use_amp else None
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(FINISHERS) as finishers:
-        waiting: deque[Future[tuple[CaseResult, CasePanel]]] = deque()
-        coming = reader.submit(dataset.__getitem__, 0)
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(os.cpu_count()) as finishers:
+        waiting: deque[tuple[Future[tuple[CaseResult, CasePanel]], Future[None]]] = deque()
+        coming = reader.submit(read_case, dataset, 0)
         for index in range(len(dataset)):
-            sample = coming.result()
+            case = coming.result()
             if index + 1 < len(dataset):
-                coming = reader.submit(dataset.__getitem__, index + 1)
+                coming = reader.submit(read_case, dataset, index + 1)
             prediction = predict_volume(
                 model,
-                sample["image"],
+                case.image,
                 input_size=(args.input_size, args.input_size),
                 image_size=(args.img_size, args.img_size),
                 batch_size=args.batch_size,
                 amp_dtype=dtype,
                 progress=progress,
             )
-            geometry = dataset.geometry(index)
-            waiting.append(
-                finishers.submit(finish_case, args, sample, prediction, geometry, folder)
+            scoring = finishers.submit(score_case, case, prediction, args.num_classes)
+            writing = finishers.submit(
+                write_case, case, prediction, folder / "predictions" if args.is_savenii else None
             )
-            if len(waiting) > FINISHERS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            waiting.append((scoring, writing))
+            while len(waiting) > (WAITING if index + 1 < len(dataset) else 0):
+                scoring, writing = waiting.popleft()
+                writing.result()
+                yield scoring.result()
 
 
-def finish_case(
-    args: argparse.Namespace,
-    sample: dict[str, Any],
-    prediction: np.ndarray,
-    geometry: dict[str, tuple[float, ...]] | None,
-    folder: Path,
-) -> tuple[CaseResult, CasePanel]:
-    """Score one segmented volume (D, H, W), and write it as NIfTI if asked."""
-    case, image, label = sample["case_name"], sample["image"], sample["label"]  # (D, H, W)
+@dataclass(frozen=True)
+class Case:
+    """One test volume."""
+
+    name: str
+    image: np.ndarray  # (D, H, W) float32, about [0, 1]
+    label: np.ndarray  # (D, H, W) uint8
+    geometry: Geometry | None  # None: the file stores none
+
+
+def read_case(dataset: Synapse_dataset, index: int) -> Case:
+    """Read one volume and say what is odd about it."""
+    sample, geometry = dataset[index], dataset.geometry(index)
+    name, image, label = sample["case_name"], sample["image"], sample["label"]
     if image.shape[1] != image.shape[2]:
-        logging.info("%s: slices of %d×%d are squashed to a square", case, *image.shape[1:])
+        logging.info("%s: slices of %d×%d are squashed to a square", name, *image.shape[1:])
     if not label.any():
-        logging.info("%s: the label has no foreground", case)
-    placed = Geometry(**geometry) if geometry else None
+        logging.info("%s: the label has no foreground", name)
+    return Case(name, image, label, Geometry(**geometry) if geometry else None)
+
+
+def score_case(
+    case: Case, prediction: np.ndarray, num_classes: int
+) -> tuple[CaseResult, CasePanel]:
+    """Score a prediction (D, H, W) and keep the few slices that are shown."""
+    placed = case.geometry
     spacing = placed.voxel_spacing if placed else None
-    if args.is_savenii:
-        if placed is None:
-            logging.info("%s: no geometry is stored; its NIfTI get 1 mm voxels", case)
-        for suffix, array in (("pred", prediction), ("img", image), ("gt", label)):
-            path = folder / "predictions" / f"{case}_{suffix}.nii.gz"
-            write_volume(path, array, placed or Geometry.unknown())
-    result = CaseResult(case, score_volume(prediction, label, args.num_classes, spacing))
+    result = CaseResult(case.name, score_volume(prediction, case.label, num_classes, spacing))
     panel = case_panel(
-        *(case, image, label, prediction, args.num_classes),
+        *(case.name, case.image, case.label, prediction, num_classes),
         spacing=spacing,
         direction=placed.direction if placed else None,
     )
     return result, panel
+
+
+def write_case(case: Case, prediction: np.ndarray, folder: Path | None) -> None:
+    """Write prediction, image and label as NIfTI, if asked."""
+    if folder is None:
+        return
+    if case.geometry is None:
+        logging.info("%s: no geometry is stored; its NIfTI get 1 mm voxels", case.name)
+    for suffix, array in (("pred", prediction), ("img", case.image), ("gt", case.label)):
+        path = folder / f"{case.name}_{suffix}.nii.gz"
+        write_volume(path, array, case.geometry or Geometry.unknown())
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def plain_zoom(image: np.ndarray, size: tuple[int, int], order: int) -> np.ndarr
 
 def plain_sample(
     path: Path, choice: Augmentation, size: int, low_res: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Read, augment and resize one training slice: image, label, and label at the logits' size."""
     with np.load(path) as file:
         image, label = file["image"], file["label"]
@@ -159,7 +159,12 @@ def plain_sample(
         )
     image = plain_zoom(image, (size, size), order=3)
     label = plain_zoom(label, (size, size), order=0)
-    return image, label, plain_zoom(label, (low_res, low_res), order=0)
+    low_res_label = plain_zoom(label, (low_res, low_res), order=0)
+    return (
+        torch.from_numpy(image.astype(np.float32)),
+        torch.from_numpy(label.astype(np.int64)),
+        torch.from_numpy(low_res_label.astype(np.int64)),
+    )
 
 
 def plain_test(

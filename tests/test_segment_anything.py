@@ -12,6 +12,7 @@ from conftest import randomise_updates, tiny_model, tiny_sam
 from golden_rule import MODULES
 
 from benchmarks.plain import PlainAttention, plain_copy
+from packing import can_pack, pack_encoder
 from safe_io import InputError, MissingFileError
 from segment_anything import ENCODERS, Sam, SamPredictor, sam_model_registry
 from segment_anything.modeling import relative_attention
@@ -73,6 +74,21 @@ def test_the_network_and_its_gradients_equal_the_plain_form(variant: str):
     model.merge()
     with torch.inference_mode():
         assert torch.allclose(model(images)["masks"], slow["masks"], atol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(not can_pack(torch.device("cpu")), reason="this PyTorch packs no weights")
+@pytest.mark.parametrize("size", [16, 64, 240])
+def test_packed_weights_give_the_same_output(size: int):
+    model, images = tiny_model(image_size=size).eval(), torch.rand(3, 3, size, size)
+    model.merge()
+    expected = model(images)["masks"]
+    pack_encoder(model)
+    layers = [m for m in model.sam.image_encoder.modules() if isinstance(m, torch.nn.Linear)]
+    assert layers == []
+    for batch in (3, 1):  # another number of rows than the first
+        found = model(images[:batch])["masks"]
+        assert torch.allclose(found, expected[:batch], atol=1e-5)
 
 
 def test_checkpointed_blocks_give_the_same_gradients():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-CHUNK = 1 << 21  # attention logits that a CPU works on at once, to keep them in its cache
+CHUNK = 1 << 20  # attention logits that a CPU works on at once, to keep them in its cache
 
 
 class Attention(nn.Module):

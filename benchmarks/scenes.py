@@ -1,0 +1,137 @@
+"""What is timed: organ-like volumes, training slices and networks, the same in every run."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import nn
+
+from datasets.phantom import make_phantom
+from datasets.registry import SYNAPSE
+from lora import LoRAModel
+from sam_lora_image_encoder import LoRA_Sam
+from segment_anything import sam_model_registry
+
+NUM_CLASSES = SYNAPSE.num_classes
+
+
+@lru_cache(maxsize=2)
+def scene(slices: int = 150, size: int = 512) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A phantom CT of the abdomen: image float32 in [0, 1], label and prediction uint8, (D, H, W).
+
+    The prediction is the label seen through a smooth random warp of a few voxels, so that every
+    organ is found, none is perfect and the surfaces lie as those of a fair segmentation do.
+    """
+    phantom = make_phantom(3, size=size, slices=-(-slices // 3))  # of 5 mm
+    low, high = SYNAPSE.window
+    image = ((phantom.image.clip(low, high) - low) / (high - low)).astype(np.float32)
+    to_class = np.zeros(256, dtype=np.uint8)
+    for raw, index in SYNAPSE.raw_labels.items():
+        to_class[raw] = index
+    image, label = (
+        np.repeat(a, 3, axis=0)[:slices] for a in (image, to_class[phantom.label])
+    )  # thin slices, as many as BTCV has
+    return image, label, warped(label)
+
+
+def warped(label: np.ndarray) -> np.ndarray:
+    """The labels at places moved by about one voxel along, three across."""
+    rng = np.random.default_rng(0)
+    places = []
+    for axis, (length, spread) in enumerate(zip(label.shape, (1, 3, 3), strict=True)):
+        coarse = ndimage.gaussian_filter(rng.standard_normal((10, 16, 16)), 1)
+        factors = [n / m for n, m in zip(label.shape, coarse.shape, strict=True)]
+        shift = ndimage.zoom((coarse * spread / coarse.std()).astype(np.float32), factors, order=1)
+        own = np.arange(length).reshape([-1 if a == axis else 1 for a in range(3)])
+        places.append(np.rint(own + shift).clip(0, length - 1).astype(np.int32))
+    return label[tuple(places)]
+
+
+def scattered(prediction: np.ndarray, per_class: int = 60) -> np.ndarray:
+    """A copy with stray voxels of every class all over the volume."""
+    rng, strewn = np.random.default_rng(1), prediction.copy()
+    for index in range(1, NUM_CLASSES + 1):
+        strewn.ravel()[rng.integers(0, strewn.size, per_class)] = index
+    return strewn
+
+
+def write_h5(path: Path, image: np.ndarray, label: np.ndarray) -> Path:
+    """A test volume as preprocess writes it, with the labels in float32 as the original reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file["image"], file["label"] = image, label.astype(np.float32)
+        file.attrs.update(spacing=(0.74, 0.74, 1.67), origin=(0.0, 0.0, 0.0))
+        file.attrs["direction"] = (1.0, 0, 0, 0, 1, 0, 0, 0, 1)
+    return path
+
+
+def write_slices(folder: Path, count: int, size: int = 224) -> list[Path]:
+    """Training slices as preprocess writes them."""
+    image, label, _ = scene()
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index in np.linspace(20, len(image) - 20, count).astype(int):
+        factor = size / image.shape[1]
+        paths.append(folder / f"case0005_slice{index:03d}.npz")
+        np.savez(
+            paths[-1],
+            image=ndimage.zoom(image[index], factor, order=3),
+            label=ndimage.zoom(label[index], factor, order=0).astype(np.float32),
+        )
+    return paths
+
+
+def network(vit_name: str = "vit_b", image_size: int = 512, *, seed: int = 0) -> LoRAModel:
+    """SAMed with random weights; relative positions and updates are not zero."""
+    torch.manual_seed(seed)
+    sam, _ = sam_model_registry[vit_name](
+        image_size=image_size,
+        num_classes=NUM_CLASSES,
+        checkpoint=None,
+        pixel_mean=[0, 0, 0],
+        pixel_std=[1, 1, 1],
+    )
+    model = LoRA_Sam(sam, 4)
+    for name, parameter in model.named_parameters():
+        if "rel_pos" in name or "pos_embed" in name or ".up." in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+class Answers(nn.Module):
+    """A network whose masks are given: as it would answer if it had been trained.
+
+    Random weights find no organ, and then there is nothing to score. With `inner` the forward pass
+    is made all the same, and its logits are kept to be compared.
+
+    Args:
+        labels: (D, S, S), of the slices in the order in which they will be asked for.
+    """
+
+    def __init__(self, labels: np.ndarray, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inner = inner
+        self.anchor = nn.Parameter(torch.zeros(()))  # tells the device
+        classes = torch.arange(NUM_CLASSES + 1)[:, None, None]
+        one_hot = torch.from_numpy(labels)[:, None] == classes
+        self.register_buffer("masks", one_hot.float())  # (D, classes + 1, S, S)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget which slices were asked for."""
+        self.asked = 0
+        self.logits: list[torch.Tensor] = []
+
+    def forward(
+        self, images: torch.Tensor, multimask_output: bool, image_size: int
+    ) -> dict[str, torch.Tensor]:
+        """The next `len(images)` answers."""
+        if self.inner is not None:
+            self.logits.append(self.inner(images, multimask_output, image_size)["low_res_logits"])
+        start, self.asked = self.asked, self.asked + len(images)
+        return {"masks": self.masks[start : self.asked]}

@@ -16,7 +16,11 @@ from packing import can_pack, pack_encoder
 from safe_io import InputError, MissingFileError
 from segment_anything import ENCODERS, Sam, SamPredictor, sam_model_registry
 from segment_anything.modeling import relative_attention
-from segment_anything.modeling.relative_attention import Attention
+from segment_anything.modeling.relative_attention import (
+    Attention,
+    ChunkedAttention,
+    folded_attention,
+)
 from trainer import freeze_unreached
 
 PLAIN_GRIDS = [  # grid, window
@@ -30,29 +34,29 @@ PLAIN_GRIDS = [  # grid, window
 ]
 
 
-@pytest.mark.parametrize("grads", [True, False])
+@pytest.mark.parametrize("form", [folded_attention, ChunkedAttention.apply])
 @pytest.mark.parametrize(("grid", "window"), PLAIN_GRIDS)
 def test_attention_equals_the_plain_form(
-    grid: int, window: int | None, grads: bool, monkeypatch: pytest.MonkeyPatch
+    grid: int, window: int | None, form, monkeypatch: pytest.MonkeyPatch
 ):
-    """Folded with gradients, in chunks without: what SAM writes down, and its gradients."""
+    """A GPU's form and a CPU's: what SAM writes down, and its gradients."""
+    monkeypatch.setattr(relative_attention, "folded_attention", form)
+    monkeypatch.setattr(relative_attention.ChunkedAttention, "apply", form)
     monkeypatch.setattr(relative_attention, "CHUNK", 3 * min(grid, window or grid) ** 4 // 2)
     layer = Attention(12, 3, grid, window).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    x = torch.randn(2, grid, grid, 12, dtype=torch.double, requires_grad=grads)
+    x = torch.randn(2, grid, grid, 12, dtype=torch.double, requires_grad=True)
     weights = torch.randn(2, grid, grid, 12, dtype=torch.double)
-    with torch.set_grad_enabled(grads):
-        found, expected = layer(x), PlainAttention(layer)(x)
+    found, expected = layer(x), PlainAttention(layer)(x)
     assert torch.allclose(found, expected, atol=1e-12)
-    if grads:
-        inputs = [x, *layer.parameters()]
-        pairs = zip(
-            torch.autograd.grad((found * weights).sum(), inputs),
-            torch.autograd.grad((expected * weights).sum(), inputs),
-            strict=True,
-        )
-        assert all(torch.allclose(fast, plain, atol=1e-10) for fast, plain in pairs)
+    inputs = [x, *layer.parameters()]
+    pairs = zip(
+        torch.autograd.grad((found * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    )
+    assert all(torch.allclose(fast, plain, atol=1e-10) for fast, plain in pairs)
 
 
 @pytest.mark.parametrize("variant", ["encoder", "encoder_decoder"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -59,10 +60,9 @@ class Attention(nn.Module):
         rows = torch.einsum("nhwad,hkd->nahwk", grid, offsets(self.rel_pos_h, height))
         columns = torch.einsum("nhwad,wkd->nahwk", grid, offsets(self.rel_pos_w, width))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (N, heads, H·W, d)
-        # measured, see docs/benchmarks.md: folded attention trains in less time and memory and
-        # needs no mask, so that flash kernels take it; added in chunks suits inference on a CPU
-        fold = torch.is_grad_enabled() or qkv.is_cuda
-        out = (folded_attention if fold else biased_attention)(q, k, v, rows, columns)
+        # without a mask, a GPU's flash kernels take it; a CPU is faster with less to multiply
+        attention = folded_attention if qkv.is_cuda else ChunkedAttention.apply
+        out = attention(q, k, v, rows, columns)
         return out.transpose(1, 2).reshape(count, height, width, -1)
 
 
@@ -83,7 +83,9 @@ def folded_attention(
         (N, heads, H·W, d).
     """
     height, width, depth = rows.shape[-1], columns.shape[-1], q.shape[-1]
-    terms = torch.cat([rows, columns], dim=-1).flatten(2, 3)  # (N, heads, H·W, H + W)
+    scale = math.sqrt(depth)  # undone by the attention, which is to scale the content alone
+    grid = q.unflatten(2, (height, width))
+    q = torch.cat([grid, rows * scale, columns * scale], dim=-1).flatten(2, 3)
     place = torch.cat(
         [
             torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, dim=0),
@@ -91,27 +93,65 @@ def folded_attention(
         ],
         dim=-1,
     )  # (H·W, H + W)
-    q = torch.cat([q, terms * math.sqrt(depth)], dim=-1)  # the scale is for the content alone
     k = torch.cat([k, place.expand(*k.shape[:2], -1, -1)], dim=-1)
     v = F.pad(v, (0, height + width))  # fused kernels want queries, keys and values of one width
-    return F.scaled_dot_product_attention(q, k, v, scale=depth**-0.5)[..., :depth]
+    return F.scaled_dot_product_attention(q, k, v, scale=1 / scale)[..., :depth]
 
 
-def biased_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-) -> torch.Tensor:
-    """As `folded_attention`, the relative positions added as a bias, chunk by chunk."""
+class ChunkedAttention(torch.autograd.Function):
+    """As `folded_attention`, the relative positions added as a bias, chunk by chunk.
+
+    A chunk's logits stay in a CPU's cache and are not kept: the gradient makes them again.
+    """
+
+    @staticmethod
+    def forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor:
+        rows, columns = rows.contiguous(), columns.contiguous()  # and so is their sum
+        out = torch.empty_like(v)
+        for part in chunks(q):
+            bias = (rows[part][..., :, None] + columns[part][..., None, :]).flatten(4, 5)
+            bias = bias.flatten(2, 3)  # (n, heads, H·W, H·W)
+            out[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], attn_mask=bias)
+        return out
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v, rows, columns = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        rows, columns = rows.contiguous(), columns.contiguous()
+        gradients = tuple(torch.empty_like(x) for x in (q, k, v, rows, columns))
+        for part in chunks(q):
+            d_q, d_k, d_v, d_rows, d_columns = (x[part] for x in gradients)
+            logits = (q[part] * scale) @ k[part].transpose(-2, -1)  # (n, heads, H·W, H·W)
+            table = logits.unflatten(2, rows.shape[2:4]).unflatten(4, rows.shape[2:4])
+            table += rows[part][..., :, None]  # table and logits are views of one another
+            table += columns[part][..., None, :]
+            attention = logits.softmax(dim=-1)
+            d_v.copy_(attention.transpose(-2, -1) @ gradient[part])
+            d_logits = gradient[part] @ v[part].transpose(-2, -1)
+            d_logits -= (d_logits * attention).sum(dim=-1, keepdim=True)
+            d_logits *= attention
+            d_q.copy_(d_logits @ k[part]).mul_(scale)
+            d_k.copy_(d_logits.transpose(-2, -1) @ q[part]).mul_(scale)
+            table = d_logits.unflatten(2, rows.shape[2:4]).unflatten(4, rows.shape[2:4])
+            torch.sum(table, dim=-1, out=d_rows)
+            torch.sum(table, dim=-2, out=d_columns)
+        return gradients
+
+
+def chunks(q: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """Parts of the images and heads of (N, heads, L, d) with about `CHUNK` logits each."""
     count, heads, length, _ = q.shape
-    rows, columns = rows.contiguous(), columns.contiguous()  # so that the bias comes out so too
-    out = torch.empty_like(v)
     images = min(count, max(1, CHUNK // length**2))
     together = max(1, CHUNK // (images * length**2))
     for image, head in itertools.product(range(0, count, images), range(0, heads, together)):
-        part = (slice(image, image + images), slice(head, head + together))
-        bias = rows[part][..., :, None] + columns[part][..., None, :]  # (N, heads, H, W, H, W)
-        bias = bias.flatten(4, 5).flatten(2, 3)
-        out[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], attn_mask=bias)
-    return out
+        yield slice(image, image + images), slice(head, head + together)
 
 
 def offsets(rel_pos: torch.Tensor, side: int) -> torch.Tensor:  # (2·side - 1, d) -> (side, side, d)

@@ -1,0 +1,112 @@
+"""Time this project against what a user would pick instead: `python -m benchmarks --help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safe_io import atomic_path, exit_on_bad_input
+from utils import choose_device, environment
+
+from . import scaling
+from .rows import ROWS
+from .table import update_page
+from .timing import DisagreementError
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "docs" / "benchmarks.md"
+PEERS = ("transformers", "MedPy", "scipy", "SimpleITK", "h5py")
+EXIT_DISAGREEMENT, EXIT_SLOW = 3, 4
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of `python -m benchmarks`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Time this project and its peers in turns, after checking that their results\n"
+        "agree, and write benchmarks/results/DEVICE.json and the tables in docs/benchmarks.md.\n"
+        f"Exit code {EXIT_DISAGREEMENT}: results differ; {EXIT_SLOW}: a target is missed.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "rows", nargs="*", help=f"any of {', '.join([*ROWS, 'scaling'])} (default: all)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, keep what was measured, and say whether every target is met."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    known = [*ROWS, "scaling"]
+    unknown = [name for name in args.rows if name not in known]
+    if unknown:
+        parser.error(f"unknown row {unknown[0]!r}, expected some of {', '.join(known)}")
+    device = choose_device(args.device)
+    torch.manual_seed(0)
+    path = HERE / "results" / f"{device.type}.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    missed = []
+    for name in args.rows or known:
+        print(f"{name} …", flush=True)
+        if name == "scaling":
+            measured: Any = scaling.measure_all(device)
+            picture = PAGE.parent / f"scaling_{device.type}.png"
+            scaling.draw(measured, picture, device_name(device))
+        else:
+            try:
+                rows = ROWS[name](device)
+            except DisagreementError as error:
+                print(f"error: {error}; no speed is reported", file=sys.stderr)
+                return EXIT_DISAGREEMENT
+            measured = [vars(row) for row in rows]
+            for row in rows:
+                print(
+                    f"  {row.ratio:7.2f} × [{row.low:.2f}, {row.high:.2f}]  {row.what}, against "
+                    f"{row.peer}; results within {row.difference:.1g}"
+                    + ("" if row.met else f"  MISSED: {row.target} ×"),
+                    flush=True,
+                )
+            missed += [row.what for row in rows if not row.met]
+        kept[name] = {"measured": measured, "where": where(device)}
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    update_page(PAGE, HERE / "results")
+    print(f"tables: {PAGE.relative_to(HERE.parent)}, numbers: {path.relative_to(HERE.parent)}")
+    for what in missed:
+        print(f"missed: {what}")
+    return EXIT_SLOW if missed else 0
+
+
+def where(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions and day of a measurement."""
+    return {
+        "device": device_name(device),
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "versions": {name: version(name) for name in PEERS},
+        "commit": environment()["commit"],
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware in a few words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        sys.exit(main())

@@ -1,0 +1,123 @@
+"""What only a GPU can show of a training step: images a second, memory, share of its peak."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from config import complete
+from datasets.dataset_synapse import Synapse_dataset
+from losses import SegmentationLoss
+from trainer import augmented_batch, freeze_unreached, make_loader, make_optimizer, training_step
+
+from . import plain, scenes
+from .timing import Row, compare
+
+BATCH = 24
+# Dense bf16 products a second that the makers state.
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "3090": 71e12, "4090": 165e12}
+
+
+def gpu_step_rows(device: torch.device) -> list[Row]:
+    """vit_b at 512 px, batch 24: bf16, eager and compiled, against the plain float32 network."""
+    criterion = SegmentationLoss(scenes.NUM_CLASSES + 1, 0.8)
+    batch = {
+        "image": torch.rand(BATCH, 1, 512, 512, device=device).expand(-1, 3, -1, -1),
+        "low_res_label": torch.randint(0, scenes.NUM_CLASSES + 1, (BATCH, 128, 128), device=device),
+    }
+    rows = []
+    for compiled in (False, True):
+        model = scenes.network().to(device).train()
+        freeze_unreached(model)
+        slow = plain.plain_copy(model)
+        operations = count_operations(slow, batch, criterion)
+        network = torch.compile(model) if compiled else model
+        optimizers = [make_optimizer(n, adamw=True, base_lr=1e-4) for n in (model, slow)]
+
+        def ours(network=network, optimizer=optimizers[0]) -> torch.Tensor:
+            autocast = torch.autocast("cuda", torch.bfloat16)
+            return training_step(network, batch, criterion, optimizer, 1e-4, autocast=autocast)[0][
+                "loss"
+            ]
+
+        def peer(slow=slow, optimizer=optimizers[1]) -> float:
+            return plain.plain_step(slow, batch, criterion, optimizer, 1e-4)["loss"]
+
+        memory = {name: peak_memory(run, device) for name, run in (("ours", ours), ("peer", peer))}
+        row = compare(
+            *("training step", f"one update, vit_b, 512 px, batch {BATCH}, bf16"),
+            *("the same network written plainly, float32", ours, peer),
+            lambda a, b: abs(float(a) - float(b)),
+            **{"tolerance": 0.02, "target": 8, "repeats": 10, "device": device},
+            notes="torch.compile" if compiled else "eager",
+        )
+        seconds = row.facts["ours_ms"] / 1e3
+        peak = next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name(device)), None)
+        row.facts |= {
+            "images_per_s": BATCH / seconds,
+            "memory_gib": memory["ours"],
+            "peer_memory_gib": memory["peer"],
+            "share_of_bf16_peak": operations / seconds / peak if peak else None,
+            "idle_share_behind_the_loader": idle_share(model, criterion, device),
+        }
+        rows.append(row)
+        del model, slow, network, optimizers
+        torch.cuda.empty_cache()
+    return rows
+
+
+def count_operations(
+    model: nn.Module, batch: dict[str, torch.Tensor], criterion: SegmentationLoss
+) -> int:
+    """Floating-point operations of one forward and backward pass of the plain network."""
+    with FlopCounterMode(display=False) as counter:
+        criterion(model(batch["image"])["low_res_logits"], batch["low_res_label"])[
+            "loss"
+        ].backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> float:
+    """Largest allocation of one step, GiB; both networks' weights are in it."""
+    run()
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def idle_share(model: nn.Module, criterion: SegmentationLoss, device: torch.device) -> float:
+    """Share of the time by which training from files is longer than training on one batch."""
+    folder = Path(tempfile.mkdtemp())
+    paths = scenes.write_slices(folder / "train_npz", 24)
+    names = [path.stem for path in paths]
+    (folder / "lists").mkdir()
+    (folder / "lists" / "train.txt").write_text("".join(f"{name}\n" for name in names))
+    args = complete(argparse.Namespace(root_path=str(folder), num_workers=8))
+    dataset = Synapse_dataset(folder, None, "train")
+    dataset.paths, dataset.sample_list = dataset.paths * 40, dataset.sample_list * 40
+    optimizer = make_optimizer(model, adamw=True, base_lr=1e-5)
+    loader = make_loader(dataset, args, device)
+
+    def train(batches: DataLoader | list) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for slices in batches:
+            batch = augmented_batch(slices, 0, args, 128, device)
+            autocast = torch.autocast("cuda", torch.bfloat16)
+            training_step(model, batch, criterion, optimizer, 1e-5, autocast=autocast)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    train(loader)  # starts the workers
+    kept = next(iter(loader))
+    from_files, in_memory = train(loader), train([kept] * len(loader))
+    return max(0.0, 1 - in_memory / from_files)

@@ -1,0 +1,155 @@
+"""How time and memory grow with slices, image size, batch and volumes, each in a process alone."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import test
+from config import test_parser
+from datasets.dataset_synapse import Synapse_dataset
+from figures import save
+from losses import SegmentationLoss
+from trainer import freeze_unreached, make_optimizer, training_step
+
+from . import scenes
+from .timing import timed, wait
+
+CURVES = {
+    "slices": ("slices of a volume, test.py", (12, 24, 48)),
+    "volumes": ("volumes of 24 slices, test.py", (1, 2, 4)),
+    "image_size": ("image size in px, vit_b forward", (224, 512, 768, 1024)),
+    "batch": ("slices a step, vit_b at 224 px", (1, 2, 4)),
+}
+
+
+def measure(curve: str, value: int, device: torch.device) -> dict[str, float]:
+    """Seconds and peak memory in GiB of one point; memory is that of this whole process."""
+    prepare = {"slices": test_slices, "volumes": test_volumes, "image_size": forward, "batch": step}
+    run = prepare[curve](value, device)
+    run()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = statistics.median(timed(run, device) for _ in range(2))
+    wait(device)
+    used = (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    return {"value": value, "seconds": seconds, "memory_gib": used / 2**30}
+
+
+def test_slices(count: int, device: torch.device, volumes: int = 1) -> Callable[[], object]:
+    """`test.py` on volumes of `count` slices of 256 × 256, with the smallest encoder."""
+    folder = Path(tempfile.mkdtemp())
+    rng = np.random.default_rng(0)
+    label = np.zeros((count, 256, 256), dtype=np.uint8)
+    label[:, 60:180, 50:150] = rng.integers(1, 9)
+    names = [f"case{index:04d}" for index in range(1, volumes + 1)]
+    for name in names:
+        image = (label / 8 + 0.05 * rng.random(label.shape)).astype(np.float32)
+        scenes.write_h5(folder / "test_vol_h5" / f"{name}.npy.h5", image, label)
+    (folder / "lists").mkdir()
+    (folder / "lists" / "test_vol.txt").write_text("".join(f"{name}\n" for name in names))
+    args = test_parser().parse_args(["--is_savenii", "--img_size", "224"])
+    args.num_classes = scenes.NUM_CLASSES
+    dataset = Synapse_dataset(folder, None, "test_vol")
+    model = scenes.network("vit_tiny", 224).eval().to(device)
+    model.merge()
+    return lambda: list(test.test_cases(args, model, dataset, folder / "out"))
+
+
+def test_volumes(count: int, device: torch.device) -> Callable[[], object]:
+    """`test.py` on `count` volumes of 24 slices."""
+    return test_slices(24, device, volumes=count)
+
+
+def forward(image_size: int, device: torch.device) -> Callable[[], object]:
+    """One image through vit_b."""
+    model = scenes.network("vit_b", image_size).eval().to(device)
+    model.merge()
+    image = torch.rand(1, 3, image_size, image_size, device=device)
+
+    @torch.inference_mode()
+    def run() -> None:
+        model(image)
+
+    return run
+
+
+def step(batch_size: int, device: torch.device) -> Callable[[], object]:
+    """One update of vit_b at 224 px."""
+    model = scenes.network("vit_b", 224).train().to(device)
+    freeze_unreached(model)
+    optimizer = make_optimizer(model, adamw=True, base_lr=1e-4)
+    criterion = SegmentationLoss(scenes.NUM_CLASSES + 1, 0.8)
+    batch = {
+        "image": torch.rand(batch_size, 3, 224, 224, device=device),
+        "low_res_label": torch.randint(
+            0, scenes.NUM_CLASSES + 1, (batch_size, 56, 56), device=device
+        ),
+    }
+    return lambda: training_step(model, batch, criterion, optimizer, 1e-4)
+
+
+def measure_all(device: torch.device) -> dict[str, list[dict[str, float]]]:
+    """Every point of every curve, each in a fresh process so that peaks do not mix."""
+    curves: dict[str, list[dict[str, float]]] = {}
+    for curve, (_, values) in CURVES.items():
+        curves[curve] = []
+        for value in values:
+            command = [sys.executable, "-m", "benchmarks.scaling", curve, str(value), str(device)]
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=Path(__file__).parent.parent,
+            )
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command[2:])} failed: {done.stderr[-2000:]}")
+            curves[curve].append(json.loads(done.stdout.splitlines()[-1]))
+    return curves
+
+
+def growth(points: list[dict[str, float]], key: str) -> float:
+    """Exponent of the growth over the last doubling: 0 constant, 1 linear, 2 quadratic."""
+    last, before = points[-1], points[-2]
+    return float(np.log(last[key] / before[key]) / np.log(last["value"] / before["value"]))
+
+
+def draw(curves: dict[str, list[dict[str, float]]], path: Path, device: str) -> None:
+    """Time and peak memory of every curve, relative to its first point's time."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(curves), figsize=(3.4 * len(curves), 5.6))
+    for column, (curve, points) in zip(axes.T, curves.items(), strict=True):
+        values = [point["value"] for point in points]
+        times = [point["seconds"] / points[0]["seconds"] for point in points]
+        column[0].plot(values, times, "o-", color="tab:blue")
+        column[0].set_ylabel("time, first point = 1")
+        column[1].plot(values, [point["memory_gib"] for point in points], "o-", color="tab:red")
+        column[1].set_ylabel("peak memory, GiB")
+        for axis in column:
+            axis.set_xlabel(CURVES[curve][0])
+            axis.set_ylim(bottom=0)
+            axis.set_xlim(left=0)
+            axis.grid(alpha=0.3)
+    figure.suptitle(f"Cost against size, on {device}")
+    figure.tight_layout()
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    curve_name, point_value, device_name = sys.argv[1:]
+    print(json.dumps(measure(curve_name, int(point_value), torch.device(device_name))))

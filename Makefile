@@ -1,4 +1,5 @@
-# Two commands do everything: `make quickstart` and `make test`. Each makes its own environment.
+# Three commands do everything: `make quickstart`, `make test` and `make benchmark`. Each makes its
+# own environment.
 PYTHON ?= python3
 PY := .venv/bin/python
 # A small network, every weight trained from scratch: minutes on two CPU cores. Not the published
@@ -7,11 +8,14 @@ TINY := --vit_name vit_tiny --ckpt none --img_size 224 --batch_size 8 --n_gpu 1 
 	--base_lr 6e-4 --warmup --warmup_period 100 --clip_grad 0.5 --no_augment \
 	--max_epochs 12 --stop_epoch 12
 
-.PHONY: help install quickstart test lint clean
+DEVICE := auto
+
+.PHONY: help install quickstart test benchmark lint clean
 
 help:
 	@echo "make quickstart  phantom CT -> preprocess -> train -> test -> pictures, in quickstart/"
 	@echo "make test        linter and all tests"
+	@echo "make benchmark   time everything against its peers, into docs/benchmarks.md"
 	@echo "make install     only the environment, in .venv/"
 	@echo "make clean       remove quickstart/ and .venv/"
 
@@ -39,6 +43,13 @@ quickstart: .venv/installed
 
 test: lint
 	$(PY) -m pytest
+
+.venv/installed-benchmarks: .venv/installed benchmarks/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	@touch $@
+
+benchmark: .venv/installed-benchmarks
+	$(PY) -m benchmarks --device $(DEVICE)
 
 lint: .venv/installed-dev
 	$(PY) -m ruff check .

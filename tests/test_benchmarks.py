@@ -1,0 +1,125 @@
+"""The benchmarks' plain forms give the project's numbers, and no speed stands without agreement."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomise_updates, tiny_model, write_slices
+
+import test
+from benchmarks import scenes, table
+from benchmarks.plain import plain_copy, plain_sample, plain_test
+from benchmarks.timing import DisagreementError, Row, compare
+from config import test_parser as parser_of_test
+from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
+from datasets.dataset_synapse import Synapse_dataset
+from volumes import read_volume
+
+
+def volume(shape: tuple[int, ...], *, labelled: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Random blocks and the classes that they mean, 0…2."""
+    rng = np.random.default_rng(sum(shape))
+    blocks = rng.integers(0, 3, (shape[0], -(-shape[1] // 5), -(-shape[2] // 5)))
+    label = blocks.repeat(5, axis=1).repeat(5, axis=2)[:, : shape[1], : shape[2]].astype(np.uint8)
+    image = (label / 3 + 0.2 * rng.random(shape)).astype(np.float32)
+    return image, label if labelled else np.zeros_like(label)
+
+
+@pytest.mark.parametrize(
+    ("shape", "labelled"),
+    [
+        ((5, 40, 40), True),
+        ((1, 64, 64), True),  # one slice, of the network's size
+        ((2, 33, 47), True),  # odd and not square
+        ((3, 20, 24), False),  # an empty label
+    ],
+)
+def test_a_volume_goes_through_as_in_the_original_loop(
+    shape: tuple[int, ...], labelled: bool, tmp_path: Path
+):
+    image, label = volume(shape, labelled=labelled)
+    path = scenes.write_h5(tmp_path / "test_vol_h5" / "case0001.npy.h5", image, label)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "test_vol.txt").write_text("case0001\n")
+    args = parser_of_test().parse_args(["--img_size", "64", "--input_size", "32", "--is_savenii"])
+    args.num_classes = 2
+    model = tiny_model().eval()
+    torch.nn.init.normal_(model.sam.mask_decoder.mask_tokens.weight)  # classes that differ
+    randomise_updates(model)
+    expected, scores = plain_test(
+        *(path, plain_copy(model)),
+        **{"classes": 2, "input_size": 32, "image_size": 64, "folder": tmp_path},
+    )
+    model.merge()
+    dataset = Synapse_dataset(tmp_path, None, "test_vol", num_classes=2)
+    ((result, _),) = test.test_cases(args, model, dataset, tmp_path / "out")
+    found, _ = read_volume(tmp_path / "out" / "predictions" / "case0001_pred.nii.gz")
+    assert len(np.unique(expected)) > 1  # or the comparison would say little
+    assert np.array_equal(found, expected)
+    own = [(score.samed_dsc, score.samed_hd95) for score in result.scores]
+    assert np.allclose(own, scores, atol=1e-9)
+
+
+def test_results_come_in_order_and_once(tmp_path: Path):
+    """More volumes than may wait."""
+    names = [f"case{index:04d}" for index in range(2 * test.WAITING + 1)]
+    for index, name in enumerate(names):
+        image, label = volume((1 + index % 3, 20, 20), labelled=True)
+        scenes.write_h5(tmp_path / "test_vol_h5" / f"{name}.npy.h5", image, label)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "test_vol.txt").write_text("\n".join(names))
+    args = parser_of_test().parse_args(["--img_size", "64", "--input_size", "32"])
+    args.num_classes, done = 2, []
+    dataset = Synapse_dataset(tmp_path, None, "test_vol", num_classes=2)
+    finished = test.test_cases(args, tiny_model().eval(), dataset, tmp_path, progress=done.append)
+    assert [result.case for result, _ in finished] == names
+    assert sum(done) == dataset.count_slices() == sum(1 + index % 3 for index in range(len(names)))
+
+
+@pytest.mark.parametrize("size", [40, 35])
+def test_samples_equal_the_plain_path(size: int, tmp_path: Path):
+    folder = write_slices(tmp_path, count=8, size=size)
+    dataset = Synapse_dataset(folder, None, "train")
+    choices = [draw_augmentation(keyed_rng(0, epoch, 0)) for epoch in range(8)]
+    samples = [dataset[index] for index in range(8)]
+    batch = prepare_batch(
+        [torch.from_numpy(sample["image"]) for sample in samples],
+        [torch.from_numpy(sample["label"]) for sample in samples],
+        choices,
+        output_size=(96, 96),
+        low_res=(24, 24),
+    )
+    for index, choice in enumerate(choices):
+        image, label, low_res_label = plain_sample(dataset.paths[index], choice, 96, 24)
+        assert torch.allclose(batch["image"][index, 0], image, atol=1e-5)
+        assert torch.equal(batch["label"][index].long(), label)
+        assert torch.equal(batch["low_res_label"][index], low_res_label)
+
+
+@pytest.mark.parametrize("peer", [1.1, math.nan])
+def test_no_speed_without_agreement(peer: float):
+    with pytest.raises(DisagreementError, match="differ"):
+        compare(
+            *("row", "what", "peer", lambda: 1.0, lambda: peer, lambda a, b: abs(a - b)),
+            **{"tolerance": 1e-3, "target": None},
+        )
+
+
+def test_the_page_says_what_was_not_measured(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
+    table.update_page(page, tmp_path)
+    text = page.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    assert text.count("Not measured") == 2
+    table.update_page(page, tmp_path)
+    assert page.read_text() == text
+
+
+def test_a_missed_target_shows():
+    facts = ("name", "what", "peer", 1.2, 1.0, 1.4, 5, 0.0, 1e-5)
+    assert Row(*facts, None).met and Row(*facts, 1.2).met and not Row(*facts, 1.3).met

@@ -122,7 +122,7 @@ def test_parser() -> argparse.ArgumentParser:
         help="slices are brought to this size first, as the training slices were",
     )
     speed = parser.add_argument_group("speed")
-    speed.add_argument("--batch_size", type=int, default=12, help="slices at once")
+    speed.add_argument("--batch_size", type=int, help="slices at once; default 12, on a CPU 2")
     _add_precision_flags(speed)
     return parser
 
@@ -181,6 +181,8 @@ def parse_args(
     config = config_path(early.config) if early.config else None
     saved = read_config(config, parser) if config else {}
     if parser.prog == "test.py":  # a run's newest adapter, or the published one
+        for training_only in ("batch_size", "use_amp", "tf32"):
+            saved.pop(training_only, None)
         saved["output_dir"] = str(config.parent / "test") if config else "output/test"
         if early.lora_ckpt is None:
             published = CHECKPOINTS / "epoch_159.pth"

@@ -80,7 +80,11 @@ def choose_slices(label: np.ndarray) -> tuple[int, ...]:  # (D, H, W) -> ascendi
         return (len(label) // 2,)
     thirds = np.array_split(filled, min(SLICES_A_CASE, filled.size))
     parts = [part[len(part) // 4 : len(part) - len(part) // 4] for part in thirds]
-    classes = {index: np.count_nonzero(np.bincount(label[index].ravel())) for index in filled}
+    planes = {index: label[index].ravel() for index in filled}
+    classes = {  # of the labelled voxels alone, the fewest by far
+        index: np.count_nonzero(np.bincount(plane[np.flatnonzero(plane)]))
+        for index, plane in planes.items()
+    }
     return tuple(int(max(part, key=lambda i: (classes[i], foreground[i]))) for part in parts)
 
 

@@ -18,7 +18,7 @@ def predict_volume(
     *,
     input_size: tuple[int, int],
     image_size: tuple[int, int],
-    batch_size: int = 12,
+    batch_size: int | None = None,
     multimask_output: bool = True,
     amp_dtype: torch.dtype | None = None,
     progress: Callable[[int], object] | None = None,
@@ -34,6 +34,7 @@ def predict_volume(
         net: called as ``net(images, multimask_output, S)``, returns a dict with `masks`.
         volume: (D, H, W) float, about [0, 1].
         input_size, image_size: (rows, columns).
+        batch_size: slices at once; None: 12, on a CPU 2, whose cache holds no more.
         amp_dtype: the network computes in it by autocast; None: in its own dtype. The resizing
             is always in float32.
         progress: called with the number of slices just done.
@@ -42,6 +43,7 @@ def predict_volume(
         (D, H, W) uint8 labels.
     """
     device = next(net.parameters()).device
+    batch_size = batch_size or (2 if device.type == "cpu" else 12)
     volume = torch.as_tensor(volume)
     labels = torch.empty(volume.shape, dtype=torch.uint8, device=device)
     autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)

@@ -227,10 +227,10 @@ def testing_rows(device: torch.device) -> list[Row]:
         *("test.py", "a volume of 12×512×512, vit_b, read to NIfTI", device),
         *(image[middle], label[middle], prediction[middle], scenes.network(), 1.8, 3),
     )
-    middle = slice(60, 84)
+    middle = slice(40, 88)
     without = testing_row(
-        *("test.py, not the network", "a volume of 24×512×512, masks given, read to NIfTI", device),
-        *(image[middle], label[middle], prediction[middle], None, 20, 4),
+        *("test.py, not the network", "a volume of 48×512×512, masks given, read to NIfTI", device),
+        *(image[middle], label[middle], prediction[middle], None, 20, 3),
     )
     return [with_network, without]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,12 +40,14 @@ def measure(curve: str, value: int, device: torch.device) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats(device)
     seconds = statistics.median(timed(run, device) for _ in range(2))
     wait(device)
-    used = (
-        torch.cuda.max_memory_allocated(device)
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
     return {"value": value, "seconds": seconds, "memory_gib": used / 2**30}
+
+
+def peak_resident() -> int:
+    """Largest resident memory of this process in bytes; what `getrusage` says is inherited."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(next(line for line in status.splitlines() if "VmHWM" in line).split()[1])
 
 
 def test_slices(count: int, device: torch.device, volumes: int = 1) -> Callable[[], object]:

@@ -196,6 +196,12 @@ def test_the_command_line_wins_over_the_config(tmp_path: Path):
     assert (args.rank, args.base_lr, args.img_size, args.warmup_period) == (5, 1, 320, 250)
 
 
+def test_how_a_run_was_trained_does_not_say_how_it_is_tested(data: Path, tmp_path: Path):
+    folder = run(data, tmp_path, "--batch_size", "5", "--max_iterations", "1", "--use_amp")
+    args = parse_args(parser_of_test(), ["--config", str(folder)])
+    assert args.img_size == 64 and args.batch_size is None and args.use_amp is False
+
+
 def test_the_program_exits_with_2_and_one_line(tmp_path: Path):
     command = [sys.executable, str(REPOSITORY / "train.py"), "--root_path", str(tmp_path / "no")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)

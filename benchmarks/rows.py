@@ -222,9 +222,9 @@ def step_rows(device: torch.device) -> list[Row]:
 def testing_rows(device: torch.device) -> list[Row]:
     """`test.py` on a volume: with vit_b, and all that is not the network."""
     image, label, prediction = scenes.scene()
-    middle = slice(60, 72)
+    middle = slice(60, 80)
     with_network = testing_row(
-        *("test.py", "a volume of 12×512×512, vit_b, read to NIfTI", device),
+        *("test.py", "a volume of 20×512×512, vit_b, read to NIfTI", device),
         *(image[middle], label[middle], prediction[middle], scenes.network(), 1.8, 3),
     )
     middle = slice(40, 88)

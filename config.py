@@ -6,7 +6,6 @@ Order of authority: command line, `--config`, the adapter file's own settings, d
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from adapter_file import holds_every_weight, read_adapter
 from datasets.registry import DATASETS, get_dataset
-from run_folder import CONFIG_FILE, SCRATCH, newest_adapter
+from run_folder import AUTO, CONFIG_FILE, SCRATCH, newest_adapter, read_config_file
 from safe_io import InputError, require_file
 from segment_anything import ENCODERS
 
@@ -50,6 +49,11 @@ def train_parser() -> argparse.ArgumentParser:
     data.add_argument("--root_path", help="folder of train_npz/, or that folder itself (required)")
     data.add_argument("--output", default="output", help="folder that run folders are made in")
     data.add_argument("--num_workers", type=int, help="loader processes; default 4, on a CPU 0")
+    data.add_argument(
+        "--check",
+        action="store_true",
+        help="read all data, show one page of facts and warnings, and stop",
+    )
     _add_data_flags(data)
     _add_network_flags(parser.add_argument_group("network"))
 
@@ -57,12 +61,18 @@ def train_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--max_epochs", type=int, default=200, help="length of the rate's schedule")
     recipe.add_argument("--stop_epoch", type=int, default=160, help="epochs that are trained")
     recipe.add_argument("--max_iterations", type=int, help="stop after so many steps, if sooner")
-    recipe.add_argument("--batch_size", type=int, default=12, help="slices per GPU of the recipe")
+    recipe.add_argument(
+        "--batch_size", type=int, default=12, help="slices that a GPU takes at once"
+    )
     recipe.add_argument(
         "--n_gpu",
         type=int,
         default=2,
-        help="GPUs of the recipe: a step takes batch_size × n_gpu slices whatever is at hand here",
+        help="GPUs of the recipe: an update is of batch_size × n_gpu slices on any hardware, in "
+        "parts of batch_size where there are fewer GPUs",
+    )
+    recipe.add_argument(
+        "--global_batch", type=int, help="slices of an update; default: batch_size × n_gpu"
     )
     recipe.add_argument("--base_lr", type=float, default=0.005, help="largest learning rate")
     recipe.add_argument("--warmup", action="store_true", help="raise the rate linearly at first")
@@ -75,8 +85,40 @@ def train_parser() -> argparse.ArgumentParser:
     )
     recipe.add_argument("--no_augment", action="store_true", help="train on the slices as they are")
 
+    saving = parser.add_argument_group("saving and going on")
+    saving.add_argument(
+        "--resume",
+        help="a run folder to go on with, or 'auto': the newest under --output with these "
+        "settings, a new run if there is none",
+    )
+    saving.add_argument(
+        "--save_minutes", type=float, default=10, help="between saves of the full state"
+    )
+    saving.add_argument("--save_steps", type=int, help="steps between saves of the full state")
+    saving.add_argument("--keep_states", type=int, default=2, help="full states that are kept")
+    saving.add_argument(
+        "--skip_nan",
+        type=int,
+        default=0,
+        help="updates that may be left out because their loss is NaN or infinite; more stop the "
+        "run. Watching for them costs a wait for the GPU in every step",
+    )
+
+    validation = parser.add_argument_group("validation")
+    validation.add_argument(
+        "--val_every",
+        type=int,
+        help="epochs between validations on held-out training cases; default: none is held out, "
+        "as published",
+    )
+    validation.add_argument("--val_cases", type=int, help="cases held out; default: a sixth")
+    validation.add_argument(
+        "--patience", type=int, help="stop after so many validations without a better score"
+    )
+
     speed = parser.add_argument_group("speed")
     _add_precision_flags(speed)
+    _add_processes_flag(speed)
     speed.add_argument("--compile", action="store_true", help="torch.compile; pays on a GPU")
     speed.add_argument(
         "--checkpoint_blocks",
@@ -124,6 +166,7 @@ def test_parser() -> argparse.ArgumentParser:
     speed = parser.add_argument_group("speed")
     speed.add_argument("--batch_size", type=int, help="slices at once; default 12, on a CPU 2")
     _add_precision_flags(speed)
+    _add_processes_flag(speed)
     return parser
 
 
@@ -169,6 +212,12 @@ def _add_precision_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tf32", action="store_true", help="TF32 matrix products on NVIDIA GPUs")
 
 
+def _add_processes_flag(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--processes", type=int, help="processes started here; default: one for each GPU in use"
+    )
+
+
 def parse_args(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> argparse.Namespace:
@@ -178,10 +227,12 @@ def parse_args(
         InputError: a missing or unreadable configuration or adapter, or a value out of range.
     """
     early, _ = parser.parse_known_args(argv)
-    config = config_path(early.config) if early.config else None
+    resumed = getattr(early, "resume", None)
+    given = early.config or (resumed if resumed != AUTO else None)
+    config = config_path(given) if given else None
     saved = read_config(config, parser) if config else {}
     if parser.prog == "test.py":  # a run's newest adapter, or the published one
-        for training_only in ("batch_size", "use_amp", "tf32"):
+        for training_only in ("batch_size", "use_amp", "tf32", "processes"):
             saved.pop(training_only, None)
         saved["output_dir"] = str(config.parent / "test") if config else "output/test"
         if early.lora_ckpt is None:
@@ -221,14 +272,7 @@ def read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     Raises:
         InputError: no JSON object, or a value of another type than the flag's.
     """
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{path} is not JSON ({error}); pass the {CONFIG_FILE} that train.py wrote"
-        ) from None
-    if not isinstance(saved, dict):
-        raise InputError(f"{path} holds a {type(saved).__name__}, expected a JSON object of flags")
+    saved = read_config_file(path)
     known = {}
     for action in parser._actions:
         if action.dest not in saved or action.dest in ("config", "help"):
@@ -278,11 +322,16 @@ def _check_values(args: argparse.Namespace) -> None:
     get_dataset(args.dataset)
     positive = ("num_classes", "img_size", "rank", "batch_size", "n_gpu", "max_epochs")
     positive += ("stop_epoch", "warmup_period", "max_iterations", "log_every", "input_size")
+    positive += ("global_batch", "processes", "save_steps", "keep_states")
+    positive += ("val_every", "val_cases", "patience")
     for name in positive:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise InputError(f"--{name} is {value}, expected at least 1")
-    for name, low, high in (("dice_param", 0, 1), ("base_lr", 0, 10), ("lr_exp", 0, 100)):
+    for name, low, high in (
+        *(("dice_param", 0, 1), ("base_lr", 0, 10), ("lr_exp", 0, 100)),
+        *(("save_minutes", 0, 10_000), ("skip_nan", 0, 1_000_000)),
+    ):
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name} is {value}, expected {low}…{high}")
@@ -294,6 +343,8 @@ def _check_values(args: argparse.Namespace) -> None:
         raise InputError(f"--num_workers is {args.num_workers}, expected 0 or more")
     if args.seed < 0:
         raise InputError(f"--seed is {args.seed}, expected 0 or more")
+    if getattr(args, "val_every", 1) is None and (args.val_cases or args.patience):
+        raise InputError("--val_cases and --patience need --val_every; pass it, e.g. 5")
     if getattr(args, "root_path", "") is None:
         raise InputError("--root_path is missing; pass the folder that preprocess wrote")
     if args.img_size % 16:

@@ -179,8 +179,8 @@ class LoRAModel(nn.Module):
 
     def save_lora_parameters(
         self, filename: str | Path, settings: dict[str, Any] | None = None
-    ) -> None:
-        """Write the adapter file.
+    ) -> str:
+        """Write the adapter file; returns its SHA-256.
 
         Args:
             filename: `….pth`.
@@ -194,7 +194,7 @@ class LoRAModel(nn.Module):
             own = {"rank": self.rank, "module": self.variant}
             base = {"base_fingerprint": getattr(self.sam, "base_fingerprint", None)}
             state[SETTINGS_KEY] = settings | own | base
-        save_tensors(state, filename)
+        return save_tensors(state, filename)[1]
 
     def load_lora_parameters(self, filename: str | Path) -> dict[str, Any]:
         """Fill the adapter's tensors from a file, this project's or the original's.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +11,20 @@ from torch import nn
 SMOOTH = 1e-5
 
 
-def dice_per_class(
+def dice_sums(
     scores: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:  # (B, C, H, W), (B, H, W) int -> (C,)
-    """Soft Dice loss of each class, its sums pooled over the batch, squared in the denominator."""
+) -> torch.Tensor:  # (B, C, H, W), (B, H, W) int -> (2, C)
+    """Intersection and denominator of each class, pooled over the batch; scores are squared."""
     classes = torch.arange(scores.shape[1], device=labels.device)
     truth = labels[:, None] == classes[:, None, None]  # (B, C, H, W) bool
     pooled = (0, 2, 3)
     intersection = (scores * truth).sum(pooled)
-    denominator = scores.square().sum(pooled) + truth.sum(pooled)
-    return 1 - (2 * intersection + SMOOTH) / (denominator + SMOOTH)
+    return torch.stack([intersection, scores.square().sum(pooled) + truth.sum(pooled)])
+
+
+def dice_per_class(sums: torch.Tensor) -> torch.Tensor:  # (2, C) -> (C,)
+    """Soft Dice loss of each class."""
+    return 1 - (2 * sums[0] + SMOOTH) / (sums[1] + SMOOTH)
 
 
 class DiceLoss(nn.Module):
@@ -58,27 +62,45 @@ class DiceLoss(nn.Module):
                 f"{self.n_classes} classes"
             )
         scores = inputs.softmax(dim=1) if softmax else inputs
-        losses = dice_per_class(scores, target)
+        losses = dice_per_class(dice_sums(scores, target))
         if weight is not None:
             losses = losses * losses.new_tensor(weight)
         return losses.sum() / self.n_classes
 
 
 class SegmentationLoss(nn.Module):
-    """``(1 - dice_weight) · cross entropy + dice_weight · Dice``."""
+    """``(1 - dice_weight) · cross entropy + dice_weight · Dice`` of a batch.
 
-    def __init__(self, n_classes: int, dice_weight: float) -> None:
+    Dice is no mean over samples, so a batch in parts needs the sums of the whole: `total` adds
+    them up.
+
+    Args:
+        n_classes: channels of the logits, background included.
+        total: from the sums of this rank's part of the batch (2·C + 2,) to those of the whole.
+    """
+
+    def __init__(
+        self,
+        n_classes: int,
+        dice_weight: float,
+        total: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+    ) -> None:
         super().__init__()
-        self.dice = DiceLoss(n_classes)
+        self.n_classes = n_classes
         self.dice_weight = dice_weight
+        self.total = total
 
     def forward(
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> dict[str, torch.Tensor]:  # (B, C, H, W), (B, H, W) int64 -> three scalars
         """The terms `loss`, `loss_ce` and `loss_dice`; in float32 whatever the logits' dtype."""
         logits = logits.float()
-        ce = F.cross_entropy(logits, labels)
-        dice = self.dice(logits, labels, softmax=True)
+        ce = F.cross_entropy(logits, labels, reduction="sum")
+        pixels = ce.new_full((), labels.numel())
+        dice = dice_sums(logits.softmax(dim=1), labels)
+        sums = self.total(torch.cat([torch.stack([ce, pixels]), dice.flatten()]))
+        ce = sums[0] / sums[1]
+        dice = dice_per_class(sums[2:].view(2, -1)).sum() / self.n_classes
         total = (1 - self.dice_weight) * ce + self.dice_weight * dice
         return {"loss": total, "loss_ce": ce, "loss_dice": dice}
 

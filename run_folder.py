@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from safe_io import InputError, atomic_path, make_folder
+from safe_io import InputError, atomic_path, make_folder, require_folder
 
 SCRATCH = "none"  # --ckpt none: no base weights, every weight is trained
 CONFIG_FILE = "config.json"
+LOCK_FILE = "lock"
+AUTO = "auto"  # --resume auto
+# What a run may be continued with: nothing here changes what is computed, but for rounding.
+FREE = {
+    *("config", "resume", "check", "output", "root_path", "list_dir", "device", "num_workers"),
+    *("processes", "batch_size", "n_gpu", "compile", "checkpoint_blocks", "log_every"),
+    *("save_minutes", "save_steps", "keep_states", "skip_nan", "patience"),
+    *("stop_epoch", "max_iterations"),  # the rate's schedule does not depend on them
+}
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -24,12 +37,13 @@ def run_name(args: argparse.Namespace) -> str:
         f"wu{args.warmup_period}" if args.warmup else None,
         f"exp{args.lr_exp:g}" if args.lr_exp != 0.9 else None,
         f"dice{args.dice_param:g}" if args.dice_param != 0.8 else None,
-        f"bs{args.batch_size * args.n_gpu}",
+        f"bs{args.global_batch or args.batch_size * args.n_gpu}",
         f"epo{args.stop_epoch}of{args.max_epochs}",
         f"it{args.max_iterations}" if args.max_iterations else None,
         f"clip{args.clip_grad:g}" if args.clip_grad else None,
         "noaug" if args.no_augment else None,
         "amp" if args.use_amp else None,
+        f"val{args.val_every}" if args.val_every else None,
         f"s{args.seed}",
     ]
     return "_".join(part for part in parts if part)
@@ -45,9 +59,108 @@ def make_run_folder(args: argparse.Namespace) -> Path:
     return make_folder(folder, flag="--output", exist_ok=False)
 
 
+def settings_that_matter(args: argparse.Namespace | dict[str, Any]) -> dict[str, Any]:
+    """What has to stay the same for a run to go on."""
+    values = dict(args) if isinstance(args, dict) else dict(vars(args))
+    batch = values.get("global_batch") or values["batch_size"] * values["n_gpu"]
+    return {key: value for key, value in values.items() if key not in FREE} | {
+        "global_batch": batch
+    }
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`--base_lr 0.005 → 0.001` for every setting that differs."""
+    return [
+        f"--{key} {saved.get(key)} → {now.get(key)}"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+    ]
+
+
+def require_same_settings(folder: Path, saved: dict[str, Any], args: argparse.Namespace) -> None:
+    """Refuse to go on with settings that change what is computed."""
+    found = differences(saved, settings_that_matter(args))
+    if found:
+        schedule = (
+            " (the learning rate's schedule depends on --max_epochs; --stop_epoch may be raised)"
+            if any(text.startswith("--max_epochs ") for text in found)
+            else ""
+        )
+        raise InputError(
+            f"{folder} cannot go on with other settings: {', '.join(found)}{schedule}; leave them "
+            "as they were, or start a new run without --resume"
+        )
+
+
+def find_run(args: argparse.Namespace) -> Path | None:
+    """The run that `--resume` means; None: start a new one.
+
+    Raises:
+        InputError: no run folder is given, or its settings differ.
+    """
+    if args.resume == AUTO:
+        runs = sorted(
+            Path(args.output).glob(f"*/{CONFIG_FILE}"), key=lambda path: path.stat().st_mtime_ns
+        )
+        now = settings_that_matter(args)
+        return next((path.parent for path in reversed(runs) if _fits(path, now)), None)
+    folder = require_folder(
+        args.resume, what="run folder", remedy="pass one that train.py made, or 'auto'"
+    )
+    saved = read_config_file(folder / CONFIG_FILE)
+    require_same_settings(folder, settings_that_matter(vars(args) | saved), args)
+    return folder
+
+
+def _fits(config: Path, now: dict[str, Any]) -> bool:
+    try:
+        saved = settings_that_matter(read_config_file(config))
+    except (InputError, KeyError, TypeError):
+        return False  # of another program
+    return not differences(saved, now)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The flags in a `config.json`.
+
+    Raises:
+        InputError: no JSON object.
+    """
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is not JSON ({error}); pass the {CONFIG_FILE} that train.py wrote"
+        ) from None
+    if not isinstance(saved, dict):
+        raise InputError(f"{path} holds a {type(saved).__name__}, expected a JSON object of flags")
+    return saved
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path, first: bool = True) -> Iterator[None]:
+    """Hold a run folder, so that two runs cannot write into one; a killed process lets it go.
+
+    Args:
+        first: whether this is the rank that writes.
+    """
+    if not first:
+        yield
+        return
+    with (folder / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process is training in {folder}; wait for it, or start a new run "
+                "without --resume"
+            ) from None
+        yield
+
+
 def save_config(args: argparse.Namespace, folder: Path) -> None:
     """Write `config.json`, which `--config` reads back unchanged."""
-    values = {key: value for key, value in vars(args).items() if key != "config"}
+    values = {k: v for k, v in vars(args).items() if k not in ("config", "resume", "check")}
     with atomic_path(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

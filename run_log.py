@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +18,49 @@ import torch.nn.functional as F
 from tensorboardX import SummaryWriter
 
 from datasets.registry import label_colours
+from safe_io import EXIT_BAD_INPUT, InputError, cannot_write
+
+METRICS = "metrics.jsonl"
 
 
 class RunLog:
     """Scalars are kept on the device and fetched together, so that steps need not wait for them.
 
     Args:
-        folder: the run's.
+        folder: the run's; None on all ranks but the first: the losses are watched, nothing written.
         every: steps between fetches.
+        names_of: the names of the slices of a step, given its facts.
+        skip: updates that may be left out because their loss is not finite.
+        position: of an earlier log in this folder, which is cut there and continued.
+        step: the next one.
     """
 
-    def __init__(self, folder: Path, *, every: int) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        every: int,
+        names_of: Callable[[dict[str, Any]], Sequence[str]] = lambda facts: (),
+        skip: int = 0,
+        position: dict[str, Any] | None = None,
+        step: int = 0,
+    ) -> None:
+        position = position or {"bytes": 0, "epoch_losses": [], "last_loss": math.nan, "skipped": 0}
+        self.folder = folder
         self.every = every
-        self.writer = SummaryWriter(str(folder / "log"))
-        self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.names_of = names_of
+        self.skip = skip
         self.waiting: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
-        self.last_loss = math.nan
-        self.epoch_losses: list[float] = []
+        self.epoch_losses: list[float] = list(position["epoch_losses"])
+        self.last_loss: float = position["last_loss"]
+        self.skipped: int = position["skipped"]
+        self.bytes: int = position["bytes"]
+        if folder is not None:
+            # events of steps that are trained again are hidden from TensorBoard
+            self.writer = SummaryWriter(str(folder / "log"), purge_step=step or None)
+            self.metrics = (folder / METRICS).open("ab")
+            self.bytes = min(self.bytes, self.metrics.tell())  # should lines have been deleted
+            self.metrics.truncate(self.bytes)
 
     def step(self, facts: dict[str, Any], terms: dict[str, torch.Tensor]) -> None:
         """Note one step: plain facts (step, epoch, lr) and scalars still on the device."""
@@ -43,7 +72,7 @@ class RunLog:
         """Fetch what is waiting with one copy and write it.
 
         Raises:
-            FloatingPointError: a loss is NaN or infinite.
+            InputError: more losses than `skip` are NaN or infinite.
         """
         waiting, self.waiting = self.waiting, []
         if not waiting:
@@ -53,34 +82,84 @@ class RunLog:
         values = torch.stack(on_device).view(-1, len(names)).tolist()
         for (facts, _), row in zip(waiting, values, strict=True):
             scalars = dict(zip(names, row, strict=True))
-            self.epoch_losses.append(scalars["loss"])
-            self.write(facts | scalars)
-            for name, value in [("lr", facts["lr"]), *scalars.items()]:
-                self.writer.add_scalar(f"info/{name}", value, facts["step"])
-            if not math.isfinite(scalars["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {scalars['loss']} at step {facts['step']}; lower --base_lr or "
-                    "lengthen --warmup_period"
+            if math.isfinite(scalars["loss"]):
+                self.epoch_losses.append(scalars["loss"])
+                self.last_loss = scalars["loss"]
+                self.write(facts | scalars)
+                self.scalars({f"info/{name}": v for name, v in scalars.items()}, facts["step"])
+                self.scalars({"info/lr": facts["lr"]}, facts["step"])
+            else:
+                self._not_finite(facts, scalars["loss"])
+        if self.folder is not None:
+            self.metrics.flush()
+
+    def _not_finite(self, facts: dict[str, Any], loss: float) -> None:
+        self.skipped += 1
+        slices = list(self.names_of(facts))
+        if self.skipped <= self.skip:
+            self.write(facts | {"loss": None, "skipped": slices})
+            if self.folder is not None:
+                logging.warning(
+                    "step %d: the loss is %s, the update was left out (%d of at most %d); slices "
+                    "%s",
+                    *(facts["step"], loss, self.skipped, self.skip, ", ".join(slices)),
                 )
-        self.last_loss = self.epoch_losses[-1]
-        self.metrics.flush()
+            return
+        if self.folder is None:  # the first rank says it
+            raise SystemExit(EXIT_BAD_INPUT)
+        raise InputError(
+            f"the loss is {loss} at step {facts['step']} (slices {', '.join(slices)}); look at "
+            "these slices, lower --base_lr, lengthen --warmup_period or pass --clip_grad; "
+            "--skip_nan N leaves out up to N such updates"
+        )
 
     def end_epoch(self, epoch: int, step: int, seconds: float) -> float:
         """Write one line about the epoch; returns the mean loss of its steps."""
         self.flush()
-        loss = sum(self.epoch_losses) / len(self.epoch_losses)
-        self.epoch_losses.clear()
-        self.write({"epoch": epoch, "step": step, "mean_loss": loss, "seconds": seconds})
+        losses = self.epoch_losses
+        loss = sum(losses) / len(losses) if losses else math.nan
+        self.write(
+            {"epoch": epoch, "steps": step, "mean_loss": loss if losses else None}
+            | {"seconds": seconds}
+        )
+        self.epoch_losses = []
         return loss
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        self.metrics.write(json.dumps(record) + "\n")
+        line = (json.dumps(record) + "\n").encode()
+        self.bytes += len(line)
+        if self.folder is None:
+            return
+        try:
+            self.metrics.write(line)
+        except OSError as error:
+            raise cannot_write(self.folder / METRICS, error) from None
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Show numbers in TensorBoard."""
+        if self.folder is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def position(self) -> dict[str, Any]:
+        """What another `RunLog` needs to go on from here, all lines before it being on disk."""
+        self.flush()
+        if self.folder is not None:
+            os.fsync(self.metrics.fileno())
+        return {
+            "bytes": self.bytes,
+            "epoch_losses": self.epoch_losses,
+            "last_loss": self.last_loss,
+            "skipped": self.skipped,
+        }
 
     def pictures(
         self, step: int, image: torch.Tensor, logits: torch.Tensor, label: torch.Tensor
     ) -> None:
         """Show one sample: image (3, S, S), logits (C, S/4, S/4) and label (S/4, S/4)."""
+        if self.folder is None:
+            return
         colours = label_colours(len(logits) - 1)
         small = F.interpolate(image[None].float(), label.shape, mode="area")[0]
         grey = small - small.min()
@@ -101,12 +180,18 @@ class RunLog:
         try:
             self.flush()
         finally:
-            self.metrics.close()
-            self.writer.close()
+            if self.folder is not None:
+                with contextlib.suppress(OSError):  # of a full disk, which was reported
+                    self.metrics.close()
+                self.writer.close()
 
 
-def start_logging(path: Path) -> None:
-    """Send log lines to the terminal and, with the time, to `path`."""
+def start_logging(path: Path | None) -> None:
+    """Send log lines to the terminal and, with the time, to `path`; None: only warnings, there."""
+    if path is None:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+        return
+    logging.raiseExceptions = False  # a full disk is reported once, not per line
     to_file = logging.FileHandler(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
     to_terminal = logging.StreamHandler(sys.stdout)

@@ -7,6 +7,7 @@ command-line programs print before they exit with code 2.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pickle
 import sys
@@ -40,13 +41,10 @@ def exit_on_bad_input() -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success rename it there, on failure remove it.
-
-    The temporary name keeps the suffixes of `path`, because writers choose a format by them.
-    """
+    """Yield a temporary name beside `path`; on success rename it there, on failure remove it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    temporary = partial_name(path)
     try:
         yield temporary
         temporary.replace(path)
@@ -115,10 +113,90 @@ def load_tensors(path: str | Path) -> Any:
         ) from None
 
 
-def save_tensors(state: dict[str, Any], path: str | Path) -> None:
-    """Write a dict of tensors and plain containers as `.pth`, whole or not at all."""
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+class _HashingFile:
+    """A file opened for writing that knows the SHA-256 of what went in."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:  # PyTorch would only say that writing failed
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save_tensors(
+    state: dict[str, Any], path: str | Path, *, hash_in_name: bool = False
+) -> tuple[Path, str]:
+    """Write a dict of tensors and plain containers as `.pth`, whole or not at all.
+
+    Equal contents give equal files.
+
+    Args:
+        hash_in_name: put the first 16 digits of the hash into the name, before the suffix, so
+            that damage shows by the name alone.
+
+    Returns:
+        The file and its SHA-256 in hexadecimal.
+
+    Raises:
+        InputError: no room or no right to write there; an older file of the name is untouched.
+    """
+    path = Path(path)
+    temporary = partial_name(path)
+    target = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        target = _HashingFile(temporary)
+        with target.file:
+            torch.save(state, target)
+            target.flush()
+            os.fsync(target.file.fileno())  # else a crash may leave the new name without content
+        digest = target.digest.hexdigest()
+        if hash_in_name:
+            path = path.with_name(f"{path.stem}-{digest[:16]}{path.suffix}")
+        temporary.replace(path)
+        return path, digest
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else target.error if target else None
+        if cause is None:
+            raise
+        raise cannot_write(path, cause) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """What to say when the disk is full or the folder read-only."""
+    return InputError(
+        f"cannot write {path} ({error.strerror}); make room or give the right to write there, and "
+        "start again: what was saved before is intact"
+    )
+
+
+def partial_name(path: Path) -> Path:
+    """The name that a file has until it is whole; it keeps the suffixes, writers look at them."""
+    return path.with_name(f".{os.getpid()}.partial.{path.name}")
+
+
+def remove_partials(folder: Path) -> None:
+    """Delete what a killed process left half-written in a folder of which we are the owner."""
+    for left in folder.glob(".*.partial.*"):
+        left.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_arrays(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:

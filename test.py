@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from figures import CasePanel, case_panel, write_pages
 from inference import predict_volume
 from metrics import score_volume
 from packing import can_pack, pack_encoder
+from ranks import Ranks, joined, launch, local_device, processes_here
 from report import CaseResult, format_table, write_csv, write_json
 from run_log import start_logging
 from safe_io import exit_on_bad_input, make_folder
@@ -38,16 +40,25 @@ WAITING = 4  # volumes that may wait to be scored and written
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check everything that was given, then segment, score and report."""
+    """Check everything that was given, then segment, score and report, on every GPU here."""
     args = parse_args(test_parser(), argv)
-    device = choose_device(args.device)
+    processes = processes_here(args.device, args.processes)
+    if processes > 1:
+        raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))
+    device = local_device(choose_device(args.device))
+    with joined(device) as ranks:
+        test(args, device, ranks)
+
+
+def test(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
+    """Test this rank's share of the volumes; the first rank writes the report of all."""
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     allow_tf32(args.tf32)
-
     dataset = Synapse_dataset(
         args.volume_path, args.list_dir, "test_vol", num_classes=args.num_classes
     )
-    dataset.check(workers=2)  # volumes are large: few at once
+    if ranks.first:
+        dataset.check(workers=2)  # volumes are large: few at once
     model, _ = build_model(args, device)
     model.eval()
     model.merge()
@@ -55,12 +66,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         pack_encoder(model)
 
     folder = make_folder(args.output_dir, flag="--output_dir")
-    start_logging(folder / "log.txt")
-    logging.info("%d volumes of %s, on %s", len(dataset), dataset.list_path, device)
-    with tqdm(total=dataset.count_slices(), desc="testing", unit="slice", disable=None) as bar:
-        finished = list(test_cases(args, model, dataset, folder, progress=bar.update))
-    results, panels = [result for result, _ in finished], [panel for _, panel in finished]
+    start_logging(folder / "log.txt" if ranks.first else None)
+    logging.info(
+        "%d volumes of %s, on %d × %s", len(dataset), dataset.list_path, ranks.count, device
+    )
+    own = dataset.only(range(ranks.rank, len(dataset), ranks.count))
+    with tqdm(
+        total=own.count_slices(),
+        desc="testing" if ranks.count == 1 else "testing, of one process",
+        unit="slice",
+        disable=None if ranks.first else True,
+    ) as bar:
+        finished = list(test_cases(args, model, own, folder, progress=bar.update))
+    by_case = {
+        result.case: (result, panel) for part in ranks.gather(finished) for result, panel in part
+    }
+    if ranks.first:
+        report(args, folder, *zip(*(by_case[case] for case in dataset.sample_list), strict=True))
 
+
+def report(
+    args: argparse.Namespace,
+    folder: Path,
+    results: Sequence[CaseResult],
+    panels: Sequence[CasePanel],
+) -> None:
+    """Write tables and pictures of all cases."""
     names = class_names(args)
     settings = {"flags": vars(args), "environment": environment()}
     write_csv(folder / "results.csv", results, names)
@@ -83,6 +114,8 @@ def test_cases(
 
     At most `WAITING` volumes are kept, so that memory does not grow with their number.
     """
+    if not len(dataset):  # more ranks than volumes
+        return
     dtype = amp_dtype(next(model.parameters()).device) if args.use_amp else None
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(os.cpu_count()) as finishers:
         waiting: deque[tuple[Future[tuple[CaseResult, CasePanel]], Future[None]]] = deque()

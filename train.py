@@ -2,48 +2,137 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from config import parse_args, train_parser
-from datasets.dataset_synapse import Synapse_dataset
-from run_folder import SCRATCH, make_run_folder, save_config
+import torch
+
+from config import class_names, parse_args, train_parser
+from data_check import Page, check_page
+from datasets.dataset_synapse import SampleFacts, Synapse_dataset
+from lora import LoRAModel
+from memory import GIB, estimate_training_memory, out_of_memory
+from ranks import Ranks, joined, launch, local_device, processes_here, was_restarted
+from run_folder import AUTO, SCRATCH, find_run, make_run_folder, only_writer, save_config
 from run_log import start_logging
-from safe_io import atomic_path, exit_on_bad_input
-from trainer import trainer_synapse
+from safe_io import InputError, atomic_path, exit_on_bad_input
+from trainer import freeze_unreached, trainer_synapse
 from utils import allow_tf32, build_model, choose_device, environment, seed_everything
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check everything that was given, then train."""
+    """Check everything that was given, then train, on every GPU of the recipe that is here."""
     args = parse_args(train_parser(), argv)
-    device = choose_device(args.device)
+    processes = 1 if args.check else processes_here(args.device, args.processes, args.n_gpu)
+    if processes > 1:
+        raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))
+    if was_restarted() and args.resume is None:
+        args.resume = AUTO
+    device = local_device(choose_device(args.device))
+    with joined(device) as ranks:
+        train(args, device, ranks)
+
+
+def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
+    """One run, or what is left of it, as one of its ranks."""
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     allow_tf32(args.tf32)
+    folder = ranks.from_first(find_run(args) if args.resume and ranks.first else None)
+    resumed = folder is not None
 
     dataset = Synapse_dataset(args.root_path, args.list_dir, "train", num_classes=args.num_classes)
-    dataset.check()
+    facts = dataset.check() if ranks.first else []
     model, low_res = build_model(args, device)
+    freeze_unreached(model)
+    page = None
+    if ranks.first and not resumed:
+        page = describe(args, facts, model, device)
+        if args.check:
+            print(page)
+            return
 
-    folder = make_run_folder(args)
-    start_logging(folder / "log.txt")
+    folder = ranks.from_first(folder or (make_run_folder(args) if ranks.first else None))
+    with only_writer(folder, ranks.first):
+        start_logging(folder / "log.txt" if ranks.first else None)
+        if ranks.first:
+            write_facts(args, folder, page, ranks)
+            warn(args, page)
+            total = sum(parameter.numel() for parameter in model.parameters())
+            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            logging.info("%s: %s parameters, %s train", folder, f"{total:,}", f"{trainable:,}")
+        try:
+            trainer_synapse(
+                *(args, model, folder, args.num_classes > 1, low_res),
+                dataset=dataset,
+                ranks=ranks,
+            )
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                out_of_memory(error, args.batch_size, args.checkpoint_blocks)
+            ) from None
+        logging.info("test it: python test.py --config %s --volume_path …", folder)
+
+
+def describe(
+    args: argparse.Namespace, facts: list[SampleFacts], model: LoRAModel, device: torch.device
+) -> Page:
+    """The page of facts about data and memory; test volumes are read too if they lie beside."""
+    tested: list[SampleFacts] = []
+    faults: list[str] = []
+    if (Path(args.root_path) / "test_vol_h5").is_dir():
+        try:
+            test = Synapse_dataset(
+                args.root_path, args.list_dir, "test_vol", num_classes=args.num_classes
+            )
+            tested = test.check(workers=2)  # volumes are large: few at once
+        except InputError as error:
+            if args.check:
+                raise
+            faults.append(f"the test data cannot be used: {error}")  # training can go on
+    memory = estimate_training_memory(
+        model, batch_size=args.batch_size, img_size=args.img_size, adamw=args.AdamW
+    )
+    capacity = None
+    if device.type == "cuda":
+        capacity = torch.cuda.get_device_properties(device).total_memory / GIB
+    page = check_page(facts, tested, class_names(args), memory, capacity)
+    page.warnings.extend(faults)
+    return page
+
+
+def write_facts(args: argparse.Namespace, folder: Path, page: Page | None, ranks: Ranks) -> None:
+    """What tells afterwards what was run: flags, environment, data. Only a new run has a page."""
+    starts_file = folder / "environment.json"
+    starts = json.loads(starts_file.read_text("utf-8")) if starts_file.is_file() else []
+    starts.append(environment() | {"processes": ranks.count})
     save_config(args, folder)
-    with atomic_path(folder / "environment.json") as temporary:
-        temporary.write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logging.info("%s: %s parameters, %s of them train", folder, f"{total:,}", f"{trainable:,}")
+    write_json(starts_file, starts)
+    if page is not None:
+        write_json(folder / "check.json", page.facts)
+        with atomic_path(folder / "check.txt") as temporary:
+            temporary.write_text(f"{page}\n", encoding="utf-8")
 
+
+def write_json(path: Path, values: object) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def warn(args: argparse.Namespace, page: Page | None) -> None:
+    """Say what is odd about a new run."""
+    for text in page.warnings if page else []:
+        logging.warning("warning: %s", text)
     if args.ckpt == SCRATCH and args.base_lr >= 1e-3 and args.clip_grad is None:
         logging.warning(
             "from scratch, --base_lr %g has been seen to collapse to background; "
             "3e-4 to 1e-3 with --warmup --AdamW --clip_grad 0.5 learns",
             args.base_lr,
         )
-
-    trainer_synapse(args, model, folder, args.num_classes > 1, low_res, dataset=dataset)
-    logging.info("test it: python test.py --config %s --volume_path …", folder / "config.json")
 
 
 if __name__ == "__main__":

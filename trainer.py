@@ -7,23 +7,25 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from config import adapter_settings, complete
-from datasets.augmentation import Augmentation, draw_augmentation, keyed_rng, prepare_batch
+from batches import augmented_batch, make_loader
+from config import class_names, complete
+from curves import draw_curves
 from datasets.dataset_synapse import Synapse_dataset
+from interruption import Interruption
 from losses import SegmentationLoss
+from ranks import ALONE, Ranks
 from run_log import RunLog
+from training_state import Checkpoint, Progress, newest_state, restore
 from utils import amp_dtype, unwrap
+from validation import hold_out, note_validation, validate
 
 SAVE_EVERY = 20  # epochs; epoch_159.pth is the published adapter
 PICTURES_EVERY = 200  # steps
@@ -67,34 +69,9 @@ def make_optimizer(model: nn.Module, *, adamw: bool, base_lr: float) -> torch.op
 
 def freeze_unreached(model: nn.Module) -> None:
     """Exclude the parameters that get no gradient from training."""
-    for name, parameter in model.sam.named_parameters():
+    for name, parameter in unwrap(model).sam.named_parameters():
         if name.startswith(UNREACHED):
             parameter.requires_grad_(False)
-
-
-class EpochSampler(Sampler[int]):
-    """A permutation of the samples keyed by (seed, epoch); nothing else can change the order."""
-
-    def __init__(self, length: int, seed: int) -> None:
-        self.length = length
-        self.seed = seed
-        self.epoch = 0
-
-    def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        return iter(order.tolist())
-
-    def __len__(self) -> int:
-        return self.length
-
-
-def collate_slices(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stack slices of one size into tensors (B, H, W); leave mixed sizes as lists."""
-    batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
-    for key in ("image", "label"):
-        arrays = [torch.from_numpy(array) for array in batch[key]]
-        batch[key] = torch.stack(arrays) if len({a.shape for a in arrays}) == 1 else arrays
-    return batch
 
 
 def training_step(
@@ -104,55 +81,68 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     lr: float,
     *,
+    at_once: int | None = None,
     clip_grad: float | None = None,
+    skip_not_finite: bool = False,
     scaler: torch.amp.GradScaler | None = None,
     autocast: contextlib.AbstractContextManager[Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """One optimiser update.
 
     Args:
-        batch: `image` (B, 3, S, S) about [0, 1] and `low_res_label` (B, S/4, S/4) int64.
+        batch: this rank's slices: `image` (B, 3, S, S) about [0, 1] and `low_res_label`
+            (B, S/4, S/4) int64; B may be 0 on some ranks.
+        at_once: slices through the network at a time. Dice pools its sums over the batch, so
+            parts are not independent: their logits are made first, the loss of all gives the
+            gradient of the logits, and each part is then computed again for its weights. The
+            gradient is that of the whole batch, but for rounding, at the price of one more
+            forward pass.
         clip_grad: largest norm of the whole gradient; None, as published, leaves it alone.
+        skip_not_finite: leave the weights alone if the loss is NaN or infinite; waits for it.
 
     Returns:
-        The detached loss terms and logits (B, classes + 1, S/4, S/4), still on the device.
+        The detached loss terms, of the batches of all ranks together, and this rank's logits
+        (B, classes + 1, S/4, S/4), still on the device.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    with autocast or contextlib.nullcontext():
-        # the loss reads only low_res_logits: full-size masks are not made
-        logits = model(batch["image"], full_size_masks=False)["low_res_logits"]
-    terms = criterion(logits, batch["low_res_label"])
+    images, labels = batch["image"], batch["low_res_label"]
 
+    def forward(part: slice) -> torch.Tensor:
+        with autocast or contextlib.nullcontext():
+            # the loss reads only low_res_logits: full-size masks are not made
+            return model(images[part], full_size_masks=False)["low_res_logits"]
+
+    at_once = at_once or len(images)
+    parts = [slice(start, start + at_once) for start in range(0, len(images), at_once or 1)]
+    if len(parts) == 1:
+        logits = forward(parts[0])
+    elif parts:
+        with torch.no_grad():
+            logits = torch.cat([forward(part) for part in parts])
+        logits.requires_grad_()
+    else:
+        logits = images.new_zeros(0, criterion.n_classes, *labels.shape[1:], requires_grad=True)
+    terms = criterion(logits, labels)
     optimizer.zero_grad(set_to_none=True)
+    if skip_not_finite and not math.isfinite(terms["loss"].item()):
+        return {name: value.detach() for name, value in terms.items()}, logits.detach()
+
     scaler = scaler or torch.amp.GradScaler(enabled=False)  # which passes everything through
     # fp16 gradients underflow unless scaled; a step that overflowed is skipped
     scaler.scale(terms["loss"]).backward()
+    if len(parts) > 1:
+        for part in parts:
+            forward(part).backward(logits.grad[part])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    ranks.add_gradients(parameters)
     if clip_grad is not None:
         scaler.unscale_(optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         terms["grad_norm"] = nn.utils.clip_grad_norm_(parameters, clip_grad)
     scaler.step(optimizer)
     scaler.update()
     return {name: value.detach() for name, value in terms.items()}, logits.detach()
-
-
-def make_loader(
-    dataset: Synapse_dataset, args: argparse.Namespace, device: torch.device
-) -> DataLoader:
-    """Batches of raw slices, in an order keyed by (seed, epoch); the last may be smaller."""
-    workers = args.num_workers
-    if workers is None:  # on a CPU a slice is read faster than a worker hands it over
-        workers = 4 if device.type == "cuda" else 0
-    return DataLoader(
-        dataset,
-        batch_size=args.batch_size * args.n_gpu,
-        sampler=EpochSampler(len(dataset), args.seed),
-        collate_fn=collate_slices,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-    )
 
 
 def trainer_synapse(
@@ -163,65 +153,101 @@ def trainer_synapse(
     low_res: int,
     *,
     dataset: Synapse_dataset | None = None,
+    ranks: Ranks = ALONE,
 ) -> str:
-    """Train `model` and save its adapter at the published epochs.
+    """Train `model` and save its adapter at the published epochs, its full state more often.
 
     Args:
         args: the flags of `train.py`; those that the original did not have may be absent.
         model: a `LoRA_Sam` on its device.
-        snapshot_path: the run folder: adapters, log, metrics.jsonl and TensorBoard go there.
+        snapshot_path: the run folder. If it holds a state and `args.resume` is given, training
+            goes on from there.
         multimask_output: kept for callers; every class is always predicted.
         low_res: side of the logits, S/4.
         dataset: checked training slices; None: opened from `args` and checked.
+
+    Raises:
+        InputError: what a user can mend: a full disk, a loss that is not finite, too little GPU
+            memory. States saved before are intact.
+        SystemExit: with `EXIT_INTERRUPTED`, after a signal and when the state is saved.
     """
     del multimask_output
     args = complete(args)
     folder = Path(snapshot_path)
+    model = unwrap(model)
     device = next(model.parameters()).device
     if dataset is None:
         dataset = Synapse_dataset(
             args.root_path, args.list_dir, "train", num_classes=args.num_classes
         )
         dataset.check()
+    held_out: dict[str, Synapse_dataset] = {}
+    if args.val_every:
+        dataset, held_out = hold_out(dataset, args.val_cases, args.seed)
     freeze_unreached(model)
-    unwrap(model).sam.image_encoder.checkpoint_blocks = args.checkpoint_blocks
+    model.sam.image_encoder.checkpoint_blocks = args.checkpoint_blocks
 
-    loader = make_loader(dataset, args, device)
-    criterion = SegmentationLoss(args.num_classes + 1, args.dice_param)
+    loader = make_loader(dataset, args, device, ranks)
+    batches, steps_an_epoch = loader.batch_sampler, len(loader)
+    criterion = SegmentationLoss(args.num_classes + 1, args.dice_param, ranks.total)
     optimizer = make_optimizer(model, adamw=args.AdamW, base_lr=args.base_lr)
+    names = class_names(args)
     network = torch.compile(model) if args.compile else model
     dtype = amp_dtype(device) if args.use_amp else None
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
-
-    max_iterations = args.max_epochs * len(loader)  # of the schedule
+    max_iterations = args.max_epochs * steps_an_epoch  # of the schedule
     epochs = min(args.stop_epoch, args.max_epochs)
-    last_step = min(epochs * len(loader), args.max_iterations or math.inf)
+    last_step = min(epochs * steps_an_epoch, args.max_iterations or math.inf)
+
+    ranks.copy_first(model.state_dict().values())
+    state = ranks.from_first(newest_state(folder) if args.resume and ranks.first else None)
+    run = restore(state, model, optimizer, scaler, ranks) if state else Progress()
     logging.info(
-        "%d slices, %d steps an epoch of %d × %d slices, %d steps in all, on %s in %s",
-        *(
-            len(dataset),
-            len(loader),
-            args.batch_size,
-            args.n_gpu,
-            last_step,
-            device,
-            dtype or "full precision",
-        ),
+        "%d slices, %d steps an epoch of %d slices on %d process(es), %d at once; %d steps in all, "
+        "on %s in %s",
+        *(len(dataset), steps_an_epoch, batches.global_batch, ranks.count, args.batch_size),
+        *(last_step, device, dtype or "full precision"),
     )
+    if state:
+        logging.info("going on after step %d", run.step)
+    if held_out:
+        logging.info("held out for validation: %s", ", ".join(held_out))
+
+    def names_of(facts: dict[str, Any]) -> list[str]:
+        of_step = batches.step(facts["epoch"], facts["step"] - facts["epoch"] * steps_an_epoch)
+        return [dataset.sample_list[index] for index in of_step]
+
     model.train()
-    step = 0
     with (
-        RunLog(folder, every=args.log_every) as log,
+        Interruption() as interruption,
+        RunLog(
+            folder if ranks.first else None,
+            every=args.log_every,
+            names_of=names_of,
+            skip=args.skip_nan,
+            position=state["log"] if state else None,
+            step=run.step,
+        ) as log,
         # no bar where nobody watches it move: there the log's line per epoch tells
-        tqdm(total=last_step, desc="training", unit="step", disable=None) as bar,
+        tqdm(
+            total=last_step,
+            initial=run.step,
+            desc="training",
+            unit="step",
+            disable=None if ranks.first else True,
+        ) as bar,
         logging_redirect_tqdm(),
     ):
-        for epoch in range(epochs):
-            loader.sampler.epoch = epoch
+        checkpoint = Checkpoint(folder, args, run, model, optimizer, scaler, log, ranks)
+        for epoch in range(run.epoch, epochs):
+            if args.patience and run.not_better >= args.patience:
+                logging.info("no better score in %d validations: stopping", run.not_better)
+                break
+            batches.enter(epoch, run.done)
             started = time.perf_counter()
-            for slices in loader:
+            for slices in loader if run.step < last_step else ():
                 lr = learning_rate(
-                    step,
+                    run.step,
                     base_lr=args.base_lr,
                     warmup=args.warmup_period if args.warmup else 0,
                     max_iterations=max_iterations,
@@ -230,52 +256,47 @@ def trainer_synapse(
                 batch = augmented_batch(slices, epoch, args, low_res, device)
                 terms, logits = training_step(
                     *(network, batch, criterion, optimizer, lr),
+                    at_once=args.batch_size,
                     clip_grad=args.clip_grad,
+                    skip_not_finite=args.skip_nan > 0,
                     scaler=scaler,
                     autocast=torch.autocast(device.type, dtype, enabled=args.use_amp),
+                    ranks=ranks,
                 )
-                log.step({"step": step, "epoch": epoch, "lr": lr}, terms)
-                if step % PICTURES_EVERY == 0:
-                    log.pictures(step, batch["image"][0], logits[0], batch["low_res_label"][0])
-                step += 1
+                log.step({"step": run.step, "epoch": epoch, "lr": lr}, terms)
+                if run.step % PICTURES_EVERY == 0 and len(logits):
+                    log.pictures(run.step, batch["image"][0], logits[0], batch["low_res_label"][0])
+                run.step += 1
+                run.done += 1
                 bar.update()
                 bar.set_postfix(epoch=epoch, loss=f"{log.last_loss:.4f}", refresh=False)
-                if step >= last_step:
+                checkpoint.after_step(interruption)
+                if run.step >= last_step:
                     break
+
+            last = run.step >= last_step
+            if last:  # what follows can be done again, so that the run can go on to more epochs
+                checkpoint.save()
             seconds = time.perf_counter() - started
-            loss = log.end_epoch(epoch, step, seconds)
+            loss = log.end_epoch(epoch, run.step, seconds)
             logging.info("epoch %d: mean loss %.4f, %.0f s", epoch, loss, seconds)
-            if (epoch + 1) % SAVE_EVERY == 0 or step >= last_step:
-                path = folder / f"epoch_{epoch}.pth"
-                unwrap(model).save_lora_parameters(path, settings=adapter_settings(args))
-                logging.info("saved %s", path)
-            if step >= last_step:
+            if held_out and ((epoch + 1) % args.val_every == 0 or last):
+                found = validate(
+                    model,
+                    held_out,
+                    num_classes=args.num_classes,
+                    img_size=args.img_size,
+                    amp_dtype=dtype,
+                    ranks=ranks,
+                )
+                if note_validation(run, found, epoch, names, log):
+                    checkpoint.save_adapter("best.pth")
+            if (epoch + 1) % SAVE_EVERY == 0 or last:
+                checkpoint.save_adapter(f"epoch_{epoch}.pth")
+            if last:
                 break
+            run.epoch, run.done = epoch + 1, 0
+            checkpoint.save()
+    if ranks.first:
+        draw_curves(folder, names)
     return "Training Finished!"
-
-
-def augmented_batch(
-    slices: dict[str, Any],
-    epoch: int,
-    args: argparse.Namespace,
-    low_res: int,
-    device: torch.device,
-) -> dict[str, torch.Tensor]:
-    """Bring raw slices to the device and there to what the network and its loss take."""
-
-    def to_device(arrays: torch.Tensor | list[torch.Tensor]) -> Any:
-        if isinstance(arrays, torch.Tensor):
-            return arrays.to(device, non_blocking=True)
-        return [array.to(device, non_blocking=True) for array in arrays]
-
-    choices = [
-        Augmentation() if args.no_augment else draw_augmentation(keyed_rng(args.seed, epoch, index))
-        for index in slices["index"]
-    ]
-    return prepare_batch(
-        to_device(slices["image"]),
-        to_device(slices["label"]),
-        choices,
-        output_size=(args.img_size, args.img_size),
-        low_res=(low_res, low_res),
-    )

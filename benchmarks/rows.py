@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import test
+from batches import collate_slices
 from config import test_parser
 from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
@@ -19,7 +20,7 @@ from datasets.resampling import resize_images
 from losses import SegmentationLoss
 from metrics import score_volume
 from packing import can_pack, pack_encoder
-from trainer import collate_slices, freeze_unreached, make_optimizer, training_step
+from trainer import freeze_unreached, make_optimizer, training_step
 
 from . import plain, scenes
 from .timing import Row, check_agreement, compare, largest, timed

@@ -6,8 +6,11 @@ the training loop reads plain slices and augments whole batches on the device in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,14 @@ class Synapse_dataset(Dataset):
 
         A slice is (H, W), a volume (D, H, W); image float32 about [0, 1], label uint8.
         """
+        sample = self.read(index)
+        if self.split == "train" and self.transform is not None:
+            sample = self.transform(sample)
+        sample["case_name"] = self.sample_list[index]
+        return sample
+
+    def read(self, index: int) -> dict[str, Any]:
+        """`image`, `label` and `index` of one checked sample, without the transform."""
         path = self.paths[index]
         arrays = load_arrays(path, ("image", "label")) if self.split == "train" else _read_h5(path)
         image, label = check_sample(
@@ -104,11 +115,7 @@ class Synapse_dataset(Dataset):
             num_classes=self.num_classes,
             ndim=2 if self.split == "train" else 3,
         )
-        sample = {"image": image, "label": label, "index": index}
-        if self.split == "train" and self.transform is not None:
-            sample = self.transform(sample)
-        sample["case_name"] = self.sample_list[index]
-        return sample
+        return {"image": image, "label": label, "index": index}
 
     def geometry(self, index: int) -> dict[str, tuple[float, ...]] | None:
         """Spacing, origin and direction of a volume in SimpleITK's order; None if not stored."""
@@ -125,17 +132,60 @@ class Synapse_dataset(Dataset):
                 total += len(file["image"])
         return total
 
-    def check(self, workers: int = 4) -> None:
-        """Read every sample once, so that a faulty one stops a run before it starts."""
+    def only(self, indices: Sequence[int]) -> Synapse_dataset:
+        """The same data set with some of its samples, in the order given."""
+        part = copy.copy(self)
+        part.sample_list = [self.sample_list[index] for index in indices]
+        part.paths = [self.paths[index] for index in indices]
+        return part
+
+    def check(self, workers: int = 4) -> list[SampleFacts]:
+        """Read every sample once, so that faulty ones stop a run before it starts.
+
+        Raises:
+            InputError: the first faulty file, and how many more there are.
+        """
+        facts: list[SampleFacts] = []
+        errors: list[InputError] = []
         with ThreadPoolExecutor(workers) as pool:
-            readings = pool.map(self._check_one, range(len(self)))
-            for _ in tqdm(
+            readings = pool.map(self._facts, range(len(self)))
+            for reading in tqdm(
                 readings, total=len(self), desc=f"checking {self.split}", leave=False, disable=None
             ):
-                pass
+                (errors if isinstance(reading, InputError) else facts).append(reading)
+        if len(errors) > 1:
+            raise InputError(f"{errors[0]}; {len(errors) - 1} more files are faulty")
+        if errors:
+            raise errors[0]
+        return facts
 
-    def _check_one(self, index: int) -> None:
-        self[index]
+    def _facts(self, index: int) -> SampleFacts | InputError:
+        try:
+            sample = self.read(index)
+        except InputError as error:
+            return error
+        image, label = sample["image"], sample["label"]
+        counts = np.bincount(label.ravel(), minlength=self.num_classes + 1)
+        return SampleFacts(
+            name=self.sample_list[index],
+            shape=image.shape,
+            low=float(image.min()),
+            high=float(image.max()),
+            voxels=tuple(counts.tolist()),
+            digest=hashlib.blake2b(image.data, digest_size=16).hexdigest(),
+        )
+
+
+@dataclass(frozen=True)
+class SampleFacts:
+    """What was seen of one slice or volume."""
+
+    name: str
+    shape: tuple[int, ...]
+    low: float  # intensities, about [0, 1]
+    high: float
+    voxels: tuple[int, ...]  # of each class, background first
+    digest: str  # of the image; equal images have equal ones
 
 
 def find_list(data_dir: Path, list_dir: str | Path | None, split: str) -> Path:

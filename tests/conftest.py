@@ -45,10 +45,14 @@ def randomise_updates(model: LoRAModel) -> None:
             torch.nn.init.normal_(parameter, std=0.2)
 
 
-def write_slices(folder: Path, count: int = 5, size: int = 40, num_classes: int = 8) -> Path:
+def write_slices(
+    folder: Path, count: int = 5, size: int = 40, num_classes: int = 8, cases: int = 1
+) -> Path:
     """Training slices with a block per class, and their list; returns the data folder."""
     rng = np.random.default_rng(0)
-    names = [f"case0005_slice{index:03d}" for index in range(count)]
+    names = [
+        f"case{5 + case:04d}_slice{index:03d}" for case in range(cases) for index in range(count)
+    ]
     (folder / "train_npz").mkdir(parents=True)
     (folder / "lists").mkdir(exist_ok=True)
     for name in names:

@@ -12,12 +12,13 @@ import torch
 from conftest import write_slices
 from scipy import ndimage
 
+from batches import EpochBatches, collate_slices
 from datasets.augmentation import Augmentation, draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import PUBLISHED_LISTS, RandomGenerator, Synapse_dataset, read_list
 from datasets.registry import SYNAPSE, case_name, label_colours
 from datasets.resampling import resize_images, resize_labels
+from ranks import Ranks
 from safe_io import InputError
-from trainer import EpochSampler, collate_slices
 
 SIZES = [
     ((512, 512), (224, 224)),
@@ -84,14 +85,30 @@ def test_slices_of_mixed_sizes_make_one_batch():
         assert torch.equal(batch["low_res_label"][index], alone["low_res_label"][0])
 
 
-def test_the_sampler_visits_every_slice_once_and_differently_each_epoch():
-    sampler = EpochSampler(17, seed=3)
-    first = list(sampler)
-    sampler.epoch = 1
-    second = list(sampler)
-    assert sorted(first) == sorted(second) == list(range(17)) and first != second
-    sampler.epoch = 0
-    assert list(sampler) == first
+@pytest.mark.parametrize(
+    ("length", "batch", "count"), [(17, 4, 1), (17, 4, 2), (17, 4, 3), (5, 5, 7)]
+)
+def test_every_epoch_visits_every_slice_once_whatever_the_ranks(
+    length: int, batch: int, count: int
+):
+    alone = EpochBatches(length, batch, seed=3)
+    shares = [EpochBatches(length, batch, 3, Ranks(rank, count)) for rank in range(count)]
+    orders = []
+    for epoch in range(2):
+        alone.enter(epoch, 0)
+        steps = list(alone)
+        assert len(steps) == len(alone) == -(-length // batch)
+        assert [alone.step(epoch, number) for number in range(len(steps))] == steps
+        orders.append([index for step in steps for index in step])
+        assert sorted(orders[-1]) == list(range(length))
+        for share in shares:
+            share.enter(epoch, 0)
+        for whole, parts in zip(steps, zip(*shares, strict=True), strict=True):
+            assert [index for part in parts for index in part] == whole
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        alone.enter(epoch, 2)
+        assert list(alone) == steps[2:]
+    assert length < 6 or orders[0] != orders[1]
 
 
 def test_published_lists():

@@ -28,15 +28,31 @@ ALLOWED: dict[str, set[str]] = {
     "sam_lora_image_encoder": {"lora", "segment_anything"},
     "sam_lora_image_encoder_mask_decoder": {"lora", "segment_anything", "sam_lora_image_encoder"},
     "config": {"adapter_file", "run_folder", "safe_io", "datasets", "segment_anything"},
-    "run_log": {"datasets"},
+    "interruption": set(),
+    "ranks": {"interruption"},
+    "memory": set(),
+    "run_log": {"datasets", "safe_io"},
     "utils": {
         *("safe_io", "segment_anything", "lora", "losses", "metrics", "inference", "volumes"),
         *("adapter_file", "config", "run_folder"),
     },
-    "trainer": {"config", "datasets", "losses", "run_log", "utils"},
-    "train": {"config", "datasets", "run_folder", "run_log", "safe_io", "trainer", "utils"},
+    "batches": {"datasets", "interruption", "ranks"},
+    "training_state": {"config", "interruption", "lora", "ranks", "run_log", "safe_io"},
+    "validation": {
+        *("datasets", "inference", "metrics", "ranks", "run_log", "safe_io", "training_state"),
+    },
+    "curves": {"datasets", "run_log", "safe_io"},
+    "data_check": {"datasets", "safe_io", "validation"},
+    "trainer": {
+        *("batches", "config", "curves", "datasets", "interruption", "losses", "ranks"),
+        *("run_log", "training_state", "utils", "validation"),
+    },
+    "train": {
+        *("config", "data_check", "datasets", "lora", "memory", "ranks", "run_folder", "run_log"),
+        *("safe_io", "trainer", "utils"),
+    },
     "test": {
-        *("config", "datasets", "figures", "inference", "metrics", "packing", "report"),
+        *("config", "datasets", "figures", "inference", "metrics", "packing", "ranks", "report"),
         *("run_log", "safe_io", "utils", "volumes"),
     },
 }

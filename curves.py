@@ -1,0 +1,68 @@
+"""How a training run went, as one picture: loss, learning rate, DSC of every organ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets.registry import label_colours
+from run_log import METRICS
+from safe_io import atomic_path
+
+PICTURE = "curves.png"
+
+
+def draw_curves(folder: Path, class_names: Sequence[str]) -> Path:
+    """Draw `curves.png` from the run's metrics.jsonl; the panel of DSC only if it validated."""
+    from matplotlib.figure import Figure
+
+    records = read_metrics(folder)
+    steps = [record for record in records if record.get("loss") is not None]
+    epochs = [record for record in records if record.get("mean_loss") is not None]
+    validations = [record for record in records if "score" in record]
+    panels = 3 if validations else 2
+    figure = Figure(figsize=(5 * panels, 3.6), layout="constrained")
+    axes = figure.subplots(1, panels)
+
+    at = [record["step"] for record in steps]
+    axes[0].plot(at, [record["loss"] for record in steps], color="0.8", lw=0.8, label="step")
+    axes[0].plot(
+        [record["steps"] for record in epochs],
+        [record["mean_loss"] for record in epochs],
+        color="C0",
+        marker="." if len(epochs) < 40 else None,
+        label="epoch's mean",
+    )
+    axes[0].set(title="loss", xlabel="step")
+    axes[0].legend()
+    axes[1].plot(at, [record["lr"] for record in steps], color="C1")
+    axes[1].set(title="learning rate", xlabel="step", ylim=(0, None))
+
+    if validations:
+        at = [record["epoch"] + 1 for record in validations]
+        colours = label_colours(len(class_names))[1:] / 255
+        for index, (name, colour) in enumerate(zip(class_names, colours, strict=True)):
+            dsc = [record["dsc"][index] for record in validations]
+            percent = [np.nan if value is None else 100 * value for value in dsc]
+            if not np.isnan(percent).all():
+                axes[2].plot(at, percent, color=colour, label=name, marker=".")
+        scores = [100 * record["score"] for record in validations]
+        axes[2].plot(at, scores, color="black", lw=2, label="mean")
+        best = int(np.argmax(scores))
+        axes[2].plot(at[best], scores[best], "k*", ms=12, label=f"best, epoch {at[best]}")
+        axes[2].set(title="DSC % of held-out cases", xlabel="epoch", ylim=(0, 100))
+        axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    for one in axes:
+        one.grid(alpha=0.3)
+    with atomic_path(folder / PICTURE) as temporary:
+        figure.savefig(temporary, dpi=110)
+    return folder / PICTURE
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / METRICS).read_text("utf-8").splitlines()]

@@ -1,0 +1,144 @@
+"""One page of facts about the data and the run, before it starts: `python train.py --check`."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets.dataset_synapse import SampleFacts
+from safe_io import first_few
+from validation import case_of
+
+SHOWN_SHAPES = 6
+EXPECTED_RANGE = (-0.3, 1.3)  # of intensities after cubic zoom of [0, 1]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What was found: lines to read, warnings, and the same as plain values."""
+
+    lines: list[str]
+    warnings: list[str]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        warnings = [f"warning: {text}" for text in self.warnings] or ["nothing odd was found"]
+        return "\n".join([*self.lines, "", *warnings])
+
+
+def check_page(
+    train: Sequence[SampleFacts],
+    test: Sequence[SampleFacts],
+    class_names: Sequence[str],
+    memory: dict[str, float],
+    capacity: float | None = None,
+) -> Page:
+    """Sum up what was read.
+
+    Args:
+        train, test: facts of the slices and of the volumes (none: no test data beside them).
+        class_names: of the classes 1….
+        memory: GiB that training will take, by what takes it.
+        capacity: GiB of the GPU at hand; None: there is none.
+    """
+    cases = {case_of(one.name) for one in train}
+    lines = [f"training: {len(train)} slices of {len(cases)} cases", *_sizes(train)]
+    if test:
+        lines += [f"test: {len(test)} volumes", *_sizes(test)]
+    else:
+        lines.append("test: no volumes beside the training data")
+    lines += ["", *_class_table(train, test, class_names), ""]
+    total = sum(memory.values())
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in memory.items())
+    lines.append(f"memory of one process, estimated: {total:.2f} GiB ({parts})")
+    warnings = [
+        *_leaks(train, test),
+        *_doubles(train, "training slices"),
+        *_doubles(test, "test volumes"),
+        *_classes(train, class_names),
+        *_intensities([*train, *test]),
+    ]
+    if capacity is not None and total > 0.95 * capacity:
+        warnings.append(
+            f"the GPU has {capacity:.1f} GiB, {total:.1f} are estimated to be needed; lower "
+            "--batch_size (with --global_batch the recipe stays) or pass --checkpoint_blocks"
+        )
+    facts = {
+        "training_slices": len(train),
+        "training_cases": sorted(cases),
+        "test_cases": [one.name for one in test],
+        "voxels": {"train": _voxels(train), "test": _voxels(test)},
+        "memory_gib": memory,
+        "warnings": warnings,
+    }
+    return Page(lines, warnings, facts)
+
+
+def _sizes(samples: Sequence[SampleFacts]) -> list[str]:
+    shapes = Counter("×".join(map(str, one.shape)) for one in samples)
+    names = [f"{shape} ({count})" for shape, count in shapes.most_common()]
+    low, high = min(one.low for one in samples), max(one.high for one in samples)
+    return [
+        f"  shapes: {first_few(names, SHOWN_SHAPES)}",
+        f"  intensities: {low:.3f} … {high:.3f}",
+    ]
+
+
+def _class_table(
+    train: Sequence[SampleFacts], test: Sequence[SampleFacts], names: Sequence[str]
+) -> list[str]:
+    sums, test_sums = _voxels(train), _voxels(test)
+    slices = [sum(one.voxels[index] > 0 for one in train) for index in range(len(names) + 1)]
+    width = max(len(name) for name in ["background", *names])
+    lines = [f"{'class':>5} {'':{width}} {'pixels':>12} {'share':>8} {'slices':>7} {'test':>12}"]
+    for index, name in enumerate(["background", *names]):
+        share = f"{100 * sums[index] / sum(sums):.3f}%"
+        tested = f"{test_sums[index]:,}" if test else "-"
+        lines.append(
+            f"{index:>5} {name:{width}} {sums[index]:>12,} {share:>8} {slices[index]:>7} "
+            f"{tested:>12}"
+        )
+    return lines
+
+
+def _voxels(samples: Sequence[SampleFacts]) -> list[int]:
+    return [sum(column) for column in zip(*(one.voxels for one in samples), strict=True)]
+
+
+def _leaks(train: Sequence[SampleFacts], test: Sequence[SampleFacts]) -> list[str]:
+    both = sorted({case_of(one.name) for one in train} & {one.name for one in test})
+    if not both:
+        return []
+    return [f"{len(both)} case(s) are trained on and tested: {first_few(both)}"]
+
+
+def _doubles(samples: Sequence[SampleFacts], what: str) -> list[str]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for one in samples:
+        if one.low < one.high:  # constant slices, above and below the body, are equal by nature
+            groups[one.digest].append(one.name)
+    doubled = [" = ".join(names) for names in groups.values() if len(names) > 1]
+    return [f"{len(doubled)} equal {what}: {first_few(doubled)}"] if doubled else []
+
+
+def _classes(train: Sequence[SampleFacts], names: Sequence[str]) -> list[str]:
+    sums = _voxels(train)
+    absent = [name for index, name in enumerate(names, start=1) if not sums[index]]
+    found = [f"no training slice has {first_few(absent)}: never learned"] if absent else []
+    if not sum(sums[1:]):
+        found = ["the labels are empty: there is nothing to learn"]
+    return found
+
+
+def _intensities(samples: Sequence[SampleFacts]) -> list[str]:
+    low, high = EXPECTED_RANGE
+    odd = [one.name for one in samples if one.low < low or one.high > high]
+    constant = [one.name for one in samples if one.low == one.high]
+    found = []
+    if odd:
+        found.append(f"{len(odd)} images lie far outside [0, 1]: {first_few(odd)}")
+    if constant:
+        found.append(f"{len(constant)} images are constant: {first_few(constant)}")
+    return found

@@ -1,0 +1,219 @@
+"""Several processes train one model or share out the volumes: torch.distributed and torchrun.
+
+A rank is one process with one GPU. `torchrun` starts them on one or many machines; `launch` starts
+them on this machine through torchrun's own agent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from interruption import EXIT_INTERRUPTED, SIGNALS
+
+EXIT_LOST_RANK = 1
+LONG = timedelta(hours=12)  # one rank may check data or score a volume while the others wait
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all; the default is a process alone, for which everything is a no-op."""
+
+    rank: int = 0
+    count: int = 1
+    control: dist.ProcessGroup | None = None  # on the CPU, so that agreeing waits for no GPU
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def share(self, length: int) -> slice:
+        """The contiguous part of `length` items that is this rank's; parts differ by one at most.
+
+        Where there are fewer items than ranks, some ranks get none.
+        """
+        start, end = (index * length // self.count for index in (self.rank, self.rank + 1))
+        return slice(start, end)
+
+    def total(self, sums: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a vector; the gradient flows to this rank's own part.
+
+        Every rank computes the same loss from the total, so the gradient of its own part is its
+        share of the whole gradient, and `add_gradients` only has to add.
+        """
+        return sums if self.count == 1 else _Total.apply(sums)
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace every gradient by its sum over ranks, in one message.
+
+        A parameter that no rank's loss reaches keeps no gradient, so that no optimiser decays it.
+        """
+        if self.count == 1:
+            return
+        reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        dist.all_reduce(reached, dist.ReduceOp.MAX, group=self.control)
+        parameters = [
+            p for p, anywhere in zip(parameters, reached.tolist(), strict=True) if anywhere
+        ]
+        for parameter in parameters:
+            if parameter.grad is None:  # this rank had no slices in the step
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(
+            gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
+        )
+
+    def copy_first(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every rank the first one's values."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
+
+    def agree(self, wish: int) -> int:
+        """The largest wish of all ranks."""
+        if self.count == 1:
+            return wish
+        wishes = torch.tensor([wish], dtype=torch.int32)
+        dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self.control)
+        return int(wishes)
+
+    def gather(self, own: Any) -> list[Any]:
+        """What every rank brought, in the order of ranks, on every rank."""
+        if self.count == 1:
+            return [own]
+        everything: list[Any] = [None] * self.count
+        dist.all_gather_object(everything, own, group=self.control)
+        return everything
+
+    def from_first(self, thing: Any) -> Any:
+        """What the first rank has."""
+        if self.count == 1:
+            return thing
+        holder = [thing]
+        dist.broadcast_object_list(holder, src=0, group=self.control)
+        return holder[0]
+
+
+ALONE = Ranks()
+
+
+class _Total(torch.autograd.Function):
+    """The sum over ranks, the same to the bit on each; the gradient is the own part's."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: torch.Tensor) -> torch.Tensor:
+        total = sums.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun (or `launch`) started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def was_restarted() -> bool:
+    """Whether torchrun started this process again after a fault."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def local_device(device: torch.device) -> torch.device:
+    """This rank's own GPU of its machine."""
+    if device.type == "cuda" and under_torchrun():
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Join the other ranks, NCCL among GPUs and gloo among CPUs; leave them at the end."""
+    if not under_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONG)
+    try:
+        control = dist.new_group(backend="gloo", timeout=LONG)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), control)
+    except RuntimeError as error:
+        if "peer" not in str(error).lower():  # gloo's and NCCL's word for a rank that is gone
+            raise
+        print(f"error: rank {dist.get_rank()} lost another rank and ends", file=sys.stderr)
+        raise SystemExit(EXIT_LOST_RANK) from None
+    finally:
+        dist.destroy_process_group()
+
+
+def processes_here(device: str, wanted: int | None, recipe: int | None = None) -> int:
+    """How many ranks a program starts on this machine by itself.
+
+    Args:
+        device: the `--device` that was given; only `auto` and `cuda` mean every GPU.
+        wanted: `--processes`; None: one for each GPU that the recipe names and that is here.
+        recipe: GPUs of the recipe; None: all.
+    """
+    if under_torchrun():
+        return 1
+    if wanted is not None:
+        return wanted
+    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return 1
+    return min(torch.cuda.device_count(), recipe or sys.maxsize)
+
+
+def launch(script: str, argv: Sequence[str], processes: int) -> int:
+    """Run `python script argv` as `processes` ranks on this machine; returns the exit code.
+
+    A signal goes on to every rank, which has `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` seconds (120) to
+    finish. When a rank dies, the agent ends the others.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    config = LaunchConfig(
+        *(1, 1, processes),
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        signals_to_handle=",".join(one.name for one in SIGNALS),
+    )
+    try:
+        elastic_launch(config, sys.executable)(script, *argv)
+    except SignalException:
+        return EXIT_INTERRUPTED
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
+        if killed:
+            print(
+                f"error: rank {killed[0]} of {processes} was killed by signal "
+                f"{-codes[killed[0]]}, so the others were ended; continue with --resume auto",
+                file=sys.stderr,
+            )
+            return EXIT_LOST_RANK
+        return max(codes.values())
+    return 0

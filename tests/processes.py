@@ -1,0 +1,92 @@
+"""Training in processes of its own, which tests kill: forked from one that has imported all."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+import train
+from safe_io import exit_on_bad_input
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# the server of forks starts no thread of PyTorch's, so that its forks can
+os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["processes"])
+
+
+def start(
+    argv: list[str], log: Path, ranks: int = 1, before: Callable[[], None] | None = None
+) -> list[BaseProcess]:
+    """Start `train.main(argv)` as so many ranks; what they print goes to `log`, appended.
+
+    Args:
+        before: called in each process first; a function of this module.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(ranks):
+        variables = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "TORCHELASTIC_RUN_ID": "test",
+        }
+        given = {name: str(value) for name, value in variables.items()} if ranks > 1 else {}
+        process = CONTEXT.Process(target=_run, args=(argv, str(log), given, before))
+        process.start()
+        started.append(process)
+    return started
+
+
+def run(argv: list[str], log: Path, ranks: int = 1) -> list[int]:
+    """The exit codes of all ranks."""
+    started = start(argv, log, ranks)
+    for process in started:
+        process.join(timeout=120)
+        assert process.exitcode is not None, "it hangs"
+    return [process.exitcode for process in started]
+
+
+def killed_while_saving() -> None:
+    """The process dies when its fourth state is written and has not yet got its name."""
+    fsync, calls = os.fsync, []
+
+    def fatal(descriptor: int) -> None:
+        fsync(descriptor)
+        if ".partial." in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            calls.append(descriptor)
+            if len(calls) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = fatal
+
+
+def _run(
+    argv: list[str],
+    log: str,
+    variables: dict[str, str],
+    before: Callable[[], None] | None,
+) -> None:
+    os.environ.update(variables)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+    torch.set_num_threads(1)
+    if before is not None:
+        before()
+    with exit_on_bad_input():
+        train.main(argv)

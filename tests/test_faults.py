@@ -1,0 +1,197 @@
+"""What goes wrong while training: it is said in one sentence, and what was saved stays."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import resource
+import signal
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from conftest import write_slices
+from test_resume import assert_equal_runs, flags_of, folder_of, wait_for_step
+
+import safe_io
+import train
+import trainer
+import training_state
+from interruption import EXIT_INTERRUPTED
+from losses import SegmentationLoss
+from memory import out_of_memory
+from safe_io import InputError
+from training_state import newest_state, saved_states
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_slices(tmp_path_factory.mktemp("data"), count=3, cases=3)
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs that nothing disturbed."""
+    output = tmp_path_factory.mktemp("whole")
+    log = output.parent / "whole.log"
+    assert processes.run(flags_of(data, output, "--stop_epoch", "3"), log) == [0]
+    return output
+
+
+def test_a_full_disk_stops_with_a_message_and_room_lets_it_go_on(
+    data: Path, whole: Path, tmp_path: Path
+):
+    output, log = tmp_path / "out", tmp_path / "log"
+    argv = flags_of(data, output, "--stop_epoch", "3")
+    (process,) = processes.start(argv, log)
+    wait_for_step(output, 3, process)
+    size = saved_states(folder_of(output))[0].stat().st_size
+    # no file of this process may grow beyond half a state any more
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    process.join(timeout=60)
+    assert process.exitcode == 2
+    assert "error: cannot write" in log.read_text() and "File too large" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert newest_state(folder_of(output))["progress"]["step"] >= 3
+    assert processes.run([*argv, "--resume", "auto"], log) == [0]
+    assert_equal_runs(output, whole)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_whatever_the_disk_says_the_state_before_is_intact(
+    number: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    train.main(flags_of(data, tmp_path, "--max_iterations", "3"))
+    folder = folder_of(tmp_path)
+    before = {path: path.read_bytes() for path in saved_states(folder)}
+
+    def refuse(file: safe_io._HashingFile, data: bytes) -> int:
+        file.error = OSError(number, os.strerror(number))
+        raise file.error
+
+    monkeypatch.setattr(safe_io._HashingFile, "write", refuse)
+    with pytest.raises(InputError, match=os.strerror(number)) as caught:
+        train.main(["--resume", str(folder), "--max_iterations", "9"])
+    assert "cannot write" in str(caught.value)
+    assert {path: path.read_bytes() for path in saved_states(folder)} == before
+    assert not list(folder.rglob(".*.partial.*"))
+
+
+def test_killed_between_writing_and_naming_a_state(data: Path, whole: Path, tmp_path: Path):
+    output, log = tmp_path / "out", tmp_path / "log"
+    argv = flags_of(data, output, "--stop_epoch", "3")
+    (process,) = processes.start(argv, log, before=processes.killed_while_saving)
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
+    assert list(folder_of(output).rglob(".*.partial.*"))
+    assert newest_state(folder_of(output))["progress"]["step"] == 3
+    assert processes.run([*argv, "--resume", "auto"], log) == [0]
+    assert_equal_runs(output, whole)
+
+
+def test_a_signal_during_a_save_lets_it_finish(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save = training_state.save_tensors
+    saves = []
+
+    def asked(*args: object, **kwargs: object) -> object:
+        saves.append(args)
+        if len(saves) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(training_state, "save_tensors", asked)
+    argv = flags_of(data, tmp_path / "out", "--stop_epoch", "3")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(argv)
+    assert stopped.value.code == EXIT_INTERRUPTED
+    folder = folder_of(tmp_path / "out")
+    assert newest_state(folder)["progress"]["step"] == 5  # the next step was finished
+    monkeypatch.undo()
+    assert processes.run(["--resume", str(folder)], tmp_path / "log") == [0]
+    assert_equal_runs(tmp_path / "out", whole)
+
+
+class NotFiniteAt(SegmentationLoss):
+    """A loss that is NaN in some steps."""
+
+    calls = 0
+    steps: tuple[int, ...] = ()
+
+    def forward(self, *args: torch.Tensor) -> dict[str, torch.Tensor]:
+        terms = super().forward(*args)
+        type(self).calls += 1
+        factor = math.nan if self.calls - 1 in self.steps else 1
+        return terms | {"loss": terms["loss"] * factor}
+
+
+@pytest.fixture
+def not_finite(monkeypatch: pytest.MonkeyPatch) -> type[NotFiniteAt]:
+    """The loss is NaN in steps 4 and 6."""
+    monkeypatch.setattr(NotFiniteAt, "calls", 0)
+    monkeypatch.setattr(NotFiniteAt, "steps", (4, 6))
+    monkeypatch.setattr(trainer, "SegmentationLoss", NotFiniteAt)
+    return NotFiniteAt
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_slices(
+    not_finite: type[NotFiniteAt], data: Path, tmp_path: Path
+):
+    with pytest.raises(
+        InputError, match=r"the loss is nan at step 4 \(slices case\d{4}_"
+    ) as caught:
+        train.main(flags_of(data, tmp_path, "--max_iterations", "9"))
+    assert str(caught.value).count("_slice") == 2
+    state = newest_state(folder_of(tmp_path))
+    assert state["progress"]["step"] <= 4
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_some_may_be_left_out(
+    not_finite: type[NotFiniteAt],
+    data: Path,
+    tmp_path: Path,
+):
+    flags = ["--max_iterations", "9"]
+    with pytest.raises(InputError, match="at step 6"):
+        train.main(flags_of(data, tmp_path / "one", *flags, "--skip_nan", "1"))
+    not_finite.calls = 0
+    train.main(flags_of(data, tmp_path / "two", *flags, "--skip_nan", "2"))
+    lines = (folder_of(tmp_path / "two") / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "lr" in record]
+    assert [record["step"] for record in records if "skipped" in record] == [4, 6]
+    assert len(records) == 9
+    assert all(math.isfinite(r["loss"]) for r in records if "skipped" not in r)
+
+
+CUDA_SAYS = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.69 GiB of "
+    "which 512.00 MiB is free. Of the allocated memory 20.00 GiB is allocated by PyTorch"
+)
+
+
+def test_too_little_gpu_memory_says_by_how_much_and_what_to_lower(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def exhausted(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError(CUDA_SAYS)
+
+    monkeypatch.setattr(trainer, "training_step", exhausted)
+    with pytest.raises(InputError) as caught:
+        train.main(flags_of(data, tmp_path))
+    text = str(caught.value)
+    assert "too small by 2.00 GiB" in text and "lower --batch_size (now 2)" in text
+    assert "--checkpoint_blocks" in text and "\n" not in text
+    text = out_of_memory(torch.OutOfMemoryError("other words"), 12, True)
+    assert "by" not in text.split("(")[0] and "--checkpoint_blocks" not in text
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(data: Path, tmp_path: Path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(InputError, match="cannot make the folder"):
+        train.main(flags_of(data, tmp_path / "locked"))

@@ -1,0 +1,123 @@
+"""The recipe is the same on one process, on several, and in accumulated parts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+import torch
+from conftest import TINY_FLAGS, tiny_model, write_slices
+
+from losses import SegmentationLoss
+from safe_io import load_tensors
+from trainer import freeze_unreached, make_optimizer, training_step
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STEPS = [
+    *("--base_lr", "1e-3", "--AdamW", "--warmup", "--warmup_period", "5", "--max_epochs", "20"),
+    *("--max_iterations", "20", "--clip_grad", "0.5"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven slices: with batches of 4 the last is of 3, so that no share is even."""
+    return write_slices(tmp_path_factory.mktemp("data"), count=7)
+
+
+def trained(data: Path, output: Path, ranks: int, *flags: str) -> tuple[list[dict], dict]:
+    """The steps' records and the last adapter."""
+    argv = ["--root_path", str(data), "--output", str(output), *TINY_FLAGS, *STEPS, *flags]
+    log = output.with_suffix(".log")
+    assert processes.run(argv, log, ranks) == [0] * ranks, log.read_text()
+    (folder,) = output.iterdir()
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    state = load_tensors(folder / "epoch_9.pth")
+    return [record for record in records if "loss" in record], state
+
+
+@pytest.mark.parametrize("module", ["image_encoder", "image_encoder_mask_decoder"])
+def test_ranks_and_parts_train_as_one_process(data: Path, tmp_path: Path, module: str):
+    """1 × 4, 2 × 2, 3 ranks with 2, 1 and 1 (or 1 each), and 4 accumulated as 3 + 1."""
+    own = ("--module", f"sam_lora_{module}")
+    records, weights = trained(data, tmp_path / "one", 1, "--batch_size", "4", *own)
+    assert len(records) == 20
+    for name, ranks, flags in (
+        ("two", 2, ("--batch_size", "2", "--n_gpu", "2")),
+        ("three", 3, ("--batch_size", "2", "--global_batch", "4")),
+        ("parts", 1, ("--batch_size", "3", "--global_batch", "4")),
+        ("both", 2, ("--batch_size", "1", "--global_batch", "4")),
+    ):
+        found, other = trained(data, tmp_path / name, ranks, *flags, *own)
+        for one, same in zip(records, found, strict=True):
+            for key in ("loss", "loss_ce", "loss_dice", "lr"):
+                assert same[key] == pytest.approx(one[key], abs=1e-5), (name, one["step"], key)
+        for key, value in weights.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.allclose(value, other[key], rtol=0, atol=1e-4), (name, key)
+
+
+def test_ranks_without_slices_take_part(data: Path, tmp_path: Path):
+    records, _ = trained(data, tmp_path / "one", 1, "--batch_size", "2", "--max_iterations", "4")
+    flags = ("--batch_size", "1", "--global_batch", "2", "--max_iterations", "4")
+    found, _ = trained(data, tmp_path / "three", 3, *flags)
+    losses = [[record["loss"] for record in run] for run in (records, found)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_the_gradient_of_parts_is_that_of_the_whole():
+    model = tiny_model()
+    freeze_unreached(model)
+    batch = {
+        "image": torch.rand(5, 3, 64, 64),
+        "low_res_label": torch.randint(0, 3, (5, 16, 16)),
+    }
+    gradients = []
+    for at_once in (None, 5, 2, 1):
+        twin = copy.deepcopy(model)
+        optimizer = make_optimizer(twin, adamw=False, base_lr=0)
+        _, logits = training_step(
+            twin, batch, SegmentationLoss(3, 0.8), optimizer, 0, at_once=at_once
+        )
+        assert logits.shape == (5, 3, 16, 16) and not logits.requires_grad
+        gradients.append([p.grad for p in twin.parameters() if p.requires_grad])
+    for other in gradients[1:]:
+        for one, same in zip(gradients[0], other, strict=True):
+            assert torch.allclose(one, same, rtol=1e-4, atol=1e-6 * float(one.abs().max()) + 1e-9)
+
+
+def test_a_dead_rank_ends_the_others_with_a_message_and_auto_resumes(data: Path, tmp_path: Path):
+    """By the program itself, which starts its ranks through torchrun's agent."""
+    flags = ["--root_path", str(data), "--output", str(tmp_path / "out"), *TINY_FLAGS, *STEPS]
+    flags += ["--batch_size", "2", "--processes", "2", "--save_steps", "1", "--resume", "auto"]
+    command = [sys.executable, str(REPOSITORY / "train.py"), *flags]
+    killer = tmp_path / "sitecustomize.py"  # rank 1 of the first attempt kills itself at a step
+    killer.write_text(
+        "import os, threading, time, glob, signal\n"
+        "def wait():\n"
+        f"    while not glob.glob({str(tmp_path / 'out/*/states/step_0000003*')!r}):\n"
+        "        time.sleep(0.01)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    threading.Thread(target=wait, daemon=True).start()\n"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "rank 1 of 2 was killed by signal 9" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "out").iterdir()
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    steps = [record["step"] for record in records if "loss" in record]
+    assert steps == list(range(20))
+    assert np.isfinite(load_tensors(folder / "epoch_9.pth")["w_a_000"]).all()

@@ -1,0 +1,244 @@
+"""A run that is killed, asked to stop or robbed of its files goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from conftest import TINY_FLAGS, write_slices
+
+import train
+from interruption import EXIT_INTERRUPTED
+from safe_io import InputError, sha256_of
+from training_state import STATES, newest_state, saved_states
+
+FLAGS = [
+    *TINY_FLAGS,
+    *("--batch_size", "2", "--max_epochs", "20", "--AdamW", "--warmup", "--warmup_period", "5"),
+    *("--base_lr", "1e-3", "--log_every", "3", "--save_steps", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine slices of three cases."""
+    return write_slices(tmp_path_factory.mktemp("data"), count=3, cases=3)
+
+
+def flags_of(data: Path, output: Path, *more: str) -> list[str]:
+    return ["--root_path", str(data), "--output", str(output), *FLAGS, *more]
+
+
+def step_of(output: Path) -> int:
+    """The last step that a run has saved; 0 before its first."""
+    names = [path.name for path in output.glob(f"*/{STATES}/step_*.pth")]
+    return max((int(name.split("-")[0].removeprefix("step_")) for name in names), default=0)
+
+
+def folder_of(output: Path) -> Path:
+    (folder,) = output.iterdir()
+    return folder
+
+
+def wait_for_step(output: Path, step: int, process: BaseProcess) -> None:
+    started = time.monotonic()
+    while step_of(output) < step and process.is_alive():
+        assert time.monotonic() - started < 60, "no progress"
+        time.sleep(0.002)
+
+
+def what_it_left(output: Path) -> tuple[dict[str, str], list[dict]]:
+    """Hashes of the adapters, and everything measured but the time it took."""
+    folder = folder_of(output)
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    measured = [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    return {path.name: sha256_of(path) for path in folder.glob("*.pth")}, measured
+
+
+def assert_equal_runs(found: Path, expected: Path) -> None:
+    hashes, measured = what_it_left(found)
+    other_hashes, other_measured = what_it_left(expected)
+    assert measured == other_measured
+    assert hashes == other_hashes and hashes
+    assert not list(folder_of(found).rglob(".*.partial.*"))
+
+
+@pytest.mark.parametrize(
+    ("kills", "ranks", "more"),
+    [
+        (20, 1, ("--stop_epoch", "12", "--val_every", "3")),
+        (4, 1, ("--stop_epoch", "4", "--num_workers", "2")),
+        (4, 2, ("--stop_epoch", "4")),
+    ],
+    ids=["alone", "with workers", "two processes"],
+)
+def test_killed_at_random_steps_it_ends_as_if_never_killed(
+    kills: int, ranks: int, more: tuple[str, ...], data: Path, tmp_path: Path
+):
+    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    assert processes.run(flags_of(data, whole, *more), log, ranks) == [0] * ranks
+    rng = random.Random(0)
+    target = 0
+    for _ in range(kills):
+        started = processes.start(flags_of(data, killed, *more, "--resume", "auto"), log, ranks)
+        target += rng.choice([1, 1, 2])
+        wait_for_step(killed, target, started[0])
+        time.sleep(rng.random() * 0.05)
+        victim = rng.choice(started)
+        assert victim.is_alive(), "it ended before it was killed: too few steps for so many kills"
+        victim.kill()
+        for process in started:  # the others notice by themselves
+            process.join(timeout=60)
+            assert process.exitcode not in (None, 0)
+        target = max(target, step_of(killed))
+    final = processes.run(flags_of(data, killed, *more, "--resume", "auto"), log, ranks)
+    assert final == [0] * ranks, log.read_text()
+    assert_equal_runs(killed, whole)
+    # once more: there is nothing left to do, and nothing changes
+    assert processes.run(flags_of(data, killed, *more, "--resume", "auto"), log, ranks)[0] == 0
+    assert_equal_runs(killed, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_a_resumed_run_equals_an_uninterrupted_one(
+    number: signal.Signals, data: Path, tmp_path: Path
+):
+    more = ("--stop_epoch", "3", "--save_steps", "1000")
+    whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
+    assert processes.run(flags_of(data, whole, *more), log) == [0]
+    (process,) = processes.start(flags_of(data, stopped, *more), log)
+    wait_for_step(stopped, 5, process)  # the end of an epoch
+    os.kill(process.pid, number)
+    process.join(timeout=60)
+    assert process.exitcode == EXIT_INTERRUPTED, log.read_text()
+    assert "finishing the step and saving" in log.read_text()
+    assert processes.run(["--resume", str(folder_of(stopped))], log) == [0]
+    assert_equal_runs(stopped, whole)
+
+
+def test_a_second_signal_ends_at_once(data: Path, tmp_path: Path):
+    log = tmp_path / "log"
+    (process,) = processes.start(flags_of(data, tmp_path / "out", "--stop_epoch", "20"), log)
+    wait_for_step(tmp_path / "out", 2, process)
+    for _ in range(100):
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGTERM)
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGTERM
+    assert newest_state(folder_of(tmp_path / "out"))["progress"]["step"] >= 2
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs, five steps each."""
+    output = tmp_path_factory.mktemp("finished")
+    train.main(flags_of(data, output, "--stop_epoch", "2"))
+    return output
+
+
+@pytest.fixture
+def run_folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may spoil."""
+    return Path(shutil.copytree(folder_of(finished), tmp_path / "out" / folder_of(finished).name))
+
+
+@pytest.mark.parametrize("how", ["truncated", "bit flipped", "empty"])
+def test_a_damaged_state_is_passed_over_for_the_one_before(
+    how: str, run_folder: Path, finished: Path, capsys: pytest.CaptureFixture
+):
+    newest = saved_states(run_folder)[0]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 4
+    damaged = {
+        "truncated": content[: len(content) // 3],
+        "bit flipped": content,
+        "empty": b"",
+    }
+    newest.write_bytes(damaged[how])
+    train.main(["--resume", str(run_folder)])
+    assert_equal_runs(run_folder.parent, finished)
+
+
+def test_when_every_state_is_damaged_it_says_so(run_folder: Path):
+    for path in saved_states(run_folder):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="every saved state"):
+        train.main(["--resume", str(run_folder)])
+
+
+def test_only_the_newest_states_are_kept(run_folder: Path):
+    assert [path.name[:12] for path in saved_states(run_folder)] == ["step_0000010", "step_0000009"]
+
+
+def test_a_raised_stop_epoch_goes_on_as_if_it_had_been_so_from_the_start(
+    run_folder: Path, data: Path, tmp_path: Path
+):
+    train.main(["--resume", str(run_folder), "--stop_epoch", "3"])
+    train.main(flags_of(data, tmp_path / "whole", "--stop_epoch", "3"))
+    hashes, measured = what_it_left(run_folder.parent)
+    whole_hashes, whole_measured = what_it_left(tmp_path / "whole")
+    assert measured == whole_measured
+    assert hashes["epoch_2.pth"] == whole_hashes["epoch_2.pth"]
+
+
+def test_raised_iterations_go_on_in_the_middle_of_an_epoch(data: Path, tmp_path: Path):
+    train.main(flags_of(data, tmp_path / "part", "--max_iterations", "7"))
+    train.main(["--resume", str(folder_of(tmp_path / "part")), "--max_iterations", "12"])
+    train.main(flags_of(data, tmp_path / "whole", "--max_iterations", "12"))
+    hashes, measured = what_it_left(tmp_path / "part")
+    whole_hashes, whole_measured = what_it_left(tmp_path / "whole")
+    assert measured == whole_measured
+    assert hashes["epoch_2.pth"] == whole_hashes["epoch_2.pth"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--base_lr", "0.1"], "--base_lr 0.001 → 0.1"),
+        (["--max_epochs", "30"], "schedule depends on --max_epochs"),
+        (["--batch_size", "3"], "--global_batch 2 → 3"),
+        (["--seed", "1", "--rank", "3"], "--rank 2 → 3, --seed 1234 → 1"),
+        (["--no_augment"], "--no_augment False → True"),
+    ],
+)
+def test_other_settings_are_refused(flags: list[str], message: str, run_folder: Path):
+    before = {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")}
+    with pytest.raises(InputError) as caught:
+        train.main(["--resume", str(run_folder), *flags])
+    assert message in str(caught.value)
+    assert before == {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")}
+
+
+def test_auto_starts_afresh_where_nothing_fits(run_folder: Path, data: Path):
+    output = run_folder.parent
+    train.main(flags_of(data, output, "--stop_epoch", "1", "--seed", "7", "--resume", "auto"))
+    assert len(list(output.iterdir())) == 2
+
+
+def test_two_runs_cannot_write_into_one_folder(run_folder: Path, tmp_path: Path):
+    (process,) = processes.start(
+        ["--resume", str(run_folder), "--stop_epoch", "20"], tmp_path / "log"
+    )
+    wait_for_step(run_folder.parent, 12, process)
+    with pytest.raises(InputError, match="another process is training"):
+        train.main(["--resume", str(run_folder), "--stop_epoch", "20"])
+    process.kill()
+    process.join()
+    torch.manual_seed(0)
+    train.main(["--resume", str(run_folder), "--stop_epoch", "4"])  # a dead one lets it go
+
+
+@pytest.mark.parametrize("what", ["nowhere", "file"])
+def test_no_run_to_resume(what: str, tmp_path: Path):
+    (tmp_path / "file").write_text("{}")
+    with pytest.raises(InputError):
+        train.main(["--resume", str(tmp_path / what)])

@@ -1,0 +1,187 @@
+"""Validation on held-out cases, the best adapter, early stopping; the page of facts; curves."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS, tiny_model, write_slices
+from test_datasets import write_volume_h5
+
+import train
+import trainer
+from adapter_file import read_adapter
+from datasets.dataset_synapse import Synapse_dataset
+from inference import predict_volume
+from memory import estimate_training_memory
+from metrics import score_volume
+from safe_io import InputError
+from validation import Validation, case_of, hold_out, validate
+
+FLAGS = ["--batch_size", "4", "--AdamW", "--base_lr", "1e-3", "--max_epochs", "9"]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Twelve slices of four cases."""
+    return write_slices(tmp_path / "data", count=3, cases=4)
+
+
+def run(data: Path, output: Path, *flags: str) -> Path:
+    train.main(["--root_path", str(data), "--output", str(output), *TINY_FLAGS, *FLAGS, *flags])
+    (folder,) = output.iterdir()
+    return folder
+
+
+def records_of(folder: Path, key: str) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if key in record]
+
+
+def test_cases_are_held_out_whole(data: Path):
+    dataset = Synapse_dataset(data, None, "train")
+    left, held_out = hold_out(dataset, 2, seed=1)
+    trained, validated = {case_of(name) for name in left.sample_list}, set(held_out)
+    assert len(validated) == 2 and not trained & validated
+    assert len(left) == 6 and all(len(part) == 3 for part in held_out.values())
+    assert set(hold_out(dataset, 2, seed=1)[1]) == validated
+    assert any(set(hold_out(dataset, 2, seed=seed)[1]) != validated for seed in range(9))
+    assert len(hold_out(dataset, None, seed=1)[1]) == 1
+    assert len(dataset) == 12
+    with pytest.raises(InputError, match="--val_cases is 4"):
+        hold_out(dataset, 4, seed=1)
+
+
+def test_a_validation_scores_as_a_test_of_the_stacked_slices(data: Path):
+    dataset = Synapse_dataset(data, None, "train")
+    _, held_out = hold_out(dataset, 2, seed=0)
+    model = tiny_model(num_classes=8)
+    found = validate(model, held_out, num_classes=8, img_size=64)
+    assert model.training
+    model.eval()
+    for name, part in held_out.items():
+        volume = np.stack([part[i]["image"] for i in range(len(part))])
+        label = np.stack([part[i]["label"] for i in range(len(part))])
+        prediction = predict_volume(model, volume, input_size=(40, 40), image_size=(64, 64))
+        expected = [score.dsc for score in score_volume(prediction, label, 8)]
+        for own, other, present in zip(
+            found.cases[name], expected, [(label == i).any() for i in range(1, 9)], strict=True
+        ):
+            assert own == (pytest.approx(other) if present else None)
+    assert found.score == pytest.approx(np.mean([dsc for dsc in found.dsc if dsc is not None]))
+
+
+def test_the_best_adapter_is_that_of_the_best_score(data: Path, tmp_path: Path):
+    folder = run(data, tmp_path / "out", "--stop_epoch", "6", "--val_every", "2")
+    validations = records_of(folder, "score")
+    assert [record["epoch"] for record in validations] == [1, 3, 5]
+    assert len(validations[0]["dsc"]) == 8 and len(validations[0]["cases"]) == 1
+    best = [record for record in records_of(folder, "saved") if record["saved"] == "best.pth"]
+    scores = [record["score"] for record in validations]
+    assert best[-1]["steps"] == 3 * (validations[int(np.argmax(scores))]["epoch"] + 1)
+    assert read_adapter(folder / "best.pth")[1]["num_classes"] == 8
+    assert (folder / "curves.png").stat().st_size > 5000
+
+
+def scored(*scores: tuple[float, float]) -> object:
+    """A `validate` that finds these DSC of classes 1 and 2, one pair a time."""
+    found = iter(scores)
+    return lambda *args, **kwargs: Validation((*next(found), *[None] * 6), {})
+
+
+def test_patience_ends_a_run_and_a_resumed_one_stays_ended(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(trainer, "validate", scored((0.1, 0.1), (0.3, 0.3), (0.3, 0.3), (0.2, 0.2)))
+    folder = run(data, tmp_path / "out", "--val_every", "1", "--patience", "2")
+    assert [record["epoch"] for record in records_of(folder, "score")] == [0, 1, 2, 3]
+    assert [record["steps"] for record in records_of(folder, "saved")] == [3, 6, 12]
+    assert (folder / "epoch_3.pth").is_file()
+    train.main(["--resume", str(folder)])
+    assert len(records_of(folder, "score")) == 4
+
+
+def test_an_organ_that_stays_at_zero_is_named(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    monkeypatch.setattr(trainer, "validate", scored(*[(0.5, 0.0)] * 4))
+    monkeypatch.setattr(logging, "basicConfig", lambda **kwargs: None)  # it would drop caplog's
+    with caplog.at_level(logging.WARNING):
+        run(data, tmp_path / "out", "--stop_epoch", "4", "--val_every", "1")
+    warnings = [record.getMessage() for record in caplog.records if "DSC has been 0" in record.msg]
+    assert len(warnings) == 2 and "right kidney" in warnings[0] and "spleen" not in warnings[0]
+
+
+def test_flags_without_validation_are_refused(data: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="need --val_every"):
+        run(data, tmp_path / "out", "--patience", "2")
+
+
+def test_check_shows_facts_and_what_is_odd_and_trains_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    source = data / "train_npz" / "case0006_slice001.npz"
+    (data / "train_npz" / "case0005_slice000.npz").write_bytes(source.read_bytes())
+    write_volume_h5(data)
+    (data / "test_vol_h5" / "case0001.npy.h5").rename(data / "test_vol_h5" / "case0006.npy.h5")
+    (data / "lists" / "test_vol.txt").write_text("case0006\n")
+    flags = ["--root_path", str(data), "--output", str(tmp_path / "out"), *TINY_FLAGS, *FLAGS]
+    train.main([*flags, "--check"])
+    page = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    for text in (
+        "training: 12 slices of 4 cases",
+        "40×40 (12)",
+        "memory of one process, estimated",
+        "warning: 1 case(s) are trained on and tested: case0006",
+        "warning: 1 equal training slices: case0005_slice000 = case0006_slice001",
+    ):
+        assert text in page
+    train.main([*flags, "--max_iterations", "1"])
+    (folder,) = (tmp_path / "out").iterdir()
+    assert (folder / "check.txt").read_text().strip() == page.strip()
+    facts = json.loads((folder / "check.json").read_text())
+    labels = [np.load(path)["label"] for path in (data / "train_npz").iterdir()]
+    counts = np.bincount(np.stack(labels).astype(int).ravel(), minlength=9)
+    assert facts["voxels"]["train"] == counts.tolist()
+
+
+@pytest.mark.parametrize("fault", ["raw HU", "missing volume"])
+def test_check_stops_on_errors(fault: str, data: Path, tmp_path: Path):
+    flags = ["--root_path", str(data), "--output", str(tmp_path / "out"), *TINY_FLAGS, *FLAGS]
+    if fault == "raw HU":
+        for name in ("case0005_slice000", "case0006_slice000"):
+            path = data / "train_npz" / f"{name}.npz"
+            np.savez(path, image=np.full((40, 40), -900.0), label=np.zeros((40, 40)))
+        with pytest.raises(InputError, match=r"look like raw HU.*; 1 more files are faulty"):
+            train.main([*flags, "--check"])
+        return
+    write_volume_h5(data)
+    (data / "lists" / "test_vol.txt").write_text("case0001\ncase0009\n")
+    with pytest.raises(InputError, match="case0009"):
+        train.main([*flags, "--check"])
+    train.main([*flags, "--max_iterations", "1"])  # it does not keep anybody from training
+    (folder,) = (tmp_path / "out").iterdir()
+    assert "the test data cannot be used" in (folder / "check.txt").read_text()
+
+
+def test_memory_is_counted_without_computing():
+    model = tiny_model()
+    few, many = (
+        estimate_training_memory(model, batch_size=batch, img_size=64, adamw=True)
+        for batch in (1, 8)
+    )
+    assert few["weights"] == many["weights"]
+    one, eight = few["activations of 1 slices"], many["activations of 8 slices"]
+    assert 5 * one < eight < 8.5 * one
+    model.sam.image_encoder.checkpoint_blocks = True
+    less = estimate_training_memory(model, batch_size=8, img_size=64, adamw=True)
+    assert less["activations of 8 slices"] < 0.7 * eight
+    assert next(model.parameters()).device == torch.device("cpu")

@@ -1,0 +1,164 @@
+"""Validation while training: held-out cases, the best adapter so far, organs that are not learned.
+
+Cases are held out whole: neighbouring slices of one scan are nearly the same picture.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from datasets.dataset_synapse import Synapse_dataset
+from inference import predict_volume
+from metrics import confusion, mean
+from ranks import ALONE, Ranks
+from run_log import RunLog
+from safe_io import InputError
+from training_state import Progress
+
+SLICE = re.compile(r"_slice\d+$")
+ZERO = 1e-3  # DSC that counts as not learned
+AT_ZERO = 3  # validations in a row at 0 before it is worth a warning
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What one validation found."""
+
+    dsc: tuple[float | None, ...]  # of each class, mean over the cases that have it; None: none
+    cases: dict[str, tuple[float | None, ...]]
+
+    @property
+    def score(self) -> float:
+        """What `best.pth` is best in: the mean DSC of the classes that the cases have."""
+        return mean(self.dsc) or 0.0
+
+
+def case_of(name: str) -> str:
+    """`case0005_slice012` is of `case0005`."""
+    return SLICE.sub("", name)
+
+
+def slices_by_case(names: Sequence[str]) -> dict[str, list[int]]:
+    """Indices of every case's slices, in the order of their names."""
+    cases: dict[str, list[int]] = {}
+    for index in sorted(range(len(names)), key=lambda i: names[i]):
+        cases.setdefault(case_of(names[index]), []).append(index)
+    return cases
+
+
+def hold_out(
+    dataset: Synapse_dataset, count: int | None, seed: int
+) -> tuple[Synapse_dataset, dict[str, Synapse_dataset]]:
+    """Split off cases: what remains to train on, and the slices of each held-out case.
+
+    Args:
+        count: cases to hold out; None: a sixth, at least one.
+
+    Raises:
+        InputError: fewer cases than that and one more to train on.
+    """
+    cases = slices_by_case(dataset.sample_list)
+    count = count or max(1, round(len(cases) / 6))
+    if count >= len(cases):
+        raise InputError(
+            f"--val_cases is {count} but {dataset.list_path} has slices of {len(cases)} "
+            "case(s), told apart by what stands before _slice; hold out fewer, or add cases"
+        )
+    chosen = np.random.default_rng([seed, 2]).permutation(sorted(cases))[:count]
+    held_out = {name: dataset.only(cases[name]) for name in sorted(chosen.tolist())}
+    left = [i for i, name in enumerate(dataset.sample_list) if case_of(name) not in held_out]
+    return dataset.only(left), held_out
+
+
+def validate(
+    model: nn.Module,
+    cases: dict[str, Synapse_dataset],
+    *,
+    num_classes: int,
+    img_size: int,
+    amp_dtype: torch.dtype | None = None,
+    ranks: Ranks = ALONE,
+) -> Validation:
+    """Segment the held-out cases, shared out over the ranks, and score them at the slices' size.
+
+    Returns:
+        The same on every rank.
+    """
+    own = list(cases)[ranks.rank :: ranks.count]
+    model.eval()
+    found = {
+        name: dsc_of_case(model, cases[name], num_classes, img_size, amp_dtype) for name in own
+    }
+    model.train()
+    every = {name: scores for part in ranks.gather(found) for name, scores in part.items()}
+    scores = {name: every[name] for name in cases}
+    return Validation(tuple(mean(column) for column in zip(*scores.values(), strict=True)), scores)
+
+
+def dsc_of_case(
+    model: nn.Module,
+    slices: Synapse_dataset,
+    num_classes: int,
+    img_size: int,
+    amp_dtype: torch.dtype | None,
+) -> tuple[float | None, ...]:
+    """DSC of each class in one case; None where the label has none of it."""
+    counts = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
+    for start in range(0, len(slices), 64):  # as many as fit easily, whatever the case's length
+        samples = [slices[i] for i in range(start, min(start + 64, len(slices)))]
+        for shape in dict.fromkeys(sample["image"].shape for sample in samples):
+            group = [sample for sample in samples if sample["image"].shape == shape]
+            prediction = predict_volume(
+                model,
+                np.stack([sample["image"] for sample in group]),
+                input_size=shape,
+                image_size=(img_size, img_size),
+                amp_dtype=amp_dtype,
+            )
+            label = np.stack([sample["label"] for sample in group])
+            counts += confusion(prediction, label, num_classes)
+    predicted, real, both = counts.sum(axis=1), counts.sum(axis=0), counts.diagonal()
+    return tuple(
+        2 * float(both[i]) / float(predicted[i] + real[i]) if real[i] else None
+        for i in range(1, num_classes + 1)
+    )
+
+
+def note_validation(
+    run: Progress, found: Validation, epoch: int, names: Sequence[str], log: RunLog
+) -> bool:
+    """Write down what was found, warn of organs that are not learned; returns whether it is best.
+
+    Args:
+        run: its best score and counters move.
+    """
+    scalars = {f"val/{n}": v for n, v in zip(names, found.dsc, strict=True) if v is not None}
+    log.scalars(scalars | {"val/score": found.score}, run.step)
+    log.write({"epoch": epoch, "score": found.score, "dsc": found.dsc, "cases": found.cases})
+    listed = ", ".join(f"{name.removeprefix('val/')} {100 * v:.1f}" for name, v in scalars.items())
+    logging.info("validation: mean DSC %.2f %% (%s)", 100 * found.score, listed)
+
+    run.at_zero = {
+        name: run.at_zero.get(name, 0) + 1
+        for name, value in zip(names, found.dsc, strict=True)
+        if value is not None and value < ZERO
+    }
+    dead = [name for name, times in run.at_zero.items() if times >= AT_ZERO]
+    if dead and log.folder is not None:
+        logging.warning(
+            "DSC has been 0 in %d validations or more: %s. A small organ that is lost rarely comes "
+            "back: lower --base_lr, or train longer with --clip_grad",
+            *(AT_ZERO, ", ".join(dead)),
+        )
+    if run.best_score is not None and found.score <= run.best_score:
+        run.not_better += 1
+        return False
+    run.best_score, run.best_epoch, run.not_better = found.score, epoch, 0
+    return True

@@ -240,7 +240,7 @@ def trainer_synapse(
     ):
         checkpoint = Checkpoint(folder, args, run, model, optimizer, scaler, log, ranks)
         for epoch in range(run.epoch, epochs):
-            if args.patience and run.not_better >= args.patience:
+            if run.out_of_patience(args.patience):
                 logging.info("no better score in %d validations: stopping", run.not_better)
                 break
             batches.enter(epoch, run.done)
@@ -291,7 +291,7 @@ def trainer_synapse(
                 )
                 if note_validation(run, found, epoch, names, log):
                     checkpoint.save_adapter("best.pth")
-            if (epoch + 1) % SAVE_EVERY == 0 or last:
+            if (epoch + 1) % SAVE_EVERY == 0 or last or run.out_of_patience(args.patience):
                 checkpoint.save_adapter(f"epoch_{epoch}.pth")
             if last:
                 break

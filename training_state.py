@@ -43,6 +43,10 @@ class Progress:
     not_better: int = 0  # validations since the best
     at_zero: dict[str, int] = dataclasses.field(default_factory=dict)  # validations in a row
 
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Whether early stopping ends the run."""
+        return patience is not None and self.not_better >= patience
+
 
 class Checkpoint:
     """Saves a run's state and adapters. Every rank calls it; the first one writes.

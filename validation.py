@@ -139,10 +139,11 @@ def note_validation(
     Args:
         run: its best score and counters move.
     """
-    scalars = {f"val/{n}": v for n, v in zip(names, found.dsc, strict=True) if v is not None}
+    known = {n: v for n, v in zip(names, found.dsc, strict=True) if v is not None}
+    scalars = {f"val/{name.replace(' ', '_')}": value for name, value in known.items()}
     log.scalars(scalars | {"val/score": found.score}, run.step)
     log.write({"epoch": epoch, "score": found.score, "dsc": found.dsc, "cases": found.cases})
-    listed = ", ".join(f"{name.removeprefix('val/')} {100 * v:.1f}" for name, v in scalars.items())
+    listed = ", ".join(f"{name} {100 * value:.1f}" for name, value in known.items())
     logging.info("validation: mean DSC %.2f %% (%s)", 100 * found.score, listed)
 
     run.at_zero = {

@@ -60,6 +60,11 @@ def run(argv: list[str], log: Path, ranks: int = 1) -> list[int]:
     return [process.exitcode for process in started]
 
 
+def on_two_threads() -> None:
+    """Another order of the same sums."""
+    torch.set_num_threads(2)
+
+
 def killed_while_saving() -> None:
     """The process dies when its fourth state is written and has not yet got its name."""
     fsync, calls = os.fsync, []

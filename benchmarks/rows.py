@@ -23,6 +23,7 @@ from packing import can_pack, pack_encoder
 from trainer import freeze_unreached, make_optimizer, training_step
 
 from . import plain, scenes
+from .saving import saving_rows
 from .timing import Row, check_agreement, compare, largest, timed
 
 CPU = torch.device("cpu")
@@ -302,5 +303,6 @@ ROWS: dict[str, Callable[[torch.device], list[Row]]] = {
     "sample": sample_rows,
     "resize": resize_rows,
     "testing": testing_rows,
+    "saving": saving_rows,
     "metrics": metrics_rows,
 }

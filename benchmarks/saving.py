@@ -1,0 +1,71 @@
+"""What saving and logging cost against the training that they save and log."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+from config import complete
+from losses import SegmentationLoss
+from ranks import ALONE
+from run_log import RunLog
+from trainer import freeze_unreached, make_optimizer, training_step
+from training_state import Checkpoint, Progress, newest_state
+
+from . import scenes
+from .timing import Row, check_agreement, largest, timed
+
+UPDATES = 93  # of an epoch of the published recipe; there each is of 24 slices, here of 2
+
+
+def saving_rows(device: torch.device) -> list[Row]:
+    """An epoch's full state, its adapter and the log of its updates, against one epoch."""
+    model = scenes.network().to(device).train()
+    freeze_unreached(model)
+    optimizer = make_optimizer(model, adamw=True, base_lr=1e-4)
+    batch = {
+        "image": torch.rand(2, 1, 512, 512, device=device).expand(-1, 3, -1, -1),
+        "low_res_label": torch.randint(0, scenes.NUM_CLASSES + 1, (2, 128, 128), device=device),
+    }
+    criterion = SegmentationLoss(scenes.NUM_CLASSES + 1, 0.8)
+    terms, _ = training_step(model, batch, criterion, optimizer, 1e-4)
+    args = complete(argparse.Namespace(root_path="."))
+    folder = Path(tempfile.mkdtemp())
+
+    with RunLog(folder, every=args.log_every) as log:
+        run = Progress()
+        checkpoint = Checkpoint(folder, args, run, model, optimizer, None, log, ALONE)
+
+        def train() -> None:
+            training_step(model, batch, criterion, optimizer, 1e-4)
+
+        def save() -> None:
+            for _ in range(UPDATES):
+                log.step({"step": run.step, "epoch": 0, "lr": 1e-4}, terms)
+                run.step += 1
+            log.end_epoch(0, run.step, 1.0)
+            checkpoint.save_adapter("epoch_0.pth")
+            checkpoint.save()
+
+        save()
+        ratios = []
+        for _ in range(5):
+            ratios.append(UPDATES * timed(train, device) / timed(save, device))
+        checkpoint.save()
+    kept = newest_state(folder)["model"]
+    names = dict(model.named_parameters())
+    difference = max(largest(kept[n], names[n].detach()) for n in kept if n in names)
+    shutil.rmtree(folder)
+    return [
+        Row(
+            *("saving", f"state, adapter and log of an epoch of {UPDATES} updates, vit_b"),
+            *("the training of that epoch, 512 px, 2 slices an update", statistics.median(ratios)),
+            *(min(ratios), max(ratios), len(ratios)),
+            *(check_agreement("saving", difference, 0), 0, 50, "at most 2 % of it"),
+        )
+    ]

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from interruption import EXIT_INTERRUPTED, SIGNALS
+from safe_io import InputError
 
 EXIT_LOST_RANK = 1
 LONG = timedelta(hours=12)  # one rank may check data or score a volume while the others wait
@@ -139,7 +140,13 @@ def was_restarted() -> bool:
 def local_device(device: torch.device) -> torch.device:
     """This rank's own GPU of its machine."""
     if device.type == "cuda" and under_torchrun():
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        own, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if own >= count:
+            raise InputError(
+                f"this is process {own + 1} of this machine, which has {count} GPUs; start one "
+                "process for each GPU at most"
+            )
+        return torch.device("cuda", own)
     return device
 
 
@@ -155,13 +162,17 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     try:
         control = dist.new_group(backend="gloo", timeout=LONG)
         yield Ranks(dist.get_rank(), dist.get_world_size(), control)
+    except SystemExit as stop:
+        if stop.code == EXIT_INTERRUPTED:  # as all ranks do at the same step
+            dist.destroy_process_group()
+        raise
     except RuntimeError as error:
         if "peer" not in str(error).lower():  # gloo's and NCCL's word for a rank that is gone
             raise
         print(f"error: rank {dist.get_rank()} lost another rank and ends", file=sys.stderr)
         raise SystemExit(EXIT_LOST_RANK) from None
-    finally:
-        dist.destroy_process_group()
+    # after a fault the group is not destroyed: that would wait for ranks that are elsewhere
+    dist.destroy_process_group()
 
 
 def processes_here(device: str, wanted: int | None, recipe: int | None = None) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safe_io import InputError, atomic_path, make_folder, require_folder
+from safe_io import InputError, atomic_path, cannot_write, make_folder, require_folder
 
 SCRATCH = "none"  # --ckpt none: no base weights, every weight is trained
 CONFIG_FILE = "config.json"
@@ -147,10 +147,14 @@ def only_writer(folder: Path, first: bool = True) -> Iterator[None]:
     if not first:
         yield
         return
-    with (folder / LOCK_FILE).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    try:
+        lock = (folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise cannot_write(folder / LOCK_FILE, error) from None
+    with lock:
+        try:  # of this process alone: a loader's worker that outlives it must not hold the lock
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise InputError(
                 f"another process is training in {folder}; wait for it, or start a new run "
                 "without --resume"

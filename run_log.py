@@ -57,8 +57,11 @@ class RunLog:
         self.bytes: int = position["bytes"]
         if folder is not None:
             # events of steps that are trained again are hidden from TensorBoard
-            self.writer = SummaryWriter(str(folder / "log"), purge_step=step or None)
-            self.metrics = (folder / METRICS).open("ab")
+            try:
+                self.writer = SummaryWriter(str(folder / "log"), purge_step=step or None)
+                self.metrics = (folder / METRICS).open("ab")
+            except OSError as error:
+                raise cannot_write(folder / METRICS, error) from None
             self.bytes = min(self.bytes, self.metrics.tell())  # should lines have been deleted
             self.metrics.truncate(self.bytes)
 
@@ -90,8 +93,17 @@ class RunLog:
                 self.scalars({"info/lr": facts["lr"]}, facts["step"])
             else:
                 self._not_finite(facts, scalars["loss"])
-        if self.folder is not None:
+        self._sync()
+
+    def _sync(self, *, to_disk: bool = False) -> None:
+        if self.folder is None:
+            return
+        try:
             self.metrics.flush()
+            if to_disk:
+                os.fsync(self.metrics.fileno())
+        except OSError as error:
+            raise cannot_write(self.folder / METRICS, error) from None
 
     def _not_finite(self, facts: dict[str, Any], loss: float) -> None:
         self.skipped += 1
@@ -145,8 +157,7 @@ class RunLog:
     def position(self) -> dict[str, Any]:
         """What another `RunLog` needs to go on from here, all lines before it being on disk."""
         self.flush()
-        if self.folder is not None:
-            os.fsync(self.metrics.fileno())
+        self._sync(to_disk=True)
         return {
             "bytes": self.bytes,
             "epoch_losses": self.epoch_losses,

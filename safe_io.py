@@ -7,6 +7,7 @@ command-line programs print before they exit with code 2.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -19,6 +20,10 @@ import numpy as np
 import torch
 
 EXIT_BAD_INPUT = 2
+NOT_WRITABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full, or a limit is reached
+    *(errno.EROFS, errno.EACCES, errno.EPERM),  # not allowed
+}
 
 
 class InputError(ValueError):
@@ -48,6 +53,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise cannot_write(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -164,6 +173,11 @@ def save_tensors(
         if hash_in_name:
             path = path.with_name(f"{path.stem}-{digest[:16]}{path.suffix}")
         temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name too
+        finally:
+            os.close(folder)
         return path, digest
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else target.error if target else None

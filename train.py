@@ -22,6 +22,7 @@ from run_log import start_logging
 from safe_io import InputError, atomic_path, exit_on_bad_input
 from trainer import freeze_unreached, trainer_synapse
 from utils import allow_tf32, build_model, choose_device, environment, seed_everything
+from validation import hold_out
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes = 1 if args.check else processes_here(args.device, args.processes, args.n_gpu)
     if processes > 1:
         raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))
-    if was_restarted() and args.resume is None:
+    if args.check:
+        args.resume = None
+    elif was_restarted() and args.resume is None:
         args.resume = AUTO
     device = local_device(choose_device(args.device))
     with joined(device) as ranks:
@@ -45,6 +48,8 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     resumed = folder is not None
 
     dataset = Synapse_dataset(args.root_path, args.list_dir, "train", num_classes=args.num_classes)
+    if args.val_every:
+        hold_out(dataset, args.val_cases, args.seed)  # refused now rather than after the check
     facts = dataset.check() if ranks.first else []
     model, low_res = build_model(args, device)
     freeze_unreached(model)

@@ -127,6 +127,8 @@ def training_step(
     terms = criterion(logits, labels)
     optimizer.zero_grad(set_to_none=True)
     if skip_not_finite and not math.isfinite(terms["loss"].item()):
+        if clip_grad is not None:
+            terms["grad_norm"] = terms["loss"]  # there is none, and every step has the same terms
         return {name: value.detach() for name, value in terms.items()}, logits.detach()
 
     scaler = scaler or torch.amp.GradScaler(enabled=False)  # which passes everything through

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "sam_lora_image_encoder_mask_decoder": {"lora", "segment_anything", "sam_lora_image_encoder"},
     "config": {"adapter_file", "run_folder", "safe_io", "datasets", "segment_anything"},
     "interruption": set(),
-    "ranks": {"interruption"},
+    "ranks": {"interruption", "safe_io"},
     "memory": set(),
     "run_log": {"datasets", "safe_io"},
     "utils": {
@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "train": {
         *("config", "data_check", "datasets", "lora", "memory", "ranks", "run_folder", "run_log"),
-        *("safe_io", "trainer", "utils"),
+        *("safe_io", "trainer", "utils", "validation"),
     },
     "test": {
         *("config", "datasets", "figures", "inference", "metrics", "packing", "ranks", "report"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import torch
 from conftest import TINY_FLAGS, tiny_model, tiny_sam, write_slices
 from test_datasets import write_volume_h5
+from test_resume import step_of, wait_for_step
 
+from interruption import EXIT_INTERRUPTED
 from losses import SegmentationLoss
 from safe_io import load_tensors
 from trainer import freeze_unreached, make_optimizer, training_step
@@ -145,6 +148,14 @@ def test_a_dead_rank_ends_the_others_with_a_message_and_auto_resumes(data: Path,
     assert done.returncode == 1, done.stderr
     assert "rank 1 of 2 was killed by signal 9" in done.stderr
     assert "Traceback" not in done.stderr
+
+    # asked to stop, the agent hands it on, and every rank finishes its step
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    later = step_of(tmp_path / "out") + 2
+    wait_for_step(tmp_path / "out", later, lambda: process.poll() is None)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == EXIT_INTERRUPTED, said
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "out").iterdir()

@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import time
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
 from pathlib import Path
 
 import processes
@@ -49,9 +49,9 @@ def folder_of(output: Path) -> Path:
     return folder
 
 
-def wait_for_step(output: Path, step: int, process: BaseProcess) -> None:
+def wait_for_step(output: Path, step: int, alive: Callable[[], bool]) -> None:
     started = time.monotonic()
-    while step_of(output) < step and process.is_alive():
+    while step_of(output) < step and alive():
         assert time.monotonic() - started < 60, "no progress"
         time.sleep(0.002)
 
@@ -91,7 +91,7 @@ def test_killed_at_random_steps_it_ends_as_if_never_killed(
     for _ in range(kills):
         started = processes.start(flags_of(data, killed, *more, "--resume", "auto"), log, ranks)
         target += rng.choice([1, 1, 2])
-        wait_for_step(killed, target, started[0])
+        wait_for_step(killed, target, started[0].is_alive)
         time.sleep(rng.random() * 0.05)
         victim = rng.choice(started)
         assert victim.is_alive(), "it ended before it was killed: too few steps for so many kills"
@@ -116,7 +116,7 @@ def test_a_signal_saves_and_a_resumed_run_equals_an_uninterrupted_one(
     whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
     assert processes.run(flags_of(data, whole, *more), log) == [0]
     (process,) = processes.start(flags_of(data, stopped, *more), log)
-    wait_for_step(stopped, 5, process)  # the end of an epoch
+    wait_for_step(stopped, 5, process.is_alive)  # the end of an epoch
     os.kill(process.pid, number)
     process.join(timeout=60)
     assert process.exitcode == EXIT_INTERRUPTED, log.read_text()
@@ -128,7 +128,7 @@ def test_a_signal_saves_and_a_resumed_run_equals_an_uninterrupted_one(
 def test_a_second_signal_ends_at_once(data: Path, tmp_path: Path):
     log = tmp_path / "log"
     (process,) = processes.start(flags_of(data, tmp_path / "out", "--stop_epoch", "20"), log)
-    wait_for_step(tmp_path / "out", 2, process)
+    wait_for_step(tmp_path / "out", 2, process.is_alive)
     for _ in range(100):
         if process.is_alive():
             os.kill(process.pid, signal.SIGTERM)
@@ -228,7 +228,7 @@ def test_two_runs_cannot_write_into_one_folder(run_folder: Path, tmp_path: Path)
     (process,) = processes.start(
         ["--resume", str(run_folder), "--stop_epoch", "20"], tmp_path / "log"
     )
-    wait_for_step(run_folder.parent, 12, process)
+    wait_for_step(run_folder.parent, 12, process.is_alive)
     with pytest.raises(InputError, match="another process is training"):
         train.main(["--resume", str(run_folder), "--stop_epoch", "20"])
     process.kill()

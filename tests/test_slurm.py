@@ -15,16 +15,6 @@ from test_resume import folder_of, wait_for_step
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-class Alive:
-    """A subprocess as `wait_for_step` takes it."""
-
-    def __init__(self, process: subprocess.Popen) -> None:
-        self.process = process
-
-    def is_alive(self) -> bool:
-        return self.process.poll() is None
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="SLURM runs on Linux")
 def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path: Path):
     data = write_slices(tmp_path / "data")
@@ -43,7 +33,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path: Path):
     job = subprocess.Popen(
         [*command, "--stop_epoch", "40"], cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE
     )
-    wait_for_step(output, 2, Alive(job))
+    wait_for_step(output, 2, lambda: job.poll() is None)
     os.kill(job.pid, signal.SIGUSR1)
     _, said = job.communicate(timeout=60)
     assert job.returncode in (75, 128 + signal.SIGUSR1), said

@@ -119,9 +119,19 @@ def test_an_organ_that_stays_at_zero_is_named(
     assert len(warnings) == 2 and "right kidney" in warnings[0] and "spleen" not in warnings[0]
 
 
-def test_flags_without_validation_are_refused(data: Path, tmp_path: Path):
-    with pytest.raises(InputError, match="need --val_every"):
-        run(data, tmp_path / "out", "--patience", "2")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--patience", "2"], "need --val_every"),
+        (["--val_every", "1", "--val_cases", "4"], "--val_cases is 4"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_is_written(
+    flags: list[str], message: str, data: Path, tmp_path: Path
+):
+    with pytest.raises(InputError, match=message):
+        run(data, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
 
 
 def test_check_shows_facts_and_what_is_odd_and_trains_nothing(

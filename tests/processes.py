@@ -90,6 +90,7 @@ def _run(
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a real run
     torch.set_num_threads(1)
     if before is not None:
         before()

@@ -238,6 +238,11 @@ def load_arrays(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray
         ) from None
 
 
+def warn(message: str) -> None:
+    """Print one line of warning on stderr."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def first_few(names: list[Any], count: int = 5) -> str:
     """`a, b, c, d, e and 7 more`: the names of an error message."""
     shown = ", ".join(str(name) for name in names[:count])

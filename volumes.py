@@ -64,8 +64,13 @@ class Geometry:
         ]
 
 
-def read_volume(path: str | Path) -> tuple[np.ndarray, Geometry]:  # (D, H, W), dtype of the file
+def read_volume(
+    path: str | Path, channel: int | None = None
+) -> tuple[np.ndarray, Geometry]:  # (D, H, W), dtype of the file
     """Read a scan of one value a voxel in any format that SimpleITK knows.
+
+    Args:
+        channel: which of the volumes of a 4-D file, from 0; None: the file has to be 3-D.
 
     Raises:
         MissingFileError: there is no such file.
@@ -73,21 +78,23 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, Geometry]:  # (D, H, W), 
             NaN or infinite values.
     """
     path = Path(path)
-    reader = _open(path)
+    reader = _open(path, channel)
     _check_nifti(path, reader)
-    with _readable(path):
+    with readable(path):
         image = reader.Execute()
     array = sitk.GetArrayFromImage(image)
     if array.dtype.kind == "f":
         bad = [index for index, plane in enumerate(array) if not np.isfinite(plane).all()]
         _refuse_bad_slices(path, bad, len(array))
-    return array, _geometry(image)
+    return array, geometry_of(image)
 
 
-def read_header(path: str | Path) -> tuple[tuple[int, ...], Geometry]:  # (D, H, W)
+def read_header(
+    path: str | Path, channel: int | None = None
+) -> tuple[tuple[int, ...], Geometry]:  # (D, H, W)
     """Shape and geometry of a scan without reading its voxels; raises as `read_volume` does."""
-    reader = _open(path)
-    return tuple(reader.GetSize()[::-1]), _geometry(reader)
+    reader = _open(path, channel)
+    return tuple(reader.GetSize()[2::-1]), geometry_of(reader)
 
 
 def write_volume(path: str | Path, array: np.ndarray, geometry: Geometry) -> None:
@@ -112,7 +119,7 @@ def write_volume(path: str | Path, array: np.ndarray, geometry: Geometry) -> Non
     image.SetOrigin(geometry.origin)
     image.SetDirection(geometry.direction)
     try:
-        with _quiet(), atomic_path(path) as temporary:
+        with quiet(), atomic_path(path) as temporary:
             sitk.WriteImage(image, temporary, useCompression=True)
     except (RuntimeError, OSError) as error:
         raise InputError(
@@ -121,13 +128,22 @@ def write_volume(path: str | Path, array: np.ndarray, geometry: Geometry) -> Non
         ) from None
 
 
-def _open(path: str | Path) -> sitk.ImageFileReader:
+def _open(path: str | Path, channel: int | None = None) -> sitk.ImageFileReader:
     path = require_file(path, what="scan", remedy="check the path")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
-    with _readable(path):
+    with readable(path):
         reader.ReadImageInformation()
-    if reader.GetDimension() != 3:
+    if channel is not None and reader.GetDimension() == 4:
+        *size, count = reader.GetSize()
+        if channel >= count:
+            raise InputError(
+                f"{path} holds {count} channels, counted from 0; channel {channel} "
+                "is not among them"
+            )
+        reader.SetExtractSize((*size, 0))
+        reader.SetExtractIndex((0, 0, 0, channel))
+    elif reader.GetDimension() != 3:
         raise InputError(
             f"{path} has {reader.GetDimension()} dimensions of size {reader.GetSize()[::-1]}, "
             "expected 3 (slice, row, column); give one scan a file"
@@ -146,7 +162,8 @@ def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
     """
     if not reader.HasMetaDataKey("vox_offset") or path.suffix in (".hdr", ".img"):
         return
-    columns, rows, slices = reader.GetSize()
+    columns, rows, *stack = reader.GetSize()
+    slices = math.prod(stack)  # of all channels
     plane_bytes = rows * columns * int(reader.GetMetaData("bitpix")) // 8
     kind = NIFTI_FLOATS.get(int(reader.GetMetaData("datatype")))
     bad = []
@@ -179,8 +196,12 @@ def _refuse_bad_slices(path: Path, bad: list[int], slices: int) -> None:
         )
 
 
-def _geometry(source: sitk.Image | sitk.ImageFileReader) -> Geometry:
-    return Geometry(source.GetSpacing(), source.GetOrigin(), source.GetDirection())
+def geometry_of(source: sitk.Image | sitk.ImageFileReader) -> Geometry:
+    """The geometry of an image, or of one volume of a 4-D file."""
+    dimension = source.GetDimension()
+    direction = np.reshape(source.GetDirection(), (dimension, dimension))[:3, :3]
+    axes = tuple(direction.ravel().tolist())
+    return Geometry(source.GetSpacing()[:3], source.GetOrigin()[:3], axes)
 
 
 def _all_close(
@@ -201,7 +222,7 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep SimpleITK's C++ warnings off stderr; its errors still come as exceptions."""
     shown = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -212,10 +233,10 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _readable(path: str | Path) -> Iterator[None]:
+def readable(path: str | Path) -> Iterator[None]:
     """Turn what SimpleITK raises on a bad file into one line that names it."""
     try:
-        with _quiet():
+        with quiet():
             yield
     except RuntimeError as error:
         raise InputError(

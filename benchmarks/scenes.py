@@ -28,7 +28,7 @@ def scene(slices: int = 150, size: int = 512) -> tuple[np.ndarray, np.ndarray, n
     organ is found, none is perfect and the surfaces lie as those of a fair segmentation do.
     """
     phantom = make_phantom(3, size=size, slices=-(-slices // 3))  # of 5 mm
-    low, high = SYNAPSE.window
+    low, high = SYNAPSE.intensity.low, SYNAPSE.intensity.high
     image = ((phantom.image.clip(low, high) - low) / (high - low)).astype(np.float32)
     to_class = np.zeros(256, dtype=np.uint8)
     for raw, index in SYNAPSE.raw_labels.items():

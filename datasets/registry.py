@@ -1,33 +1,129 @@
-"""What each data set is: classes, raw label values, intensity window, published split.
+"""What a data set is: classes, label values, intensity rule, orientation, published split.
 
-A new data set is a new row of `DATASETS`; nothing else in the project names one.
+Synapse is a row of `DATASETS`. `preprocess.prepare` makes the row of any other data set from its
+`dataset.json` or its files, and it travels as plain JSON: in the prepared folder (`SPEC_FILE`), in
+the run's configuration and inside the adapter.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from safe_io import InputError
 
+SPEC_FILE = "dataset_spec.json"  # beside train_npz/ and test_vol_h5/
+WINDOW, PERCENTILES, RANGE = "window", "percentiles", "range"
+AXIS_PAIRS = ("RL", "AP", "IS")  # what the letters of an orientation are chosen from
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """How the values of a scan become an image in [0, 1]: `low` and `high` go to 0 and 1."""
+
+    rule: str  # WINDOW: HU; PERCENTILES: of each scan's own values; RANGE: of a picture's type
+    low: float
+    high: float
+
+    def limits(self, image: np.ndarray, source: object) -> tuple[float, float]:
+        """The values of this scan that become 0 and 1.
+
+        Args:
+            image: its voxels, any shape.
+            source: its path, for messages.
+
+        Raises:
+            InputError: the values cannot be what the rule is for.
+        """
+        smallest, largest = float(image.min()), float(image.max())
+        if self.rule == PERCENTILES:
+            low, high = np.percentile(image, (self.low, self.high)).tolist()
+            if low < high:
+                return low, high
+            if smallest < largest:  # nearly all voxels have one value, as in a mask
+                return smallest, largest
+            raise InputError(f"{source} holds {smallest:g} everywhere, expected an image")
+        if self.rule == WINDOW and not smallest <= self.low < largest:
+            raise InputError(
+                f"{source} holds intensities from {smallest:g} to {largest:g}, which do not look "
+                "like Hounsfield units (expected air near -1000 and values within "
+                f"{self.low:g}…{self.high:g}); give the scan as the scanner wrote it"
+            )
+        if self.rule == RANGE and (smallest < self.low or largest > self.high):
+            raise InputError(
+                f"{source} holds values from {smallest:g} to {largest:g}, expected "
+                f"{self.low:g}…{self.high:g} as in the data that were trained on; convert it"
+            )
+        return self.low, self.high
+
+    def __str__(self) -> str:
+        what = {
+            WINDOW: "HU {low:g}…{high:g} to [0, 1]",
+            PERCENTILES: "percentiles {low:g}…{high:g} of each scan to [0, 1]",
+            RANGE: "values {low:g}…{high:g} to [0, 1]",
+        }[self.rule]
+        return what.format(low=self.low, high=self.high)
+
+
+def to_unit(image: np.ndarray, low: float, high: float) -> np.ndarray:  # (…) -> (…) float32
+    """Clip to `low`…`high` and map them to 0 and 1."""
+    unit = image.astype(np.float32)
+    np.clip(unit, low, high, out=unit)
+    unit -= low
+    unit /= high - low
+    return unit
+
+
+CT = Intensity(WINDOW, -125.0, 275.0)
+MR = Intensity(PERCENTILES, 0.5, 99.5)
+PICTURE = Intensity(RANGE, 0.0, 255.0)
+
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One data set: how its raw scans become classes 0…num_classes and images in [0, 1]."""
+    """One data set: how its scans become images in [0, 1] and classes 0…num_classes."""
 
     name: str
     class_names: tuple[str, ...]  # of the classes 1…num_classes, in order
-    raw_labels: dict[int, int]  # raw label value -> class; values not named here become 0
-    largest_raw_label: int  # raw values beyond it are an error, not background
-    window: tuple[float, float]  # HU, mapped to 0 and 1
-    train_cases: tuple[int, ...] = ()  # in the order of the published list
-    test_cases: tuple[int, ...] = ()
+    raw_labels: dict[int, int]  # raw label value -> class; others but 0 are an error
+    ignored_labels: tuple[int, ...]  # raw values that become 0
+    predicted_values: tuple[int, ...]  # of the classes in the files that predict.py writes
+    intensity: Intensity
+    orientation: str | None = None  # letters that the axes x, y, z run towards; None: as stored
+    channels: int = 1  # of an image: 1 grey, 3 colour
+    size: int | None = None  # side of the training slices; None: the scan's own
+    train_cases: tuple[str, ...] = ()  # in the order of the published list
+    test_cases: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
         """Foreground classes; the network adds background as class 0."""
         return len(self.class_names)
+
+    @property
+    def is_pictures(self) -> bool:
+        """Whether its images are 2-D files."""
+        return self.intensity.rule == RANGE
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that `spec_from_json` reads back."""
+        values = asdict(self)
+        values["raw_labels"] = {str(raw): index for raw, index in self.raw_labels.items()}
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+def case_names(*numbers: int) -> tuple[str, ...]:
+    """`case0001` …: the names of BTCV's cases in the lists and test volumes."""
+    return tuple(f"case{number:04d}" for number in numbers)
+
+
+def slice_name(case: str, index: int) -> str:
+    """`case0001_slice000`: the name of a training slice in the lists and on disk."""
+    return f"{case}_slice{index:03d}"
 
 
 SYNAPSE = DatasetSpec(
@@ -43,10 +139,12 @@ SYNAPSE = DatasetSpec(
         "pancreas",
     ),
     raw_labels={1: 1, 2: 2, 3: 3, 4: 4, 6: 5, 7: 6, 8: 7, 11: 8},
-    largest_raw_label=13,
-    window=(-125.0, 275.0),
-    train_cases=(31, 7, 9, 5, 26, 39, 24, 34, 33, 30, 23, 40, 10, 21, 6, 27, 28, 37),
-    test_cases=(8, 22, 38, 36, 32, 2, 29, 3, 1, 4, 25, 35),
+    ignored_labels=(5, 9, 10, 12, 13),
+    predicted_values=(1, 2, 3, 4, 5, 6, 7, 8),
+    intensity=CT,
+    size=224,
+    train_cases=case_names(31, 7, 9, 5, 26, 39, 24, 34, 33, 30, 23, 40, 10, 21, 6, 27, 28, 37),
+    test_cases=case_names(8, 22, 38, 36, 32, 2, 29, 3, 1, 4, 25, 35),
 )
 
 DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in (SYNAPSE,)}
@@ -56,20 +154,64 @@ def get_dataset(name: str) -> DatasetSpec:
     """Look a data set up by the name of `--dataset`."""
     if name not in DATASETS:
         raise InputError(
-            f"unknown data set {name!r}, expected one of {', '.join(DATASETS)}; "
-            "add a row to datasets/registry.py for another"
+            f"unknown data set {name!r}, expected one of {', '.join(DATASETS)}; data prepared by "
+            "preprocess.prepare need no --dataset"
         )
     return DATASETS[name]
 
 
-def case_name(number: int) -> str:
-    """`case0001`: the name of a case in the lists and test volumes."""
-    return f"case{number:04d}"
+def stored_spec(folder: str | Path) -> DatasetSpec | None:
+    """What prepared data say of themselves: the spec beside or above a folder of them, if any."""
+    folder = Path(folder)
+    for path in (folder / SPEC_FILE, folder.parent / SPEC_FILE):
+        if path.is_file():
+            try:
+                values = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise InputError(f"{path} is not JSON ({error}); prepare the data again") from None
+            return spec_from_json(values, path)
+    return None
 
 
-def slice_name(number: int, index: int) -> str:
-    """`case0001_slice000`: the name of a training slice in the lists and on disk."""
-    return f"{case_name(number)}_slice{index:03d}"
+def spec_from_json(values: Any, source: object) -> DatasetSpec:
+    """Read back what `DatasetSpec.to_json` made.
+
+    Raises:
+        InputError: anything else; `source` is named.
+    """
+    try:
+        known = {field.name: values[field.name] for field in fields(DatasetSpec)}
+        known["raw_labels"] = {int(raw): int(v) for raw, v in known["raw_labels"].items()}
+        known["intensity"] = Intensity(**known["intensity"])
+        spec = DatasetSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+        texts = (spec.name, *spec.class_names, *spec.train_cases, *spec.test_cases)
+        numbers = (*spec.ignored_labels, *spec.predicted_values)
+        rule = spec.intensity
+        sound = (
+            all(isinstance(text, str) for text in texts)
+            and all(isinstance(number, int) and 0 <= number < 65536 for number in numbers)
+            and set(spec.raw_labels.values()) == set(range(1, spec.num_classes + 1))
+            and len(spec.predicted_values) == spec.num_classes > 0
+            and rule.rule in (WINDOW, PERCENTILES, RANGE)
+            and float(rule.low) < float(rule.high)
+            and spec.channels in (1, 3)
+            and (spec.size is None or 0 < spec.size < 65536)
+            and (spec.orientation is None or is_orientation(spec.orientation))
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        sound = False
+    if not sound:
+        raise InputError(
+            f"{source} does not describe a data set as this program writes it; prepare the data "
+            "again"
+        )
+    return spec
+
+
+def is_orientation(letters: str) -> bool:
+    """Whether the letters name three axes, as LPS."""
+    pairs = sorted("".join(pair) for pair in AXIS_PAIRS for one in letters if one in pair)
+    return len(letters) == 3 and pairs == sorted(AXIS_PAIRS)
 
 
 # One colour per class, told apart on grey CT; classes beyond the table walk round it again.

@@ -1,40 +1,41 @@
-"""The cases of a raw data set: their files, their roles and the names of what they become."""
+"""The cases of a raw data set: their roles, checks, and the names of what they become."""
 
 from __future__ import annotations
 
+import glob
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets.registry import DatasetSpec, case_name, slice_name
-from safe_io import InputError, MissingFileError, first_few, require_folder
-from volumes import Geometry, read_header
+import numpy as np
 
-FORMAT = 1  # raise it when the outputs change, so that finished cases are converted again
+from datasets.registry import DatasetSpec, case_names, slice_name
+from safe_io import InputError, MissingFileError, first_few
+from scans import read_scan_header
+from volumes import Geometry
+
+from .layouts import RawCase, RawData
+
+FORMAT = 2  # raise it when the outputs change, so that finished cases are converted again
 TRAIN, TEST = "train", "test"
 SLICES, VOLUMES, LISTS, RECORDS = "train_npz", "test_vol_h5", "lists", ".done"
-LAYOUT = "Training/img/img0001.nii.gz … and Training/label/label0001.nii.gz …"
 
 
 @dataclass(frozen=True)
 class Job:
     """One case and all that decides its outputs."""
 
-    number: int
-    image_path: Path
-    label_path: Path
+    case: RawCase
     roles: tuple[str, ...]  # TRAIN, TEST or both
     spec: DatasetSpec
     label_values: str  # "raw" or "classes"
-    size: int | None  # of training slices; None keeps the scan's
     output: Path
 
     @property
     def name(self) -> str:
-        return case_name(self.number)
+        return self.case.name
 
     @property
     def record_path(self) -> Path:
@@ -44,132 +45,166 @@ class Job:
     def volume_path(self) -> Path:
         return self.output / VOLUMES / f"{self.name}.npy.h5"
 
-    def slice_path(self, index: int) -> Path:
-        return self.output / SLICES / f"{slice_name(self.number, index)}.npz"
+    def slice_names(self, count: int) -> list[str]:
+        """Of the training slices; a picture that is a slice of a scan has its number already."""
+        if self.case.group != self.name:
+            return [self.name]
+        return [slice_name(self.name, index) for index in range(count)]
+
+    def slice_path(self, name: str) -> Path:
+        return self.output / SLICES / f"{name}.npz"
+
+    def outputs(self, slices: int) -> Iterator[Path]:
+        """Every file that the case leaves if it has so many slices, but for its record."""
+        if TRAIN in self.roles:
+            yield from map(self.slice_path, self.slice_names(slices))
+        if TEST in self.roles:
+            yield self.volume_path
+
+    def leftovers(self) -> Iterator[Path]:
+        """All that earlier runs left of the case, unfinished files of a killed run included."""
+        own = self.case.group == self.name
+        slices = glob.escape(self.name) + ("_slice[0-9]*.npz" if own else ".npz")
+        for folder, pattern in (
+            (SLICES, slices),
+            (VOLUMES, glob.escape(f"{self.name}.npy.h5")),
+            (RECORDS, glob.escape(f"{self.name}.json")),
+        ):
+            for prefix in ("", ".*.partial."):
+                yield from (self.output / folder).glob(prefix + pattern)
 
     def key(self) -> dict[str, Any]:
         """What a record must hold for its case to be up to date, in plain JSON."""
+        spec = self.spec.to_json()
+        if TRAIN not in self.roles:
+            spec["size"] = None  # of training slices alone
         return {
             "format": FORMAT,
-            "dataset": self.spec.name,
-            "classes": list(self.spec.class_names),
-            "window": list(self.spec.window),
+            "spec": {k: v for k, v in spec.items() if k not in ("train_cases", "test_cases")},
             "label_values": self.label_values,
-            "raw_labels": {str(raw): cls for raw, cls in self.spec.raw_labels.items()},
-            "size": self.size if TRAIN in self.roles else None,
             "roles": list(self.roles),
-            "sources": [
-                [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-                for path in (self.image_path, self.label_path)
-            ],
+            "channel": self.case.image.channel,
+            "sources": [_stamp(scan.path) for scan in (self.case.image, self.case.label)],
         }
 
 
-def outputs(job: Job, slices: int) -> Iterator[Path]:
-    """Every file that a case of so many slices leaves, but for its record."""
-    if TRAIN in job.roles:
-        yield from (job.slice_path(index) for index in range(slices))
-    if TEST in job.roles:
-        yield job.volume_path
+def _stamp(path: Path) -> list[Any]:
+    """Name, size and time of a file, or of all files of a DICOM folder."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    states = [file.stat() for file in files]
+    return [
+        path.name,
+        sum(s.st_size for s in states),
+        max((s.st_mtime_ns for s in states), default=0),
+    ]
 
 
-def find_cases(folder: Path) -> dict[int, tuple[Path, Path]]:
-    """Image and label file of every case, ascending by number.
+@dataclass(frozen=True)
+class Split:
+    """How the user wants cases shared out; None: not said."""
+
+    train: Sequence[str] | None
+    test: Sequence[str] | None
+    test_share: float
+    folds: int | None
+    fold: int
+    seed: int
+
+
+def choose_roles(data: RawData, split: Split) -> dict[str, tuple[str, ...]]:
+    """Roles of every case.
+
+    In this order: the cases that are named, the fold, the published test cases, the folder's own
+    test cases, a seeded share; all others train. A case that the user names twice has both roles.
 
     Raises:
-        MissingFileError: the folder, or `img` and `label` in it, or the partner of a file.
-        InputError: two files of one number, or none at all.
+        MissingFileError: a case is named for which there is no scan.
+        InputError: there is nothing to split.
     """
-    remedy = f"expected the folder that holds {LAYOUT}"
-    folder = require_folder(folder, what="--input", remedy=remedy)
-    base = folder / "Training" if (folder / "Training").is_dir() else folder
-    for kind in ("img", "label"):
-        require_folder(base / kind, what="folder", remedy=remedy)
-    images, labels = numbered_files(base / "img"), numbered_files(base / "label")
-    if not images and not labels:
-        raise MissingFileError(f"{base / 'img'} holds no img0001.nii.gz …; {remedy}")
-    lonely = [path.name for number, path in images.items() if number not in labels]
-    lonely += [path.name for number, path in labels.items() if number not in images]
-    if lonely:
-        raise MissingFileError(
-            f"{len(lonely)} files in {base} have no partner: {first_few(lonely)}; every "
-            "img/img0001.nii.gz needs its label/label0001.nii.gz, and the reverse"
-        )
-    return {number: (images[number], labels[number]) for number in sorted(images)}
+    test = None if split.test is None else _resolve(data, split.test)
+    train = None if split.train is None else _resolve(data, split.train)
+    if test is None and split.folds is None:
+        published = [name for name in data.spec.test_cases if name in data.cases]
+        own = published if data.spec.test_cases else data.test
+        test = None if own is None else [name for name in own if name not in (train or [])]
+    if test is None:
+        candidates = {n: c.group for n, c in data.cases.items() if n not in (train or [])}
+        test = _drawn(candidates, split)
+    if train is None:
+        train = [name for name in data.cases if name not in test]
+    chosen = {TRAIN: set(train), TEST: set(test)}
+    return {name: tuple(role for role in chosen if name in chosen[role]) for name in data.cases}
 
 
-def numbered_files(folder: Path) -> dict[int, Path]:
-    """The NIfTI files of a folder by their number; other visible files are warned of."""
-    found: dict[int, Path] = {}
-    others = []
-    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        match = re.fullmatch(rf"{folder.name}(\d+)\.nii(\.gz)?", path.name)
-        if match is None:
-            others.append(path.name)
-        elif int(match[1]) in found:
-            raise InputError(
-                f"{folder} holds {found[int(match[1])].name} and {path.name}, two files of one "
-                "case; keep one"
-            )
-        else:
-            found[int(match[1])] = path
-    if others:
-        warn(f"ignored in {folder}, not named {folder.name}0001.nii.gz: {first_few(others)}")
-    return found
-
-
-def choose_roles(
-    numbers: list[int], spec: DatasetSpec, train: list[int] | None, test: list[int] | None
-) -> dict[int, tuple[str, ...]]:
-    """Roles of every case: as named, else the published test cases test and all others train.
-
-    Only a case that the user names twice gets both roles.
-    """
-    absent = sorted({*(train or []), *(test or [])} - set(numbers))
+def _resolve(data: RawData, wanted: Sequence[str]) -> list[str]:
+    """The cases that names, scans of pictures, or BTCV's numbers mean."""
+    found: list[str] = []
+    absent = []
+    for name in wanted:
+        names = {name, *(case_names(int(name)) if re.fullmatch(r"\d{1,9}", name) else ())}
+        own = [c.name for c in data.cases.values() if names & {c.name, c.group, c.image.name}]
+        found += own
+        absent += [] if own else [name]
     if absent:
         raise MissingFileError(
             f"--train_cases or --test_cases names {first_few(absent)}, for which there is no scan; "
-            f"present are {first_few(numbers, 40)}"
+            f"present are {first_few(_groups(data), 40)}"
         )
-    if test is None:
-        test = [number for number in spec.test_cases if number not in (train or [])]
-    if train is None:
-        train = [number for number in numbers if number not in test]
-    chosen = {TRAIN: set(train), TEST: set(test)}
-    return {n: tuple(role for role in chosen if n in chosen[role]) for n in numbers}
+    return found
 
 
-def check_headers(jobs: list[Job]) -> tuple[list[tuple[int, ...]], list[str]]:
-    """Compare the headers of every image and label: the shapes (D, H, W), and what is wrong."""
-    shapes, problems = [], []
+def _drawn(candidates: dict[str, str], split: Split) -> list[str]:
+    """A seeded share or fold of the groups, the same for the same names."""
+    groups = sorted(set(candidates.values()))
+    if len(groups) < 2 or (split.folds or 0) > len(groups):
+        raise InputError(
+            f"{len(groups)} case(s) cannot be split into {split.folds or 2} parts; name them by "
+            "--train_cases and --test_cases (one in both: an overfit check)"
+        )
+    order = np.random.default_rng(split.seed).permutation(groups).tolist()
+    if split.folds is not None:
+        chosen = order[split.fold :: split.folds]
+    else:
+        chosen = order[: min(len(groups) - 1, max(1, round(split.test_share * len(groups))))]
+    return [name for name, group in candidates.items() if group in chosen]
+
+
+def _groups(data: RawData) -> list[str]:
+    return list(dict.fromkeys(case.group for case in data.cases.values()))
+
+
+def check_headers(
+    jobs: list[Job],
+) -> tuple[list[tuple[tuple[int, ...], Geometry | None]], list[str]]:
+    """Compare the headers of every image and label.
+
+    Returns:
+        Shapes (D, H, W) and geometries of the images, and what is wrong.
+    """
+    headers, problems = [], []
     for job in jobs:
         try:
-            shape, geometry = read_header(job.image_path)
-            check_pair(job, shape, geometry, *read_header(job.label_path))
-            shapes.append(shape)
+            shape, geometry = read_scan_header(job.case.image)
+            check_pair(job, shape, geometry, *read_scan_header(job.case.label))
+            headers.append((shape, geometry))
         except InputError as error:
             problems.append(str(error))
-    return shapes, problems
+    return headers, problems
 
 
 def check_pair(
     job: Job,
     shape: tuple[int, ...],
-    geometry: Geometry,
+    geometry: Geometry | None,
     label_shape: tuple[int, ...],
-    label_geometry: Geometry,
+    label_geometry: Geometry | None,
 ) -> None:
     """Raise an `InputError` unless image and label cover the same voxels."""
-    differences = geometry.differences(label_geometry)
+    differences = geometry.differences(label_geometry) if geometry and label_geometry else []
     if shape != label_shape:
         differences.insert(0, f"shape (D, H, W) {shape} and {label_shape}")
     if differences:
         raise InputError(
-            f"{job.image_path} and {job.label_path} differ in {'; '.join(differences)}; export "
-            "the label on the image's grid"
+            f"{job.case.image.path} and {job.case.label.path} differ in "
+            f"{'; '.join(differences)}; export the label on the image's grid"
         )
-
-
-def warn(message: str) -> None:
-    """Print one line of warning on stderr."""
-    print(f"warning: {message}", file=sys.stderr)

@@ -11,90 +11,92 @@ import h5py
 import numpy as np
 import torch
 
-from datasets.registry import DatasetSpec
+from datasets.registry import DatasetSpec, to_unit
 from datasets.resampling import resize_images, resize_labels
+from orientation import orientation_of, turned
 from safe_io import InputError, atomic_path, first_few
-from volumes import read_volume
+from scans import read_scan
 
-from .cases import RECORDS, SLICES, TEST, TRAIN, VOLUMES, Job, check_pair
+from .cases import TEST, TRAIN, Job, check_pair
+from .descriptor import distinct, read_label
 
 
-def try_convert(job: Job) -> tuple[int, dict[str, Any] | str]:
-    """Number and result of a case, or what is wrong with it: one bad case stops no other."""
+def try_convert(job: Job) -> tuple[str, dict[str, Any] | str]:
+    """Name and result of a case, or what is wrong with it: one bad case stops no other."""
     try:
-        return job.number, convert_case(job)
+        return job.name, convert_case(job)
     except InputError as error:
-        return job.number, f"{job.name}: {error}"
+        return job.name, f"{job.name}: {error}"
     except (OSError, MemoryError) as error:  # a full disk, a scan too large
-        return job.number, f"{job.name}: {type(error).__name__} {error}"
+        return job.name, f"{job.name}: {type(error).__name__} {error}"
 
 
 def convert_case(job: Job) -> dict[str, Any]:
     """Write the slices and volume of one case and, last, the record that says so."""
-    remove_outputs(job)
-    image, geometry = read_volume(job.image_path)  # (D, H, W)
-    values, label_geometry = read_volume(job.label_path)  # (D, H, W)
-    check_pair(job, image.shape, geometry, values.shape, label_geometry)
-    unit = window_image(image, job.spec.window, job.image_path)
-    labels = map_labels(values, job.spec, job.label_values, job.label_path)
+    for left in job.leftovers():
+        left.unlink(missing_ok=True)
+    spec, source = job.spec, job.case.image.path
+    image, geometry = read_scan(job.case.image)  # (D, H, W), or (1, 3, H, W)
+    values, label_geometry = read_label(job.case.label)  # (D, H, W)
+    check_pair(job, (len(image), *image.shape[-2:]), geometry, values.shape, label_geometry)
+    if geometry and spec.orientation:
+        before = orientation_of(geometry)
+        image, values = (turned(array, before, spec.orientation) for array in (image, values))
+    labels = map_labels(values, spec, job.label_values, job.case.label.path)
+    low, high = spec.intensity.limits(image, source)
+    lost = clipped_share(image, labels, low, high)
+    unit = with_channels(to_unit(image, low, high), spec.channels, source)
     if TRAIN in job.roles:
         write_slices(job, unit, labels)
+    placed = asdict(geometry) if geometry else {}
     if TEST in job.roles:
         with atomic_path(job.volume_path) as temporary, h5py.File(temporary, "w") as file:
             file["image"], file["label"] = unit, labels
-            file.attrs.update(asdict(geometry))
-    bins = job.spec.num_classes + 1
+            file.attrs.update(placed)
+            if geometry and spec.orientation:
+                file.attrs["orientation"] = spec.orientation  # of the array; the rest is the scan's
+    bins = spec.num_classes + 1
     counts = sum(np.bincount(plane.ravel(), minlength=bins) for plane in labels)
     result = {
         "case": job.name,
-        "number": job.number,
+        "group": job.case.group,
         "roles": list(job.roles),
         "slices": len(unit),
-        "shape": list(unit.shape),
-        **asdict(geometry),
-        "voxels": dict(zip(("background", *job.spec.class_names), counts.tolist(), strict=True)),
+        "shape": list(labels.shape),
+        **placed,
+        "limits": [low, high],
+        "clipped": lost,
+        "voxels": dict(zip(("background", *spec.class_names), counts.tolist(), strict=True)),
         "largest_label_value": int(values.max()),
-        "sources": [f"{p.parent.name}/{p.name}" for p in (job.image_path, job.label_path)],
+        "sources": [
+            f"{s.path.parent.name}/{s.path.name}" for s in (job.case.image, job.case.label)
+        ],
     }
     write_json(job.record_path, {"key": job.key(), "result": result})
     return result
 
 
-def remove_outputs(job: Job) -> None:
-    """Remove all that earlier runs left of a case, unfinished files of a killed run included."""
-    job.record_path.unlink(missing_ok=True)
-    for folder, pattern in (
-        (SLICES, f"{job.name}_slice*.npz"),
-        (VOLUMES, f"{job.name}.npy.h5"),
-        (RECORDS, f"{job.name}.json"),
-    ):
-        for prefix in ("", ".*.partial."):
-            for path in (job.output / folder).glob(prefix + pattern):
-                path.unlink(missing_ok=True)
-
-
-def window_image(
-    image: np.ndarray, window: tuple[float, float], path: Path
-) -> np.ndarray:  # (D, H, W) HU -> (D, H, W) float32 in [0, 1]
-    """Clip to the window and map its ends to 0 and 1.
+def with_channels(
+    unit: np.ndarray, channels: int, source: Path
+) -> np.ndarray:  # (D, H, W) or (D, 3, H, W) -> (D, H, W), or (D, 3, H, W) for 3 channels
+    """Repeat grey where the data set is in colour.
 
     Raises:
-        InputError: no voxel lies at or below the window, or none above its lower end, as in a
-            scan that is not in Hounsfield units (8-bit, scaled to [0, 1], standardised, MR).
+        InputError: colour where the data set is grey.
     """
-    low, high = window
-    smallest, largest = float(image.min()), float(image.max())
-    if not smallest <= low < largest:
-        raise InputError(
-            f"{path} holds intensities from {smallest:g} to {largest:g}, which do not look like "
-            f"Hounsfield units (expected air near -1000 and values within {low:g}…{high:g}); give "
-            "the scan as the scanner wrote it"
-        )
-    unit = image.astype(np.float32)
-    np.clip(unit, low, high, out=unit)
-    unit -= low
-    unit /= high - low
+    if channels == 1 and unit.ndim == 4:
+        raise InputError(f"{source} is in colour, the data set is grey; convert it to grey")
+    if channels == 3 and unit.ndim == 3:
+        return np.repeat(unit[:, None], 3, axis=1)
     return unit
+
+
+def clipped_share(image: np.ndarray, labels: np.ndarray, low: float, high: float) -> float:
+    """The share of labelled voxels that lie outside the limits: what the network cannot see."""
+    if image.shape != labels.shape or not labels.any():
+        return 0.0
+    inside = image[labels > 0]
+    return float(np.count_nonzero((inside < low) | (inside > high)) / inside.size)
 
 
 def map_labels(
@@ -105,18 +107,22 @@ def map_labels(
     Raises:
         InputError: values that are not whole numbers in the range of `label_values`.
     """
-    largest = spec.num_classes if label_values == "classes" else spec.largest_raw_label
-    if values.min() < 0 or values.max() > largest or (values != np.rint(values)).any():
-        wrong = [v for v in np.unique(values).tolist() if not (0 <= v <= largest and v == int(v))]
-        raise InputError(
-            f"{path} holds label values {first_few([f'{v:g}' for v in wrong])}, expected whole "
-            f"numbers 0…{largest} for --label_values {label_values} of {spec.name}; correct the "
-            "file, or pass the --label_values it has"
-        )
-    table = np.arange(largest + 1) if label_values == "classes" else np.zeros(largest + 1)
+    classes = {index: index for index in range(1, spec.num_classes + 1)}
     if label_values == "raw":
-        table[list(spec.raw_labels)] = list(spec.raw_labels.values())
-    return table.astype(np.uint8)[values.astype(np.uint8)]
+        classes = spec.raw_labels | dict.fromkeys(spec.ignored_labels, 0)
+    known = sorted({0, *classes})
+    wrong = [f"{v:g}" for v in distinct(values) if v not in known]
+    if wrong:
+        contiguous = known == list(range(len(known)))
+        expected = f"0…{known[-1]}" if contiguous else first_few(known, 20)
+        raise InputError(
+            f"{path} holds label values {first_few(wrong)}, expected whole numbers {expected} for "
+            f"--label_values {label_values} of {spec.name}; correct the file or the data set's "
+            "description, or pass the --label_values it has"
+        )
+    table = np.zeros(known[-1] + 1, dtype=np.uint8)
+    table[list(classes)] = list(classes.values())
+    return table[values.astype(np.uint16)]
 
 
 def write_slices(job: Job, unit: np.ndarray, labels: np.ndarray) -> None:
@@ -124,12 +130,13 @@ def write_slices(job: Job, unit: np.ndarray, labels: np.ndarray) -> None:
 
     They are not clipped again, as in the published 224 x 224 training set.
     """
-    images, classes = torch.from_numpy(unit), torch.from_numpy(labels)  # (D, H, W) both
-    if job.size is not None:
-        images = resize_images(images, (job.size, job.size))
-        classes = resize_labels(classes, (job.size, job.size))
-    for index, (image, label) in enumerate(zip(images.numpy(), classes.numpy(), strict=True)):
-        with atomic_path(job.slice_path(index)) as temporary:
+    images, classes = torch.from_numpy(unit), torch.from_numpy(np.ascontiguousarray(labels))
+    if job.spec.size is not None:
+        side = (job.spec.size, job.spec.size)
+        images, classes = resize_images(images, side), resize_labels(classes, side)
+    names = job.slice_names(len(unit))
+    for name, image, label in zip(names, images.numpy(), classes.numpy(), strict=True):
+        with atomic_path(job.slice_path(name)) as temporary:
             np.savez(temporary, image=image, label=label.astype(np.float32))
 
 

@@ -15,7 +15,7 @@ from scipy import ndimage
 from batches import EpochBatches, collate_slices
 from datasets.augmentation import Augmentation, draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import PUBLISHED_LISTS, RandomGenerator, Synapse_dataset, read_list
-from datasets.registry import SYNAPSE, case_name, label_colours
+from datasets.registry import SYNAPSE, label_colours
 from datasets.resampling import resize_images, resize_labels
 from ranks import Ranks
 from safe_io import InputError
@@ -115,11 +115,11 @@ def test_published_lists():
     slices = read_list(PUBLISHED_LISTS / "train.txt")
     assert len(slices) == 2211
     cases = list(dict.fromkeys(name.split("_")[0] for name in slices))
-    assert cases == [case_name(number) for number in SYNAPSE.train_cases]
+    assert cases == list(SYNAPSE.train_cases)
     per_case = Counter(name.split("_")[0] for name in slices)
     assert (per_case["case0040"], per_case["case0005"], per_case["case0027"]) == (195, 117, 88)
     tests = read_list(PUBLISHED_LISTS / "test_vol.txt")
-    assert tests == [case_name(number) for number in SYNAPSE.test_cases]
+    assert tests == list(SYNAPSE.test_cases)
     assert not set(SYNAPSE.train_cases) & set(SYNAPSE.test_cases)
 
 

@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def golden_image(expected: dict) -> np.ndarray:  # (D, H, W) float32
     """The slices of the real CT that the golden labels belong to."""
     raw, _ = read_volume(REAL_DATA / "ct" / "abdomen_crop.nii.gz")
-    low, high = SYNAPSE.window
+    low, high = SYNAPSE.intensity.low, SYNAPSE.intensity.high
     image = ((np.clip(raw, low, high) - low) / (high - low)).astype(np.float32)
     return image[slice(*expected["slices"])]
 

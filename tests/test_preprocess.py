@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from scipy import ndimage
 from test_volumes import OBLIQUE, cut, junk, write_image
 
 from datasets.dataset_synapse import Synapse_dataset
-from datasets.registry import SYNAPSE
-from preprocess.cases import choose_roles
+from datasets.registry import SPEC_FILE, SYNAPSE, case_names, stored_spec
+from orientation import orientation_of
+from preprocess.cases import Split, choose_roles
+from preprocess.layouts import RawCase, RawData
 from preprocess.prepare import main
 from safe_io import load_arrays
+from scans import ScanFile
 from volumes import Geometry, read_volume, write_volume
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -123,7 +127,10 @@ def test_geometry_and_summary(raw: Path, tmp_path: Path, capsys: pytest.CaptureF
     first = summary["cases"][0]
     assert (first["case"], first["roles"], first["shape"]) == ("case0001", ["test"], list(SHAPE))
     assert tuple(first["direction"]) == stored.direction
-    assert summary["classes"] == list(SYNAPSE.class_names) and summary["window"] == [-125, 275]
+    assert first["limits"] == [-125, 275] and summary["flags"]["label_values"] == "raw"
+    spec = stored_spec(tmp_path / "out")
+    # the scans were left as they lay, and all lay alike: so must a scan that is segmented later
+    assert spec == replace(SYNAPSE, size=None, orientation=orientation_of(stored))
     assert sum(first["voxels"].values()) == np.prod(SHAPE)
     assert first["voxels"]["pancreas"] == (scan(1)[1] == 11).sum()
     printed = capsys.readouterr().out
@@ -162,10 +169,17 @@ def test_zoom_is_scipys(tmp_path: Path, shape: tuple[int, ...]):
 
 def test_roles():
     numbers = [1, 2, 5, 31, 50]
+    file = ScanFile("img0001", Path("img0001.nii.gz"), ".nii.gz")
+    names = dict(zip(case_names(*numbers), numbers, strict=True))
+    data = RawData(SYNAPSE, {name: RawCase(name, file, file, name) for name in names})
 
     def split(train: list[int] | None, test: list[int] | None) -> tuple[list[int], list[int]]:
-        roles = choose_roles(numbers, SYNAPSE, train, test)
-        return tuple([n for n in numbers if role in roles[n]] for role in ("train", "test"))
+        named = (None if cases is None else list(map(str, cases)) for cases in (train, test))
+        roles = choose_roles(data, Split(*named, 0.2, None, 0, 1234))
+        return tuple(
+            [number for name, number in names.items() if role in roles[name]]
+            for role in ("train", "test")
+        )
 
     assert split(None, None) == ([5, 31, 50], [1, 2])
     assert split(None, [5]) == ([1, 2, 31, 50], [5])
@@ -176,7 +190,7 @@ def test_roles():
 
 def test_rerun_keeps_finished_cases(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "out"
-    rewritten = {"lists/train.txt", "lists/test_vol.txt", "preprocess.json"}
+    rewritten = {"lists/train.txt", "lists/test_vol.txt", "preprocess.json", SPEC_FILE}
 
     def changed(*flags: str | int) -> set[str]:
         before = files_of(output)
@@ -373,7 +387,7 @@ def test_bad_flags(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str)
 
 def test_bad_folders(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     raw, output = tmp_path / "raw", tmp_path / "out"
-    assert_refused(raw, output, capfd, "does not exist; expected the folder that holds Training")
+    assert_refused(raw, output, capfd, "does not exist; expected dataset.json with imagesTr/")
     for kind in ("img", "label"):
         (raw / kind).mkdir(parents=True)
     assert_refused(raw, output, capfd, "holds no img0001.nii.gz")

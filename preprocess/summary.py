@@ -1,0 +1,92 @@
+"""What preparation leaves beside the data: lists, a summary, a table on screen, warnings."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets.registry import WINDOW, DatasetSpec
+from safe_io import atomic_path, first_few, warn
+
+from .cases import LISTS, TEST, TRAIN, Job
+from .convert import write_json
+
+LIST_FILES = {TRAIN: f"{LISTS}/train.txt", TEST: f"{LISTS}/test_vol.txt"}
+SUMMARY = "preprocess.json"
+TABLE_ROWS = 60
+MUCH_CLIPPED = 0.25  # of the labelled voxels: the window hides what is to be learned
+
+
+def write_lists(jobs: Sequence[Job], output: Path, cases: Sequence[dict[str, Any]]) -> None:
+    """Write `train.txt` and `test_vol.txt`, named by slice and by case.
+
+    The published cases come in published order, then the others.
+    """
+    slices = {job.name: case["slices"] for job, case in zip(jobs, cases, strict=True)}
+    names: dict[str, list[str]] = {}
+    for role, published in ((TRAIN, jobs[0].spec.train_cases), (TEST, jobs[0].spec.test_cases)):
+        rank = {name: position for position, name in enumerate(published)}
+        own = [job for job in jobs if role in job.roles]
+        own.sort(key=lambda job: rank.get(job.name, len(rank)))
+        names[role] = [
+            name
+            for job in own
+            for name in (job.slice_names(slices[job.name]) if role == TRAIN else [job.name])
+        ]
+    for role, file in LIST_FILES.items():
+        with atomic_path(output / file) as temporary:
+            temporary.write_text("".join(f"{name}\n" for name in names[role]), encoding="utf-8")
+
+
+def write_summary(
+    args: argparse.Namespace, spec: DatasetSpec, cases: Sequence[dict[str, Any]]
+) -> None:
+    """Write `preprocess.json`: the settings of the run and what each case holds."""
+    flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    write_json(args.output / SUMMARY, {"flags": flags, "spec": spec.to_json(), "cases": cases})
+
+
+def print_table(spec: DatasetSpec, cases: Sequence[dict[str, Any]], kept: set[str]) -> None:
+    """Print one line a case; `kept` are those that were already up to date."""
+    width = max(8, *(len(case["case"]) for case in cases)) + 1
+    print(
+        f"\n{'case':<{width}}{'for':<11}{'slices':>6}  {'rows x cols':<12}"
+        f"{'spacing x y z, mm':<22}{'labelled':>8}  {'':<5}absent classes"
+    )
+    for case in cases[:TABLE_ROWS]:
+        _, height, width_ = case["shape"]
+        voxels = case["voxels"]
+        labelled = 1 - voxels["background"] / sum(voxels.values())
+        absent = [name for name in spec.class_names if not voxels[name]]
+        spacing = " ".join(f"{s:.3f}" for s in case.get("spacing", ())) or "-"
+        print(
+            f"{case['case']:<{width}}{'+'.join(case['roles']):<11}{case['slices']:>6}  "
+            f"{f'{height} x {width_}':<12}{spacing:<22}"
+            f"{labelled:>8.2%}  {'kept' if case['case'] in kept else '':<5}"
+            f"{'all' if len(absent) == spec.num_classes else first_few(absent, 3) or '-'}"
+        )
+    if len(cases) > TABLE_ROWS:
+        print(f"… and {len(cases) - TABLE_ROWS} more, in {SUMMARY}")
+
+
+def warn_of_labels(
+    args: argparse.Namespace, spec: DatasetSpec, cases: Sequence[dict[str, Any]]
+) -> None:
+    """Warn of empty labels, of classes read as raw values, and of a window that hides organs."""
+    empty = [c["case"] for c in cases if c["voxels"]["background"] == sum(c["voxels"].values())]
+    if empty:
+        warn(f"no class of {spec.name} is in the labels of {first_few(empty)}; they were kept")
+    largest = max(case["largest_label_value"] for case in cases)
+    if args.label_values == "raw" and 0 < largest <= spec.num_classes < max(spec.raw_labels):
+        warn(
+            f"no label is above {largest}, as if they held classes 0…{spec.num_classes} "
+            "already; if so, run again with --label_values classes"
+        )
+    hidden = [f"{c['case']} {c['clipped']:.0%}" for c in cases if c["clipped"] > MUCH_CLIPPED]
+    if hidden and spec.intensity.rule == WINDOW:
+        warn(
+            f"of the labelled voxels many lie outside {spec.intensity}: {first_few(hidden)}; pass "
+            "a --window that shows them"
+        )

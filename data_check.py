@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets.dataset_synapse import SampleFacts
+from datasets.samples import SampleFacts
 from safe_io import first_few
 from validation import case_of
 

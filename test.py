@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import class_names, parse_args, test_parser
+from config import class_names, parse_args
 from datasets.dataset_synapse import Synapse_dataset
 from figures import CasePanel, case_panel, write_pages
+from flags import test_parser
 from inference import predict_volume
 from metrics import score_volume
+from orientation import orientation_of, turned, turned_geometry
 from packing import can_pack, pack_encoder
 from ranks import Ranks, joined, launch, local_device, processes_here
 from report import CaseResult, format_table, write_csv, write_json
@@ -151,18 +153,24 @@ class Case:
     name: str
     image: np.ndarray  # (D, H, W) float32, about [0, 1]
     label: np.ndarray  # (D, H, W) uint8
-    geometry: Geometry | None  # None: the file stores none
+    geometry: Geometry | None  # of these arrays; None: the file stores none
+    scan: tuple[Geometry, str] | None  # where the scan lay, if its axes were turned, and how
 
 
 def read_case(dataset: Synapse_dataset, index: int) -> Case:
     """Read one volume and say what is odd about it."""
-    sample, geometry = dataset[index], dataset.geometry(index)
+    sample, stored, letters = dataset[index], dataset.geometry(index), dataset.orientation(index)
     name, image, label = sample["case_name"], sample["image"], sample["label"]
     if image.shape[1] != image.shape[2]:
         logging.info("%s: slices of %d×%d are squashed to a square", name, *image.shape[1:])
     if not label.any():
         logging.info("%s: the label has no foreground", name)
-    return Case(name, image, label, Geometry(**geometry) if geometry else None)
+    scan = Geometry(**stored) if stored else None
+    if scan is None or letters is None:
+        return Case(name, image, label, scan, None)
+    before = orientation_of(scan)
+    shape = turned(label, letters, before).shape
+    return Case(name, image, label, turned_geometry(scan, shape, letters), (scan, letters))
 
 
 def score_case(
@@ -181,14 +189,19 @@ def score_case(
 
 
 def write_case(case: Case, prediction: np.ndarray, folder: Path | None) -> None:
-    """Write prediction, image and label as NIfTI, if asked."""
+    """Write prediction, image and label as NIfTI where the scan lay, if asked."""
     if folder is None:
         return
     if case.geometry is None:
         logging.info("%s: no geometry is stored; its NIfTI get 1 mm voxels", case.name)
     for suffix, array in (("pred", prediction), ("img", case.image), ("gt", case.label)):
-        path = folder / f"{case.name}_{suffix}.nii.gz"
-        write_volume(path, array, case.geometry or Geometry.unknown())
+        geometry = case.geometry or Geometry.unknown()
+        if case.scan is not None:
+            geometry, letters = case.scan
+            array = np.ascontiguousarray(turned(array, letters, orientation_of(geometry)))
+        if array.ndim == 4:  # colour, (D, 3, H, W): NIfTI hold one value a voxel
+            array = array.mean(axis=1, dtype=np.float32)
+        write_volume(folder / f"{case.name}_{suffix}.nii.gz", array, geometry)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 
-from config import class_names, parse_args, train_parser
+from config import class_names, parse_args
 from data_check import Page, check_page
-from datasets.dataset_synapse import SampleFacts, Synapse_dataset
+from datasets.dataset_synapse import Synapse_dataset
+from datasets.samples import SampleFacts
+from flags import train_parser
 from lora import LoRAModel
 from memory import GIB, estimate_training_memory, out_of_memory
 from ranks import Ranks, joined, launch, local_device, processes_here, was_restarted

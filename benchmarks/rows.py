@@ -13,10 +13,10 @@ from torch import nn
 
 import test
 from batches import collate_slices
-from config import test_parser
 from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.resampling import resize_images
+from flags import test_parser
 from losses import SegmentationLoss
 from metrics import score_volume
 from packing import can_pack, pack_encoder

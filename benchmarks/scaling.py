@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 import test
-from config import test_parser
 from datasets.dataset_synapse import Synapse_dataset
 from figures import save
+from flags import test_parser
 from losses import SegmentationLoss
 from trainer import freeze_unreached, make_optimizer, training_step
 

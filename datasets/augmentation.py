@@ -80,7 +80,8 @@ def prepare_batch(
     """Augment and resize slices to what the network and its loss take.
 
     Args:
-        images: B slices (H, W) float32, about [0, 1], on the device to work on; sizes may differ.
+        images: B slices (H, W), or (3, H, W) in colour, float32, about [0, 1], on the device to
+            work on; sizes may differ.
         labels: B label slices (H, W), integers.
         augmentations: one per slice.
         output_size: (rows, columns) of the input, S × S.
@@ -99,7 +100,7 @@ def prepare_batch(
         image = torch.stack([resize_images(one, output_size) for one in moved])
         label = torch.stack([resize_labels(one, output_size) for one in moved_labels])
     return {
-        "image": image[:, None].expand(-1, 3, -1, -1),
+        "image": image if image.ndim == 4 else image[:, None].expand(-1, 3, -1, -1),
         "label": label,
         # from the label at S × S, as the original does: two roundings, not one
         "low_res_label": resize_labels(label, low_res).long(),

@@ -1,4 +1,4 @@
-"""Reading training slices and test volumes, with every check that a user's data needs.
+"""Training slices and test volumes, as lists name them.
 
 `Synapse_dataset` and `RandomGenerator` keep the names and samples that scripts of the field use;
 the training loop reads plain slices and augments whole batches on the device instead.
@@ -10,7 +10,6 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,16 @@ from safe_io import (
 
 from .augmentation import draw_augmentation, keyed_rng, prepare_batch
 from .registry import SYNAPSE
+from .samples import (
+    SampleFacts,
+    check_sample,
+    read_geometry,
+    read_orientation,
+    read_volume_file,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLISHED_LISTS = REPOSITORY / "lists" / "lists_Synapse"
-# Intensities are HU mapped to [0, 1]; cubic zoom overshoots by a few tenths at sharp edges.
-PLAUSIBLE_RANGE = (-1.0, 2.0)
-GEOMETRY = ("spacing", "origin", "direction")  # attributes of a test volume, in SimpleITK's order
 
 
 class Synapse_dataset(Dataset):
@@ -96,7 +99,8 @@ class Synapse_dataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One sample: `image`, `label`, `case_name`, and for slices their `index`.
 
-        A slice is (H, W), a volume (D, H, W); image float32 about [0, 1], label uint8.
+        A slice is (H, W), a volume (D, H, W); image float32 about [0, 1], in colour with 3 before
+        H; label uint8.
         """
         sample = self.read(index)
         if self.split == "train" and self.transform is not None:
@@ -107,7 +111,11 @@ class Synapse_dataset(Dataset):
     def read(self, index: int) -> dict[str, Any]:
         """`image`, `label` and `index` of one checked sample, without the transform."""
         path = self.paths[index]
-        arrays = load_arrays(path, ("image", "label")) if self.split == "train" else _read_h5(path)
+        arrays = (
+            load_arrays(path, ("image", "label"))
+            if self.split == "train"
+            else read_volume_file(path)
+        )
         image, label = check_sample(
             arrays["image"],
             arrays["label"],
@@ -118,11 +126,12 @@ class Synapse_dataset(Dataset):
         return {"image": image, "label": label, "index": index}
 
     def geometry(self, index: int) -> dict[str, tuple[float, ...]] | None:
-        """Spacing, origin and direction of a volume in SimpleITK's order; None if not stored."""
-        with h5py.File(self.paths[index], "r") as file:
-            if not all(name in file.attrs for name in GEOMETRY):
-                return None
-            return {name: tuple(float(v) for v in file.attrs[name]) for name in GEOMETRY}
+        """Spacing, origin and direction of a volume's scan; None if they are not stored."""
+        return read_geometry(self.paths[index])
+
+    def orientation(self, index: int) -> str | None:
+        """What the axes of a volume run towards, as LPS; None: it lies as its scan."""
+        return read_orientation(self.paths[index])
 
     def count_slices(self) -> int:
         """Slices of all volumes together."""
@@ -157,6 +166,12 @@ class Synapse_dataset(Dataset):
             raise InputError(f"{errors[0]}; {len(errors) - 1} more files are faulty")
         if errors:
             raise errors[0]
+        colour = [one.name for one in facts if one.colour]
+        if colour and len(colour) < len(facts):
+            raise InputError(
+                f"{self.list_path} names grey images and {len(colour)} in colour: "
+                f"{first_few(colour)}; prepare all of them together"
+            )
         return facts
 
     def _facts(self, index: int) -> SampleFacts | InputError:
@@ -168,24 +183,13 @@ class Synapse_dataset(Dataset):
         counts = np.bincount(label.ravel(), minlength=self.num_classes + 1)
         return SampleFacts(
             name=self.sample_list[index],
-            shape=image.shape,
+            shape=label.shape,
+            colour=image.ndim > label.ndim,
             low=float(image.min()),
             high=float(image.max()),
             voxels=tuple(counts.tolist()),
             digest=hashlib.blake2b(image.data, digest_size=16).hexdigest(),
         )
-
-
-@dataclass(frozen=True)
-class SampleFacts:
-    """What was seen of one slice or volume."""
-
-    name: str
-    shape: tuple[int, ...]
-    low: float  # intensities, about [0, 1]
-    high: float
-    voxels: tuple[int, ...]  # of each class, background first
-    digest: str  # of the image; equal images have equal ones
 
 
 def find_list(data_dir: Path, list_dir: str | Path | None, split: str) -> Path:
@@ -207,41 +211,6 @@ def read_list(path: Path) -> list[str]:
     if repeated:
         raise InputError(f"list {path} names {first_few(repeated)} more than once; remove them")
     return names
-
-
-def check_sample(
-    image: np.ndarray, label: np.ndarray, path: Path, *, num_classes: int, ndim: int
-) -> tuple[np.ndarray, np.ndarray]:  # float32 (…), uint8 (…)
-    """Return a sample in the dtypes that training takes, or say what is wrong with its file.
-
-    Raises:
-        InputError: shapes, labels outside 0…num_classes, NaN, or intensities not about [0, 1].
-    """
-    if image.shape != label.shape or image.ndim != ndim or not image.size:
-        raise InputError(
-            f"{path} holds an image {image.shape} and a label {label.shape}, expected the same "
-            f"non-empty {ndim}-D shape; run preprocess again"
-        )
-    for name, array in (("image", image), ("label", label)):
-        if array.dtype.kind not in "fiub":
-            raise InputError(f"{path} holds {name} values of type {array.dtype}, expected numbers")
-    low, high = float(image.min()), float(image.max())  # NaN propagates to both
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise InputError(f"{path} holds NaN or infinite intensities; run preprocess again")
-    if low < PLAUSIBLE_RANGE[0] or high > PLAUSIBLE_RANGE[1]:
-        raise InputError(
-            f"{path} holds intensities from {low:g} to {high:g}, which look like raw HU or grey "
-            "values where [0, 1] is expected; run preprocess on the raw scans"
-        )
-    as_class = label.astype(np.uint8)
-    if (as_class != label).any() or as_class.max() > num_classes:
-        values = np.unique(label)
-        wrong = [f"{v:g}" for v in values if not (0 <= v <= num_classes and v == int(v))]
-        raise InputError(
-            f"{path} holds label values {first_few(wrong)}, expected 0…{num_classes}; pass the "
-            "right --num_classes or map the labels by preprocess"
-        )
-    return np.ascontiguousarray(image, dtype=np.float32), as_class
 
 
 class RandomGenerator:
@@ -277,24 +246,6 @@ class RandomGenerator:
             low_res=self.low_res,
         )
         return {key: value[0] for key, value in batch.items()} | {"label": batch["label"][0].long()}
-
-
-def _read_h5(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with h5py.File(path, "r") as file:
-            for key in ("image", "label"):
-                if not isinstance(file.get(key), h5py.Dataset):
-                    raise InputError(
-                        f"{path} has no data set named {key} (it holds "
-                        f"{', '.join(file) or 'nothing'}); write it by preprocess"
-                    )
-            return {key: file[key][()] for key in ("image", "label")}
-    except InputError:
-        raise
-    except Exception as error:  # on damaged bytes the parser raises nearly anything
-        raise InputError(
-            f"{path} is not a readable h5 file ({error}); run preprocess again"
-        ) from None
 
 
 def _repeats(names: list[str]) -> bool:

@@ -14,9 +14,9 @@ import test
 from benchmarks import scenes, table
 from benchmarks.plain import plain_copy, plain_sample, plain_test
 from benchmarks.timing import DisagreementError, Row, compare
-from config import test_parser as parser_of_test
 from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
+from flags import test_parser as parser_of_test
 from volumes import read_volume
 
 

@@ -29,7 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "packing": {"lora", "segment_anything"},
     "sam_lora_image_encoder": {"lora", "segment_anything"},
     "sam_lora_image_encoder_mask_decoder": {"lora", "segment_anything", "sam_lora_image_encoder"},
-    "config": {"adapter_file", "run_folder", "safe_io", "datasets", "segment_anything"},
+    "flags": {"datasets", "segment_anything"},
+    "config": {
+        *("adapter_file", "flags", "run_folder", "safe_io", "datasets", "segment_anything"),
+    },
     "interruption": set(),
     "ranks": {"interruption", "safe_io"},
     "memory": set(),
@@ -50,12 +53,22 @@ ALLOWED: dict[str, set[str]] = {
         *("run_log", "training_state", "utils", "validation"),
     },
     "train": {
-        *("config", "data_check", "datasets", "lora", "memory", "ranks", "run_folder", "run_log"),
+        *(
+            "config",
+            "flags",
+            "data_check",
+            "datasets",
+            "lora",
+            "memory",
+            "ranks",
+            "run_folder",
+            "run_log",
+        ),
         *("safe_io", "trainer", "utils", "validation"),
     },
     "test": {
-        *("config", "datasets", "figures", "inference", "metrics", "packing", "ranks", "report"),
-        *("run_log", "safe_io", "utils", "volumes"),
+        *("config", "datasets", "figures", "flags", "inference", "metrics", "orientation"),
+        *("packing", "ranks", "report", "run_log", "safe_io", "utils", "volumes"),
     },
 }
 ALLOWED["benchmarks"] = set(ALLOWED)  # it times everything; nothing but tests imports it

@@ -14,8 +14,9 @@ from conftest import TINY_FLAGS, write_slices
 
 import train
 from adapter_file import read_adapter
-from config import parse_args, train_parser
-from config import test_parser as parser_of_test
+from config import parse_args
+from flags import test_parser as parser_of_test
+from flags import train_parser
 from safe_io import InputError
 from utils import build_model
 

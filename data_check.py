@@ -108,7 +108,7 @@ def _voxels(samples: Sequence[SampleFacts]) -> list[int]:
 
 
 def _leaks(train: Sequence[SampleFacts], test: Sequence[SampleFacts]) -> list[str]:
-    both = sorted({case_of(one.name) for one in train} & {one.name for one in test})
+    both = sorted({case_of(one.name) for one in train} & {case_of(one.name) for one in test})
     if not both:
         return []
     return [f"{len(both)} case(s) are trained on and tested: {first_few(both)}"]

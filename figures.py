@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Slices = Any  # what `[start:stop]` gives (B, H, W) or (B, 3, H, W) float arrays of
 CASES_A_PAGE = 6
 SLICES_A_CASE = 3
 OPACITY = 0.35  # of a label's colour over the image; its outline is opaque
@@ -34,15 +35,15 @@ class CasePanel:
 
     case: str
     slices: tuple[int, ...]
-    truth: tuple[np.ndarray, ...]  # each (H, W, 3) uint8
+    truth: tuple[np.ndarray, ...]  # each (H, W, 3) uint8; without labels the plain slice
     prediction: tuple[np.ndarray, ...]
     aspect: float  # height of a voxel over its width
 
 
 def case_panel(
     case: str,
-    image: np.ndarray,
-    label: np.ndarray,
+    image: Slices,
+    label: np.ndarray | None,
     prediction: np.ndarray,
     num_classes: int,
     *,
@@ -52,24 +53,39 @@ def case_panel(
     """Keep the slices of one case that show most.
 
     Args:
-        image: (D, H, W), about [0, 1].
-        label, prediction: (D, H, W), 0…num_classes.
+        image: (D, H, W) or, in colour, (D, 3, H, W), about [0, 1]; sliced along D alone.
+        label, prediction: (D, H, W), 0…num_classes; a label of None is not known.
         spacing: mm along (slice, row, column), for the shape of a voxel; None: square.
-        direction: the scan's 3 × 3 cosines, row-major, to show it as radiologists do: the
+        direction: the array's 3 × 3 cosines, row-major, to show it as radiologists do: the
             patient's front at the top, right at the left; None: as the array lies.
     """
-    if direction is not None:  # an axis that runs against x (to the left) or y (backwards)
-        flips = tuple(axis for axis, cosine in ((1, direction[4]), (2, direction[0])) if cosine < 0)
-        image, label, prediction = (np.flip(a, flips) for a in (image, label, prediction))
-    chosen = choose_slices(label if label.any() else prediction)
-    colours = label_colours(num_classes)
+    chosen = choose_slices(label if label is not None and label.any() else prediction)
     return CasePanel(
         case,
         chosen,
-        tuple(overlay(image[index], label[index], colours) for index in chosen),
-        tuple(overlay(image[index], prediction[index], colours) for index in chosen),
+        *(
+            tuple(shown_slice(image, labels, index, num_classes, direction) for index in chosen)
+            for labels in (label, prediction)
+        ),
         1.0 if spacing is None else spacing[1] / spacing[2],
     )
+
+
+def shown_slice(
+    image: Slices,
+    labels: np.ndarray | None,
+    index: int,
+    num_classes: int,
+    direction: Sequence[float] | None,
+) -> np.ndarray:  # (H, W, 3) uint8
+    """One slice with its labels, if any, the way round that `case_panel` says."""
+    picture = image[index : index + 1][0]
+    plane = np.zeros(picture.shape[-2:], np.uint8) if labels is None else labels[index]
+    shown = overlay(picture, plane, label_colours(num_classes))
+    if direction is not None:  # an axis that runs against x (to the left) or y (backwards)
+        flips = [axis for axis, cosine in ((0, direction[4]), (1, direction[0])) if cosine < 0]
+        shown = np.flip(shown, flips)
+    return shown
 
 
 def choose_slices(label: np.ndarray) -> tuple[int, ...]:  # (D, H, W) -> ascending indices
@@ -89,8 +105,13 @@ def choose_slices(label: np.ndarray) -> tuple[int, ...]:  # (D, H, W) -> ascendi
 
 
 def overlay(image: np.ndarray, label: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """A grey slice (H, W) in [0, 1] with its labels tinted and outlined: (H, W, 3) uint8."""
-    grey = np.repeat((image.clip(0, 1) * 255)[..., None], 3, axis=-1)
+    """A slice with its labels tinted and outlined: (H, W, 3) uint8.
+
+    Args:
+        image: (H, W) or, in colour, (3, H, W), about [0, 1].
+    """
+    colour = image if image.ndim == 3 else np.broadcast_to(image, (3, *image.shape))
+    plain = colour.clip(0, 1).transpose(1, 2, 0) * 255
     tint = colours[label].astype(np.float64)
     padded = np.pad(label, 1, mode="edge")
     inside = np.ones(label.shape, dtype=bool)
@@ -98,7 +119,7 @@ def overlay(image: np.ndarray, label: np.ndarray, colours: np.ndarray) -> np.nda
         neighbour = padded[rows : rows + label.shape[0], columns : columns + label.shape[1]]
         inside &= neighbour == label
     strength = np.where(label > 0, np.where(inside, OPACITY, 1.0), 0.0)[..., None]
-    return ((1 - strength) * grey + strength * tint).round().astype(np.uint8)
+    return ((1 - strength) * plain + strength * tint).round().astype(np.uint8)
 
 
 def write_pages(
@@ -111,19 +132,23 @@ def write_pages(
     pages = [folder / "dsc_per_organ.png"]
     save(draw_scores(results, class_names), pages[0])
     means = [row["dsc"] for row in case_means(results)]
+    captions = ["no organ" if dsc is None else f"mean DSC {100 * dsc:.1f} %" for dsc in means]
     starts = range(0, len(panels), CASES_A_PAGE)
     for number, start in enumerate(starts, start=1):
         shown = slice(start, start + CASES_A_PAGE)
         name = "overlays.png" if len(starts) == 1 else f"overlays_{number}.png"
-        save(draw_overlays(panels[shown], means[shown], class_names), folder / name)
+        save(draw_overlays(panels[shown], captions[shown], class_names), folder / name)
         pages.append(folder / name)
     return pages
 
 
 def draw_overlays(
-    panels: Sequence[CasePanel], means: Sequence[float | None], class_names: Sequence[str]
+    panels: Sequence[CasePanel],
+    captions: Sequence[str],
+    class_names: Sequence[str],
+    kinds: tuple[str, str] = ("truth", "prediction"),
 ) -> Figure:
-    """One row a case: its slices, truth and prediction side by side."""
+    """One row a case: its slices, two pictures of each side by side, and a caption above."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -143,27 +168,27 @@ def draw_overlays(
         **{"bottom": below / height, "top": 1 - heading / height},
         hspace=heading / (side * np.mean(heights)),
     )
-    for row, panel, dsc in zip(grid, panels, means, strict=True):
-        draw_case(row, panel, "no organ" if dsc is None else f"mean DSC {100 * dsc:.1f} %")
+    for row, panel, caption in zip(grid, panels, captions, strict=True):
+        draw_case(row, panel, caption, kinds)
     colours = label_colours(len(class_names)) / 255
     patches = [Patch(color=colours[i], label=n) for i, n in enumerate(class_names, start=1)]
     figure.legend(handles=patches, ncols=entries, loc="lower center", frameon=False)
     return figure
 
 
-def draw_case(row: Sequence[Axes], panel: CasePanel, score: str) -> None:
-    """The slices of one case in a row of axes, its name and score above them."""
+def draw_case(row: Sequence[Axes], panel: CasePanel, caption: str, kinds: tuple[str, str]) -> None:
+    """The slices of one case in a row of axes, its name and caption above them."""
     for axes in row:
         axes.axis("off")
     for index, number in enumerate(panel.slices):
         for offset, (name, pictures) in enumerate(
-            (("truth", panel.truth), ("prediction", panel.prediction))
+            zip(kinds, (panel.truth, panel.prediction), strict=True)
         ):
             axes = row[2 * index + offset]
             axes.imshow(pictures[index], aspect=panel.aspect, interpolation="nearest")
             axes.set_title(f"slice {number}, {name}", fontsize=9, color="0.3", pad=3)
     row[0].annotate(
-        *(f"{panel.case}   {score}", (0, 1)),
+        *(f"{panel.case}   {caption}", (0, 1)),
         **{"xycoords": "axes fraction", "xytext": (0, 19), "textcoords": "offset points"},
         **{"weight": "bold", "fontsize": 11, "annotation_clip": False},
     )

@@ -113,8 +113,8 @@ def dsc_of_case(
     counts = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
     for start in range(0, len(slices), 64):  # as many as fit easily, whatever the case's length
         samples = [slices[i] for i in range(start, min(start + 64, len(slices)))]
-        for shape in dict.fromkeys(sample["image"].shape for sample in samples):
-            group = [sample for sample in samples if sample["image"].shape == shape]
+        for shape in dict.fromkeys(sample["label"].shape for sample in samples):
+            group = [sample for sample in samples if sample["label"].shape == shape]
             prediction = predict_volume(
                 model,
                 np.stack([sample["image"] for sample in group]),

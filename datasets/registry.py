@@ -78,6 +78,21 @@ def to_unit(image: np.ndarray, low: float, high: float) -> np.ndarray:  # (…) 
     return unit
 
 
+def with_channels(
+    unit: np.ndarray, channels: int, source: object
+) -> np.ndarray:  # (D, H, W) or (D, 3, H, W) -> (D, H, W), or (D, 3, H, W) for 3 channels
+    """Repeat grey where the data set is in colour.
+
+    Raises:
+        InputError: colour where the data set is grey.
+    """
+    if channels == 1 and unit.ndim == 4:
+        raise InputError(f"{source} is in colour, the data set is grey; convert it to grey")
+    if channels == 3 and unit.ndim == 3:
+        return np.repeat(unit[:, None], 3, axis=1)
+    return unit
+
+
 CT = Intensity(WINDOW, -125.0, 275.0)
 MR = Intensity(PERCENTILES, 0.5, 99.5)
 PICTURE = Intensity(RANGE, 0.0, 255.0)

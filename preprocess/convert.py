@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import torch
 
-from datasets.registry import DatasetSpec, to_unit
+from datasets.registry import DatasetSpec, to_unit, with_channels
 from datasets.resampling import resize_images, resize_labels
 from orientation import orientation_of, turned
 from safe_io import InputError, atomic_path, first_few
@@ -74,21 +74,6 @@ def convert_case(job: Job) -> dict[str, Any]:
     }
     write_json(job.record_path, {"key": job.key(), "result": result})
     return result
-
-
-def with_channels(
-    unit: np.ndarray, channels: int, source: Path
-) -> np.ndarray:  # (D, H, W) or (D, 3, H, W) -> (D, H, W), or (D, 3, H, W) for 3 channels
-    """Repeat grey where the data set is in colour.
-
-    Raises:
-        InputError: colour where the data set is grey.
-    """
-    if channels == 1 and unit.ndim == 4:
-        raise InputError(f"{source} is in colour, the data set is grey; convert it to grey")
-    if channels == 3 and unit.ndim == 3:
-        return np.repeat(unit[:, None], 3, axis=1)
-    return unit
 
 
 def clipped_share(image: np.ndarray, labels: np.ndarray, low: float, high: float) -> float:

@@ -22,6 +22,14 @@ ALLOWED: dict[str, set[str]] = {
     "volumes": {"safe_io"},
     "orientation": {"volumes"},
     "scans": {"safe_io", "volumes"},
+    "label_files": {"datasets", "safe_io", "scans", "volumes"},
+    "predictions": {
+        *("datasets", "figures", "label_files", "orientation", "safe_io", "scans", "utils", "volumes"),
+    },
+    "predict": {
+        *("config", "datasets", "flags", "inference", "packing", "predictions", "ranks", "run_log"),
+        *("safe_io", "scans", "utils"),
+    },
     "preprocess": {"safe_io", "datasets", "orientation", "scans", "volumes"},
     "report": {"safe_io", "metrics"},
     "figures": {"safe_io", "metrics", "datasets", "report"},

@@ -1,0 +1,139 @@
+"""Segmentations as other programs read them: label files in the scan's own geometry, and the
+tables of names and colours of ITK-SNAP and 3D Slicer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from PIL import Image
+
+from datasets.registry import DatasetSpec, label_colours
+from safe_io import InputError, atomic_path
+from scans import DICOM, ScanFile
+from volumes import Geometry, write_volume
+
+NIFTI = (".nii.gz", ".nii")
+# What a segmentation of another format is written as; the others keep theirs. NIfTI rounds
+# geometry to 32 bits, which a DICOM series' is not.
+FORMATS = {".nhdr": ".nrrd", ".mhd": ".mha", DICOM: ".mha"}
+NRRD_GEOMETRY = (b"space:", b"space dimension:", b"space directions:", b"space origin:")
+
+
+def label_suffix(scan: ScanFile, wanted: str | None = None) -> str:
+    """The suffix of a scan's label file."""
+    if scan.is_picture:
+        return ".png"
+    return wanted or FORMATS.get(scan.suffix, scan.suffix)
+
+
+def write_labels(
+    path: Path, labels: np.ndarray, scan: ScanFile, geometry: Geometry | None, spec: DatasetSpec
+) -> None:
+    """Write a segmentation with the values of its data set, where the scan lay.
+
+    In the scan's own format the geometry is the scan's to the last bit: what its header says is
+    taken over, not computed anew.
+
+    Args:
+        labels: classes (D, H, W), of a picture (1, H, W), uint8.
+        geometry: of the scan; None: a picture.
+    """
+    values = np.array((0, *spec.predicted_values))
+    values = values.astype(np.uint8 if values.max() < 256 else np.uint16)
+    if geometry is None:
+        write_index_picture(path, labels[0], values, spec)
+    else:
+        write_like(path, values[labels], scan, geometry)
+
+
+def write_like(path: Path, array: np.ndarray, scan: ScanFile, geometry: Geometry) -> None:
+    """Write (D, H, W) voxels, with the header of the scan where the formats agree."""
+    if path.name.endswith(NIFTI) and scan.suffix in NIFTI:
+        _write_nifti_like(path, array, scan.path)
+    elif path.suffix == ".nrrd" and scan.suffix in (".nrrd", ".nhdr"):
+        with atomic_path(path) as temporary:
+            write_volume(temporary, array, geometry)
+            _take_over_nrrd_geometry(temporary, scan.path)
+    else:
+        write_volume(path, array, geometry)
+
+
+def write_index_picture(
+    path: Path, labels: np.ndarray, values: np.ndarray, spec: DatasetSpec
+) -> None:
+    """Write classes (H, W) as a PNG of their values, in their colours where they fit a palette."""
+    picture = Image.fromarray(values[labels])
+    if values.dtype == np.uint8:
+        palette = np.zeros((256, 3), dtype=np.uint8)
+        palette[values] = label_colours(spec.num_classes)
+        picture.putpalette(palette.ravel().tolist())
+    with atomic_path(path) as temporary:
+        picture.save(temporary)
+
+
+def write_label_tables(folder: Path, spec: DatasetSpec) -> None:
+    """Write `labels.txt` for ITK-SNAP and `labels.ctbl` for 3D Slicer."""
+    colours = label_colours(spec.num_classes).tolist()
+    rows = list(zip((0, *spec.predicted_values), ("background", *spec.class_names), colours,
+                    strict=True))  # fmt: skip
+    snap = [
+        "# ITK-SnAP label description file: index, red, green, blue, opacity, visible, mesh, name",
+        *(
+            f"{value:5d} {r:5d} {g:4d} {b:4d} {int(value > 0):8d} {int(value > 0):2d} "
+            f'{int(value > 0):2d}    "{name}"'.replace("\n", " ")
+            for value, name, (r, g, b) in rows
+        ),
+    ]
+    slicer = [
+        "# 3D Slicer colour table: index, name, red, green, blue, opacity",
+        *(
+            f"{value} {'_'.join(name.split())} {r} {g} {b} {255 * (value > 0)}"
+            for value, name, (r, g, b) in rows
+        ),
+    ]
+    for file, lines in (("labels.txt", snap), ("labels.ctbl", slicer)):
+        with atomic_path(folder / file) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_nifti_like(path: Path, array: np.ndarray, source: Path) -> None:
+    try:
+        scan = nibabel.load(source)
+        header = scan.header.copy()
+        header.set_data_dtype(array.dtype)
+        header.set_data_shape(array.shape[::-1])
+        header["cal_min"], header["cal_max"] = 0, 0
+        header.extensions.clear()  # they may tell of the patient
+        labels = type(scan)(array.transpose(2, 1, 0), None, header)
+    except Exception as error:  # SimpleITK has read it, but nibabel is stricter
+        raise InputError(
+            f"{source} has a header that cannot be taken over ({str(error)[:120]}); pass "
+            "--format .mha"
+        ) from None
+    with atomic_path(path) as temporary:
+        nibabel.save(labels, temporary)
+
+
+def _take_over_nrrd_geometry(path: Path, source: Path) -> None:
+    """Replace the geometry lines of an NRRD header by those of another, as they stand."""
+    with source.open("rb") as file:
+        given = [line for line in _header_lines(file.read(1 << 20)) if _is_geometry(line)]
+    if not any(line.startswith(b"space directions:") for line in given):
+        return  # it has none: SimpleITK's says the same
+    content = path.read_bytes()
+    head, body = content.split(b"\n\n", 1)
+    lines = [line for line in head.split(b"\n") if not _is_geometry(line)]
+    path.write_bytes(b"\n".join([*lines, *given]) + b"\n\n" + body)
+
+
+def _header_lines(content: bytes) -> Sequence[bytes]:
+    head = content.replace(b"\r\n", b"\n").split(b"\n\n", 1)[0]
+    return head.split(b"\n")
+
+
+def _is_geometry(line: bytes) -> bool:
+    return line.lower().startswith(NRRD_GEOMETRY)

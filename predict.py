@@ -1,0 +1,192 @@
+"""Segment scans without labels: `python predict.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from tqdm import tqdm
+
+from config import dataset_spec, parse_args
+from datasets.registry import DatasetSpec
+from flags import predict_parser
+from inference import predict_volume
+from packing import can_pack, pack_encoder
+from predictions import Case, finished, read_case, run_key, write_case, write_summary
+from ranks import Ranks, joined, launch, local_device, processes_here
+from run_log import start_logging
+from safe_io import (
+    EXIT_BAD_INPUT,
+    InputError,
+    exit_on_bad_input,
+    first_few,
+    make_folder,
+    partial_name,
+)
+from scans import ScanFile, find_scans
+from utils import allow_tf32, amp_dtype, build_model, choose_device, seed_everything
+
+EXIT_SOME_FAILED = 3
+WAITING = 2  # scans that may wait to be written
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check everything that was given, then segment, on every GPU here."""
+    args = parse_args(predict_parser(), argv)
+    processes = processes_here(args.device, args.processes)
+    if processes > 1:
+        raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))
+    device = local_device(choose_device(args.device))
+    with joined(device) as ranks:
+        predict(args, device, ranks)
+
+
+def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
+    """Segment this rank's share of the scans; the first rank writes what sums up all.
+
+    Raises:
+        SystemExit: `EXIT_SOME_FAILED`, or `EXIT_BAD_INPUT` where no scan could be segmented.
+    """
+    seed_everything(args.seed, deterministic=bool(args.deterministic))
+    allow_tf32(args.tf32)
+    spec = dataset_spec(args)
+    scans = [replace(scan, channel=args.channel) for scan in find_scans(args.input)]
+    folder = Path(args.output)
+    key = run_key(args)
+    done = {} if args.overwrite else finished(scans, folder, key, args.format)
+    model, _ = build_model(args, device)
+    model.eval()
+    model.merge()
+    if can_pack(device) and not args.use_amp:
+        pack_encoder(model)
+
+    make_folder(folder, flag="--output")
+    start_logging(folder / "log.txt" if ranks.first else None)
+    logging.info("%d scans, %d of them done before, on %d × %s", len(scans), len(done),
+                 ranks.count, device)  # fmt: skip
+    if spec.orientation is None and not spec.is_pictures:
+        logging.info("the adapter does not say how its scans lay: these are taken as they lie")
+    own = [scan for scan in scans if scan.name not in done][ranks.rank :: ranks.count]
+    with tqdm(
+        total=len(own),
+        desc="segmenting",
+        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f} of {total} scans, {remaining} left",
+        disable=None if ranks.first else True,
+    ) as bar:
+        outcomes = dict(segment_all(args, spec, model, own, key, progress=bar.update))
+    everything = done | {name: one for part in ranks.gather(outcomes) for name, one in part.items()}
+    if not ranks.first:
+        return
+    results = {n: everything[n] for n in everything if isinstance(everything[n], dict)}
+    failures = {name: one for name, one in everything.items() if isinstance(one, str)}
+    write_summary(args, spec, folder, [results[s.name] for s in scans if s.name in results],
+                  failures)  # fmt: skip
+    for name, reason in failures.items():
+        print(f"error: {name}: {reason}", file=sys.stderr)
+    if failures:
+        told = f"{len(failures)} of {len(scans)} scans failed: {first_few(sorted(failures))}"
+        print(f"{told}; the others are done", file=sys.stderr)
+        raise SystemExit(EXIT_SOME_FAILED if results else EXIT_BAD_INPUT)
+
+
+def segment_all(
+    args: argparse.Namespace,
+    spec: DatasetSpec,
+    model: torch.nn.Module,
+    scans: Sequence[ScanFile],
+    key: dict[str, Any],
+    *,
+    progress: Callable[[float], object],
+) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Segment one scan while the next is read and earlier ones are written.
+
+    Yields:
+        The name of each scan and its result, or what is wrong with it: one stops no other.
+    """
+    dtype = amp_dtype(next(model.parameters()).device) if args.use_amp else None
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(WAITING) as writers:
+        waiting: deque[tuple[str, Future[dict[str, Any]]]] = deque()
+        coming = [reader.submit(read_case, spec, scan) for scan in scans[:1]]
+        for index, scan in enumerate(scans):
+            try:
+                case = coming.pop().result()
+                if index + 1 < len(scans):
+                    coming.append(reader.submit(read_case, spec, scans[index + 1]))
+                writer = segment(args, spec, model, case, dtype, progress)
+                waiting.append((scan.name, writers.submit(writer, key=key)))
+            except (InputError, OSError, MemoryError) as error:
+                progress(1)
+                yield scan.name, _told(error)
+                if index + 1 < len(scans) and not coming:
+                    coming.append(reader.submit(read_case, spec, scans[index + 1]))
+            while len(waiting) > (WAITING if index + 1 < len(scans) else 0):
+                name, writing = waiting.popleft()
+                try:
+                    yield name, writing.result()
+                except (InputError, OSError, MemoryError) as error:
+                    yield name, _told(error)
+
+
+def segment(
+    args: argparse.Namespace,
+    spec: DatasetSpec,
+    model: torch.nn.Module,
+    case: Case,
+    dtype: torch.dtype | None,
+    progress: Callable[[float], object],
+) -> Callable[..., dict[str, Any]]:
+    """Label the slices of a scan; returns what writes its files."""
+    depth, (height, width) = case.slices.shape[0], case.slices.shape[-2:]
+    likely = None
+    if args.probabilities:  # on disk: a volume for every class may not fit into memory
+        path = partial_name(make_folder(args.output, flag="--output") / f"{case.scan.name}.f16")
+        shape = (args.num_classes + 1, depth, height, width)
+        likely = np.memmap(path, np.float16, "w+", shape=shape)
+
+    def keep(start: int, part: torch.Tensor) -> None:  # (B, C, H, W)
+        likely[:, start : start + len(part)] = part.transpose(0, 1).half().cpu().numpy()
+
+    labels = predict_volume(
+        model,
+        case.slices,
+        input_size=(args.input_size, args.input_size),
+        image_size=(args.img_size, args.img_size),
+        batch_size=args.batch_size,
+        amp_dtype=dtype,
+        progress=lambda slices: progress(slices / depth),
+        flips=[("rows", "columns").index(name) for name in args.flips],
+        on_probabilities=None if likely is None else keep,
+    )
+    if args.largest_component:
+        keep_largest(labels)
+    return partial(write_case, args, spec, case, labels, likely)
+
+
+def keep_largest(labels: np.ndarray) -> None:
+    """Leave of every class of (D, H, W) only its largest piece, corners touching; in place."""
+    for index, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is not None:
+            mask = labels[box] == index
+            pieces, _ = ndimage.label(mask, np.ones((3, 3, 3)))
+            sizes = np.bincount(pieces.ravel())[1:]
+            labels[box][mask & (pieces != 1 + sizes.argmax())] = 0
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, InputError) else f"{type(error).__name__} {error}"
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main()

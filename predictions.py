@@ -1,0 +1,190 @@
+"""What `predict.py` reads of a scan and leaves of it: labels, picture, volumes, and its record."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datasets.registry import DatasetSpec, to_unit, with_channels
+from figures import case_panel, draw_overlays, save
+from label_files import label_suffix, write_label_tables, write_labels, write_like
+from orientation import orientation_of, turned, turned_geometry
+from safe_io import atomic_path, sha256_of
+from scans import ScanFile, read_scan
+from utils import environment
+from volumes import Geometry
+
+RECORDS = ".done"
+NOT_IN_KEY = {  # flags that do not change what is written for a case
+    *("input", "output", "overwrite", "config", "device", "batch_size", "processes"),
+    *("deterministic", "ckpt", "lora_ckpt"),
+}
+
+
+def run_key(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the files of a case besides the scan, in plain JSON."""
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_IN_KEY}
+    return json.loads(json.dumps(flags)) | {"adapter": sha256_of(Path(args.lora_ckpt))}
+
+
+def finished(
+    scans: Sequence[ScanFile], folder: Path, key: dict[str, Any], wanted: str | None
+) -> dict[str, dict[str, Any]]:
+    """The recorded results of the scans that are as they were when they were segmented so."""
+    found = {}
+    for scan in scans:
+        try:
+            record = json.loads((folder / RECORDS / f"{scan.name}.json").read_text("utf-8"))
+            same = record["key"] == key | {"source": stamp(scan.path)}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no record, or not one of ours: segment the scan
+        if same and (folder / f"{scan.name}{label_suffix(scan, wanted)}").is_file():
+            found[scan.name] = record["result"]
+    return found
+
+
+def stamp(path: Path) -> list[list[Any]]:
+    """Names, sizes and times of a scan's files."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+@dataclass(frozen=True)
+class UnitSlices:
+    """A scan as the network takes it, made a few slices at a time."""
+
+    array: np.ndarray  # (D, H, W), or (D, 3, H, W); as the file holds it
+    limits: tuple[float, float]  # its values that become 0 and 1
+    channels: int
+    source: Path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def __getitem__(self, part: slice) -> np.ndarray:  # (B, H, W) or (B, 3, H, W), [0, 1]
+        unit = to_unit(np.ascontiguousarray(self.array[part]), *self.limits)
+        return with_channels(unit, self.channels, self.source)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scan that was read."""
+
+    scan: ScanFile
+    slices: UnitSlices  # in the orientation of the data that were trained on
+    geometry: Geometry | None  # of the scan as it lies in its file; None: a picture
+    orientation: tuple[str, str] | None  # letters of the scan and of `slices`, if they differ
+
+
+def read_case(spec: DatasetSpec, scan: ScanFile) -> Case:
+    """Read a scan and bring it to the orientation of the data that were trained on.
+
+    Raises:
+        InputError: it is damaged, or cannot be what the network was trained on.
+    """
+    array, geometry = read_scan(scan)
+    letters = None
+    if geometry is not None and spec.orientation is not None:
+        letters = (orientation_of(geometry), spec.orientation)
+        array = turned(array, *letters)
+    limits = spec.intensity.limits(array, scan.path)
+    slices = UnitSlices(array, limits, spec.channels, scan.path)
+    slices[:1]  # colour where grey was trained on is refused now
+    return Case(scan, slices, geometry, letters)
+
+
+def write_case(
+    args: argparse.Namespace,
+    spec: DatasetSpec,
+    case: Case,
+    labels: np.ndarray,
+    likely: np.memmap | None,
+    *,
+    key: dict[str, Any],
+) -> dict[str, Any]:
+    """Write all files of a case and, last, the record that says so; returns its result."""
+    folder, scan, geometry = Path(args.output), case.scan, case.geometry
+    suffix = label_suffix(scan, args.format)
+    own = labels if case.orientation is None else turned(labels, *case.orientation[::-1])
+    write_labels(folder / f"{scan.name}{suffix}", np.ascontiguousarray(own), scan, geometry, spec)
+    if likely is not None:
+        write_probabilities(folder / "probabilities" / scan.name, suffix, case, likely, spec)
+    panel_geometry = geometry
+    if geometry is not None and case.orientation is not None:
+        panel_geometry = turned_geometry(geometry, own.shape, case.orientation[1])
+    panel = case_panel(
+        *(scan.name, case.slices, None, labels, spec.num_classes),
+        spacing=panel_geometry.voxel_spacing if panel_geometry else None,
+        direction=panel_geometry.direction if panel_geometry else None,
+    )
+    figure = draw_overlays([panel], [""], spec.class_names, kinds=("scan", "prediction"))
+    save(figure, folder / "overlays" / f"{scan.name}.png")
+    bins = spec.num_classes + 1
+    counts = sum(np.bincount(plane.ravel(), minlength=bins) for plane in labels)[1:].tolist()
+    ml = None if geometry is None else float(np.prod(geometry.spacing)) / 1000
+    result = {
+        "case": scan.name,
+        "file": f"{scan.name}{suffix}",
+        "shape": list(own.shape),
+        "voxels": counts,
+        "ml": None if ml is None else [count * ml for count in counts],
+    }
+    with atomic_path(folder / RECORDS / f"{scan.name}.json") as temporary:
+        record = {"key": key | {"source": stamp(scan.path)}, "result": result}
+        temporary.write_text(json.dumps(record), encoding="utf-8")
+    return result
+
+
+def write_probabilities(
+    folder: Path, suffix: str, case: Case, likely: np.memmap, spec: DatasetSpec
+) -> None:
+    """Write one float32 volume a class, 0…1, where the scan lies; of a picture grey 0…255."""
+    try:
+        for name, volume in zip(("background", *spec.class_names), likely, strict=True):
+            path = folder / f"{'_'.join(name.split()).replace('/', '_')}{suffix}"
+            if case.geometry is None:
+                with atomic_path(path) as temporary:
+                    Image.fromarray((volume[0] * 255).round().astype(np.uint8)).save(temporary)
+                continue
+            if case.orientation is not None:
+                volume = turned(volume, *case.orientation[::-1])
+            write_like(path, np.ascontiguousarray(volume, np.float32), case.scan, case.geometry)
+    finally:
+        Path(likely.filename).unlink(missing_ok=True)
+
+
+def write_summary(
+    args: argparse.Namespace,
+    spec: DatasetSpec,
+    folder: Path,
+    results: Sequence[dict[str, Any]],
+    failures: dict[str, str],
+) -> None:
+    """Write `volumes.csv`, `predictions.json` and the tables of names and colours."""
+    write_label_tables(folder, spec)
+    with (
+        atomic_path(folder / "volumes.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(["case", "class", "value", "voxels", "ml"])
+        for result in results:
+            amounts = result["ml"] or [""] * spec.num_classes
+            rows = zip(spec.class_names, spec.predicted_values, result["voxels"], amounts,
+                       strict=True)  # fmt: skip
+            writer.writerows([result["case"], *row] for row in rows)
+    content = {"cases": results, "failed": failures, "spec": spec.to_json(),
+               "flags": vars(args), "environment": environment()}  # fmt: skip
+    with atomic_path(folder / "predictions.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    logging.info("%d segmentations in %s", len(results), folder)

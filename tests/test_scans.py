@@ -1,0 +1,227 @@
+"""Finding, ordering and turning what users bring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from PIL import Image
+from scipy.spatial.transform import Rotation
+
+from orientation import OPPOSITE, orientation_of, turned, turned_geometry
+from safe_io import InputError, MissingFileError
+from scans import find_scans, read_index_picture, read_picture, read_scan, read_scan_header
+from volumes import Geometry, write_volume
+
+AXES = {"L": (1, 0, 0), "P": (0, 1, 0), "S": (0, 0, 1)}
+ORIENTATIONS = [
+    "".join(letters)
+    for order in permutations("LPS")
+    for letters in product(*((letter, OPPOSITE[letter]) for letter in order))
+]
+
+
+def placed(letters: str, *, oblique: bool = True, seed: int = 0) -> Geometry:
+    """A geometry whose axes run towards the letters, turned a little if oblique."""
+    rng = np.random.default_rng(seed)
+    columns = [
+        np.array(AXES[letter] if letter in AXES else AXES[OPPOSITE[letter]], dtype=float)
+        * (1 if letter in AXES else -1)
+        for letter in letters
+    ]
+    direction = np.array(columns).T
+    if oblique:
+        direction = Rotation.from_euler("xyz", (8, -11, 5), degrees=True).as_matrix() @ direction
+    spacing = (0.83, 1.27, 3.1)
+    origin = tuple(rng.uniform(-200, 200, 3).tolist())
+    return Geometry(spacing, origin, tuple(direction.ravel().tolist()))
+
+
+def write_dicom(
+    folder: Path, array: np.ndarray, geometry: Geometry, places: Sequence[float] | None = None
+) -> Path:
+    """Write (D, H, W) int16 as a DICOM series, its files named against their order.
+
+    Args:
+        places: of the slices along the normal, in slices; None: 0, 1, …
+    """
+    folder.mkdir(parents=True)
+    axes = np.array(geometry.direction).reshape(3, 3)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    count = len(array)
+    for index, place in enumerate(places or range(count)):
+        image = sitk.GetImageFromArray(array[index][None])
+        image.SetSpacing(geometry.spacing)
+        image.SetDirection(geometry.direction)
+        position = np.array(geometry.origin) + axes[:, 2] * geometry.spacing[2] * place
+        image.SetOrigin(position.tolist())
+        cosines = (*axes[:, 0], *axes[:, 1])
+        for tag, value in (
+            ("0008|0060", "CT"),
+            ("0020|000e", "1.2.826.0.1.3680043.2.1125.1"),
+            ("0020|000d", "1.2.826.0.1.3680043.2.1125"),
+            ("0008|0018", f"1.2.826.0.1.3680043.2.1125.1.{index + 1}"),
+            ("0020|0032", "\\".join(f"{v:.12g}" for v in position)),
+            ("0020|0037", "\\".join(f"{v:.12g}" for v in cosines)),
+            ("0020|0013", str(index)),
+            ("0018|0050", f"{geometry.spacing[2]}"),
+        ):
+            image.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{(index * 7) % 101:03d}.dcm"))
+        writer.Execute(image)
+    return folder
+
+
+def volume(shape: tuple[int, int, int] = (5, 6, 7)) -> np.ndarray:
+    """Every voxel another value."""
+    return np.arange(np.prod(shape), dtype=np.int16).reshape(shape) - 50
+
+
+@pytest.mark.parametrize("letters", ORIENTATIONS)
+def test_turning_keeps_every_voxel_where_it_is(letters: str):
+    geometry, array = placed(letters), volume()
+    assert orientation_of(geometry) == letters
+    there = turned(array, letters, "LPS")
+    now = turned_geometry(geometry, array.shape, "LPS")
+    assert orientation_of(now) == "LPS"
+
+    def points(shape: tuple[int, ...], where: Geometry) -> np.ndarray:  # (voxels, 3), mm
+        indices = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, 3)
+        axes = np.array(where.direction).reshape(3, 3)
+        return np.array(where.origin) + (indices[:, ::-1] * where.spacing) @ axes.T
+
+    before = points(array.shape, geometry)[np.argsort(array.ravel())]
+    after = points(there.shape, now)[np.argsort(there.ravel())]
+    assert np.abs(before - after).max() < 1e-9
+    assert np.array_equal(turned(there, "LPS", letters), array)
+    # as SimpleITK turns it
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(geometry.spacing)
+    image.SetOrigin(geometry.origin)
+    image.SetDirection(geometry.direction)
+    expected = sitk.DICOMOrient(image, "LPS")
+    assert np.array_equal(sitk.GetArrayFromImage(expected), there)
+    assert np.allclose(expected.GetOrigin(), now.origin)
+    assert np.allclose(expected.GetDirection(), now.direction)
+    assert np.allclose(expected.GetSpacing(), now.spacing)
+
+
+@pytest.mark.parametrize("letters", ["LPS", "RAS", "PIR", "LPI"])
+def test_dicom_is_ordered_by_position(tmp_path: Path, letters: str):
+    array, geometry = volume(), placed(letters)
+    axes = np.array(geometry.direction).reshape(3, 3)
+    folder = write_dicom(tmp_path / "series", array, geometry)
+    (scan,) = find_scans(folder)
+    assert scan.name == "series"
+    found, where = read_scan(scan)
+    normal = np.cross(axes[:, 0], axes[:, 1])
+    flipped = normal @ axes[:, 2] < 0  # DICOM's third axis is the normal
+    assert np.array_equal(found, array[::-1] if flipped else array)
+    assert np.allclose(where.spacing, geometry.spacing, atol=1e-6)
+    shape, header = read_scan_header(scan)
+    assert shape == array.shape and header.matches(where)
+
+
+BAD_SERIES = {
+    "missing": ([0, 1, 3, 4, 5], "missing or unevenly spaced: between"),
+    "uneven": ([0, 1, 2.1, 3, 4], "missing or unevenly spaced"),
+    "doubled": ([0, 1, 1, 2, 3], "doubled slices at"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SERIES)
+def test_bad_dicom_is_refused_with_positions(tmp_path: Path, name: str):
+    places, told = BAD_SERIES[name]
+    folder = write_dicom(tmp_path / "series", volume(), placed("LPS", oblique=False), places)
+    with pytest.raises(InputError, match=told) as caught:
+        read_scan(find_scans(folder)[0])
+    assert " mm" in str(caught.value)
+
+
+def test_other_bad_dicom(tmp_path: Path):
+    folder = write_dicom(tmp_path / "two", volume(), placed("LPS"))
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in folder.iterdir():
+        image = sitk.ReadImage(str(file))
+        image.SetMetaData("0020|000e", "1.2.3.4.5")
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(folder / f"other{file.name}"))
+        writer.Execute(image)
+        break
+    with pytest.raises(InputError, match="2 DICOM series"):
+        read_scan(find_scans(folder)[0])
+
+    tilted = placed("LPS", oblique=False)
+    askew = Geometry(tilted.spacing, tilted.origin, (1, 0, 0, 0, 1, 0.3, 0, 0, 1))
+    folder = write_dicom(tmp_path / "tilted", volume(), askew)
+    with pytest.raises(InputError, match="tilted gantry"):
+        read_scan(find_scans(folder)[0])
+
+
+def test_what_is_found(tmp_path: Path):
+    array, geometry = volume(), placed("LPS")
+    for name in ("a.nii.gz", "b.nrrd", "c.mha", "d.nii"):
+        write_volume(tmp_path / name, array, geometry)
+    Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "e.png")
+    write_dicom(tmp_path / "f", array, geometry)
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / ".hidden.nii.gz").touch()
+    assert [scan.name for scan in find_scans(tmp_path)] == list("abcdef")
+    write_volume(tmp_path / "a.mha", array, geometry)
+    with pytest.raises(InputError, match=r"a\.mha and a\.nii\.gz"):
+        find_scans(tmp_path)
+    with pytest.raises(MissingFileError, match="does not exist"):
+        find_scans(tmp_path / "none")
+    with pytest.raises(InputError, match="no scan or picture by its name"):
+        find_scans(tmp_path / "notes.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no scan"):
+        find_scans(tmp_path / "empty")
+
+
+def test_pictures(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    grey, colour = rng.integers(0, 256, (6, 7), np.uint8), rng.integers(0, 256, (6, 7, 3), np.uint8)
+
+    def read(picture: Image.Image, name: str = "a.png") -> np.ndarray:
+        picture.save(tmp_path / name)
+        return read_picture(tmp_path / name)
+
+    assert np.array_equal(read(Image.fromarray(grey)), grey[None])
+    assert np.array_equal(read(Image.fromarray(colour)), colour.transpose(2, 0, 1)[None])
+    assert np.array_equal(read(Image.fromarray(np.repeat(grey[..., None], 3, -1))), grey[None])
+    assert np.array_equal(read(Image.fromarray(np.dstack([colour, grey]))),
+                          colour.transpose(2, 0, 1)[None])  # fmt: skip
+    deep = rng.integers(0, 65536, (6, 7)).astype(np.uint16)
+    assert np.array_equal(read(Image.fromarray(deep)), deep[None])
+    index = Image.fromarray(grey % 5)
+    index.putpalette([5, 5, 5, 255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+    assert read(index).shape == (1, 3, 6, 7)  # as an image: its colours
+    assert np.array_equal(read_index_picture(tmp_path / "a.png"), (grey % 5)[None])
+    Image.fromarray(colour).save(tmp_path / "b.png")
+    with pytest.raises(InputError, match="mode RGB, expected class indices"):
+        read_index_picture(tmp_path / "b.png")
+
+
+def test_a_channel_of_a_4d_file(tmp_path: Path):
+    parts = [sitk.GetImageFromArray(volume() + 1000 * index) for index in range(3)]
+    for part in parts:
+        part.SetSpacing((1.0, 2.0, 3.0))
+    sitk.WriteImage(sitk.JoinSeries(parts), str(tmp_path / "a.nii.gz"))
+    (scan,) = find_scans(tmp_path)
+    with pytest.raises(InputError, match="4 dimensions"):
+        read_scan(scan)
+    for channel in range(3):
+        chosen = type(scan)(scan.name, scan.path, scan.suffix, channel)
+        array, geometry = read_scan(chosen)
+        assert np.array_equal(array, volume() + 1000 * channel)
+        assert geometry.spacing == (1, 2, 3) and read_scan_header(chosen) == (array.shape, geometry)
+    with pytest.raises(InputError, match="holds 3 channels"):
+        read_scan(type(scan)(scan.name, scan.path, scan.suffix, 3))

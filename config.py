@@ -177,7 +177,7 @@ def _check_values(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} is {value}, expected at least 1")
     for name, low, high in (
         *(("dice_param", 0, 1), ("base_lr", 0, 10), ("lr_exp", 0, 100)),
-        *(("save_minutes", 0, 10_000), ("skip_nan", 0, 1_000_000)),
+        *(("save_minutes", 0, 10_000), ("skip_nan", 0, 1_000_000), ("nsd_tolerance", 0, 1000)),
     ):
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from datasets.registry import label_colours
 from metrics import BOTH, FALSE_ORGAN, MISSED
-from report import CaseResult, case_means, class_means, total_means
 from safe_io import atomic_path
+from tables import CaseResult, case_means, class_means, total_means
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 Slices = Any  # what `[start:stop]` gives (B, H, W) or (B, 3, H, W) float arrays of
 CASES_A_PAGE = 6
+SHOWN_HEIGHT = 300  # pixels, of the worst slices at least
 SLICES_A_CASE = 3
 OPACITY = 0.35  # of a label's colour over the image; its outline is opaque
 MARKS = {  # of a case among the scores of an organ, by its outcome
@@ -86,6 +88,29 @@ def shown_slice(
         flips = [axis for axis, cosine in ((0, direction[4]), (1, direction[0])) if cosine < 0]
         shown = np.flip(shown, flips)
     return shown
+
+
+def worst_slices(
+    label: np.ndarray, prediction: np.ndarray, count: int = 2
+) -> list[tuple[int, int, int]]:  # (D, H, W) both
+    """Index, wrong and foreground voxels of the slices with most wrong voxels, the worst first."""
+    wrong = np.array([np.count_nonzero(a != b) for a, b in zip(label, prediction, strict=True)])
+    order = np.argsort(-wrong, kind="stable")[:count]
+    return [
+        (int(i), int(wrong[i]), int(np.count_nonzero(label[i] | prediction[i])))
+        for i in order
+        if wrong[i]
+    ]
+
+
+def save_pair(truth: np.ndarray, prediction: np.ndarray, aspect: float, path: Path) -> None:
+    """Write two pictures (H, W, 3) uint8 side by side, in the shape that their voxels have."""
+    gap = np.full((len(truth), max(1, truth.shape[1] // 40), 3), 255, np.uint8)
+    both = np.hstack([truth, gap, prediction])
+    scale = max(1.0, SHOWN_HEIGHT / (len(truth) * aspect))
+    size = (round(both.shape[1] * scale), max(1, round(len(truth) * aspect * scale)))
+    with atomic_path(path) as temporary:
+        Image.fromarray(both).resize(size, Image.Resampling.NEAREST).save(temporary)
 
 
 def choose_slices(label: np.ndarray) -> tuple[int, ...]:  # (D, H, W) -> ascending indices
@@ -246,6 +271,41 @@ def draw_bars(axes: Axes, results: Sequence[CaseResult], score: str, factor: flo
     axes.set_xlim(-0.6, len(results[0].scores) - 0.4)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def draw_boxes(
+    results: Sequence[CaseResult], class_names: Sequence[str], score: str, unit: str, factor: float
+) -> Figure:
+    """How a score spreads over the cases, a box an organ, with every case as a dot."""
+    from matplotlib.figure import Figure
+
+    colours = label_colours(len(class_names)) / 255
+    figure = Figure(figsize=(max(4.5, 0.85 * len(class_names) + 1.6), 3.4))
+    axes = figure.subplots()
+    for index in range(len(class_names)):
+        values = [getattr(result.scores[index], score) for result in results]
+        shown = np.array([factor * value for value in values if value is not None])
+        if not shown.size:
+            continue
+        axes.boxplot(
+            shown,
+            positions=[index],
+            widths=0.55,
+            showfliers=False,
+            patch_artist=True,
+            boxprops={"facecolor": (*colours[index + 1], 0.45), "edgecolor": "0.3"},
+            medianprops={"color": "black"},
+        )
+        spread = np.linspace(-0.17, 0.17, shown.size) if shown.size > 1 else np.zeros(1)
+        axes.scatter(index + spread, shown, s=9, color="0.15", zorder=3)
+    axes.set_xticks(range(len(class_names)), class_names, rotation=30, ha="right")
+    axes.set(ylabel=unit, xlim=(-0.6, len(class_names) - 0.4))
+    axes.set_ylim(0, 103 if unit.endswith("%") else None)
+    axes.grid(axis="y", alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    return figure
 
 
 def save(figure: Figure, path: Path) -> None:

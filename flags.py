@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from datasets.registry import DATASETS
+from metrics import NSD_TOLERANCE
 from segment_anything import ENCODERS
 
 
@@ -138,6 +139,12 @@ def test_parser() -> argparse.ArgumentParser:
     )
     data.add_argument(
         "--is_savenii", action="store_true", help="write prediction, image and label as NIfTI"
+    )
+    data.add_argument(
+        "--nsd_tolerance",
+        type=float,
+        default=NSD_TOLERANCE,
+        help="mm within which surfaces agree, of the normalised surface Dice",
     )
     _add_data_flags(data)
     network = parser.add_argument_group("network")

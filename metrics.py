@@ -15,6 +15,7 @@ import numpy as np
 from scipy.spatial import KDTree
 
 BOTH, FALSE_ORGAN, MISSED, ABSENT = "both", "false organ", "missed", "absent"
+NSD_TOLERANCE = 2.0  # mm
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class ClassScore:
     hd95_voxels: float | None  # only where both have it
     hd95_mm: float | None  # the same in mm; None also where the spacing is unknown
     assd_mm: float | None  # average symmetric surface distance
+    hd95_to_label_mm: float | None = None  # of the distances from the prediction's surface alone
+    hd95_to_prediction_mm: float | None = None  # and from the label's
+    nsd: float | None = None  # 0…1, share of both surfaces within the tolerance of the other
 
 
 def score_volume(
@@ -36,7 +40,18 @@ def score_volume(
     num_classes: int,
     spacing: Sequence[float] | None = None,
 ) -> list[ClassScore]:
-    """Score the classes 1…num_classes of one volume or slice.
+    """Score the classes 1…num_classes of one volume or slice; see `compare_volume`."""
+    return compare_volume(prediction, label, num_classes, spacing)[0]
+
+
+def compare_volume(
+    prediction: np.ndarray,
+    label: np.ndarray,
+    num_classes: int,
+    spacing: Sequence[float] | None = None,
+    tolerance: float = NSD_TOLERANCE,
+) -> tuple[list[ClassScore], np.ndarray]:
+    """Score the classes 1…num_classes of one volume or slice, and count their confusion.
 
     All classes share one pass over the voxels; what follows grows with the surfaces alone, so
     that neither the size of a volume nor stray voxels far from an organ cost much.
@@ -44,28 +59,37 @@ def score_volume(
     Args:
         prediction, label: classes (D, H, W) or (H, W), unsigned integers or bool; not changed.
         spacing: mm per voxel in array order (z, y, x), if known.
+        tolerance: of the normalised surface Dice, mm.
+
+    Returns:
+        Scores of the classes in order, and the voxels (num_classes + 1, num_classes + 1) of every
+        predicted class (row) and true one (column), background first.
 
     Raises:
         ValueError: the shapes differ.
     """
     if prediction.shape != label.shape:
         raise ValueError(f"prediction {prediction.shape} and label {label.shape} differ in shape")
+    voxels = prediction.size
     box = joint_box(prediction, label)  # no surface and no distance depends on what is outside
     prediction, label = prediction[box], label[box]
     counts = confusion(prediction, label, num_classes)
+    counts[0, 0] += voxels - prediction.size
     surfaces = zip(
         surface_voxels(prediction, num_classes), surface_voxels(label, num_classes), strict=True
     )
-    return [
+    scores = [
         score_class(
             int(counts[index, index]),
             int(counts[index].sum()),
             int(counts[:, index].sum()),
             pair,
             spacing,
+            tolerance,
         )
         for index, pair in enumerate(surfaces, start=1)
     ]
+    return scores, counts
 
 
 def score_class(
@@ -74,6 +98,7 @@ def score_class(
     real: int,
     surfaces: tuple[np.ndarray, np.ndarray],
     spacing: Sequence[float] | None = None,
+    tolerance: float = NSD_TOLERANCE,
 ) -> ClassScore:
     """Score one class from what is left of its masks.
 
@@ -81,6 +106,7 @@ def score_class(
         overlap, predicted, real: voxels in both masks, in the prediction, in the label.
         surfaces: indices (N, ndim) of the surface voxels of prediction and label.
         spacing: mm per voxel in array order, if known.
+        tolerance: of the normalised surface Dice, mm.
     """
     if not (predicted and real):
         outcome = FALSE_ORGAN if predicted else MISSED if real else ABSENT
@@ -92,14 +118,21 @@ def score_class(
             hd95_voxels=None,
             hd95_mm=None,
             assd_mm=None,
+            nsd=None if outcome == ABSENT or spacing is None else 0.0,
         )
     dsc = 2.0 * overlap / (predicted + real)
     hd95 = hausdorff95(surface_distances(*surfaces))
-    hd95_mm = assd_mm = None
-    if spacing is not None:
-        distances = surface_distances(*surfaces, spacing)
-        hd95_mm, assd_mm = hausdorff95(distances), average_distance(distances)
-    return ClassScore(BOTH, dsc, hd95, dsc, hd95, hd95_mm, assd_mm)
+    if spacing is None:
+        return ClassScore(BOTH, dsc, hd95, dsc, hd95, None, None)
+    distances = surface_distances(*surfaces, spacing)
+    return ClassScore(
+        *(BOTH, dsc, hd95, dsc, hd95),
+        hd95_mm=hausdorff95(distances),
+        assd_mm=average_distance(distances),
+        hd95_to_label_mm=float(np.percentile(distances[0], 95)),
+        hd95_to_prediction_mm=float(np.percentile(distances[1], 95)),
+        nsd=float(np.mean(np.concatenate(distances) <= tolerance)),
+    )
 
 
 def calculate_metric_percase(pred: np.ndarray, gt: np.ndarray) -> tuple[float, float]:

@@ -1,167 +1,261 @@
-"""What a test run reports, as tables: every case and class by both rules for empty masks.
-
-`samed` numbers follow the original's rules and compare with published ones; the honest ones stand
-beside them. Totals are means over the cases of each class, then over the classes, as published.
-"""
+"""Test runs as one HTML page without a network, alone or side by side: `python -m report --help`."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+import argparse
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, mean
-from safe_io import atomic_path
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from scipy.stats import bootstrap
 
-SCORES = tuple(field.name for field in fields(ClassScore) if field.name != "outcome")
-OUTCOMES = (BOTH, FALSE_ORGAN, MISSED, ABSENT)
-DEFINITIONS = {
-    "dsc": "Dice similarity coefficient, 0…1; a false or missed organ scores 0, an absent one is "
-    "left out of the means",
-    "hd95_voxels": "95th percentile of both directed surface-distance sets pooled (medpy's hd95), "
-    "in voxels; only where prediction and label both have the organ",
-    "hd95_mm": "the same in mm; none where the volume stores no spacing",
-    "assd_mm": "average symmetric surface distance in mm: the mean of both sets pooled",
-    "samed_dsc": "as published: a false organ scores 1, a missed or absent one 0",
-    "samed_hd95": "as published: HD95 in voxels, 0 where either mask is empty",
-    "totals": "the mean over the cases of each class, then over the classes",
+from datasets.registry import label_colours
+from figures import draw_boxes
+from metrics import mean
+from safe_io import InputError, atomic_path, exit_on_bad_input
+from tables import (
+    OUTCOMES,
+    CaseResult,
+    TestRun,
+    case_means,
+    class_means,
+    outcome_counts,
+    read_json,
+    total_means,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+MOST_SLICES = 12  # of the worst ones shown
+FEWEST_PAIRS = 5  # cases for a confidence interval to mean anything
+COLUMNS = {  # score -> heading, factor, whether more is better; honest ones first
+    "dsc": ("DSC %", 100, True),
+    "nsd": ("NSD %", 100, True),
+    "hd95_mm": ("HD95 mm", 1, False),
+    "hd95_to_label_mm": ("HD95 mm, to truth", 1, False),
+    "hd95_to_prediction_mm": ("HD95 mm, to prediction", 1, False),
+    "assd_mm": ("ASSD mm", 1, False),
+    "hd95_voxels": ("HD95 voxels", 1, False),
+    "samed_dsc": ("DSC %", 100, True),
+    "samed_hd95": ("HD95 voxels", 1, False),
 }
+SAMED = ("samed_dsc", "samed_hd95")
+COMPARED = ("dsc", "nsd", "hd95_mm", "hd95_voxels", *SAMED)
 
 
 @dataclass(frozen=True)
-class CaseResult:
-    """The scores of one volume, of the classes 1…N in order."""
+class Difference:
+    """A score of two runs over the cases that define it in both."""
 
-    case: str
-    scores: list[ClassScore]
-
-
-Means = dict[str, float | None]  # by the names of SCORES; None where no case defines it
-
-
-def class_means(results: Sequence[CaseResult]) -> list[Means]:
-    """Of each class, the mean over the cases."""
-    return [_means(column) for column in zip(*(result.scores for result in results), strict=True)]
+    first: float | None
+    second: float | None
+    difference: float | None  # second - first, mean over the pairs
+    interval: tuple[float, float] | None  # 95 %; None: too few pairs
+    pairs: int
 
 
-def case_means(results: Sequence[CaseResult]) -> list[Means]:
-    """Of each case, the mean over the classes."""
-    return [_means(result.scores) for result in results]
-
-
-def total_means(results: Sequence[CaseResult]) -> Means:
-    """The mean over the classes of their means over the cases, in the published order."""
-    rows = class_means(results)
-    return {name: mean(row[name] for row in rows) for name in SCORES}
-
-
-def outcome_counts(results: Sequence[CaseResult]) -> list[dict[str, int]]:
-    """Of each class, in how many cases it was found, falsely found, missed or absent."""
-    counts = [
-        Counter(score.outcome for score in column)
-        for column in zip(*(result.scores for result in results), strict=True)
-    ]
-    return [{outcome: count[outcome] for outcome in OUTCOMES} for count in counts]
-
-
-def format_table(results: Sequence[CaseResult], class_names: Sequence[str]) -> str:
-    """The tables that are printed: one row a class, then one row a case."""
-    columns: dict[str, Callable[[Means], str]] = {
-        "DSC %": lambda row: _number(row["dsc"], 100),
-        "HD95 vox": lambda row: _number(row["hd95_voxels"]),
-        "HD95 mm": lambda row: _number(row["hd95_mm"]),
-        "ASSD mm": lambda row: _number(row["assd_mm"]),
-        "samed DSC %": lambda row: _number(row["samed_dsc"], 100),
-        "samed HD95": lambda row: _number(row["samed_hd95"]),
-    }
-
-    def line(name: str, row: Means, after: Sequence[object] = ()) -> list[str]:
-        return [name, *(show(row) for show in columns.values()), *map(str, after)]
-
-    per_class = [["class", *columns, *OUTCOMES]]
-    rows = zip(class_names, class_means(results), outcome_counts(results), strict=True)
-    per_class += [line(name, row, list(counts.values())) for name, row, counts in rows]
-    per_class.append(line("mean", total_means(results), [""] * len(OUTCOMES)))
-    per_case = [["case", *columns]]
-    per_case += [
-        line(result.case, row) for result, row in zip(results, case_means(results), strict=True)
-    ]
-    notes = (
-        "HD95: 95th percentile of both directed surface-distance sets pooled, where both masks "
-        "have the organ.\n-: not defined; in mm, also where the spacing is unknown (such cases are "
-        "left out of mm means).\nDSC: a false or missed organ scores 0, an absent one is left "
-        "out.\nsamed: the published rules, in voxels: a false organ scores DSC 1 and HD95 0, a "
-        "missed or absent one 0 and 0."
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write one page of one or more test runs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m report",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Write one HTML page of test runs, which needs no network and no other file.\n"
+        "With several runs, those after the first are compared with the first, case by case:\n"
+        "  python -m report output/RUN1 output/RUN2 --output comparison.html",
     )
-    return f"{_align(per_class)}\n\n{_align(per_case)}\n\n{notes}"
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN",
+        help="a run folder that was tested, the folder that test.py wrote, or its results.json",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write")
+    args = parser.parse_args(argv)
+    with exit_on_bad_input():
+        runs = [read_json(results_file(run)) for run in args.runs]
+        write_page(args.output, runs)
+    print(f"written: {args.output}")
 
 
-def write_csv(path: Path, results: Sequence[CaseResult], class_names: Sequence[str]) -> None:
-    """One line for every case and class; empty where a score is not defined."""
-    with (
-        atomic_path(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["case", "class", "name", "outcome", *SCORES])
-        for result in results:
-            for index, (name, score) in enumerate(
-                zip(class_names, result.scores, strict=True), start=1
-            ):
-                values = [getattr(score, key) for key in SCORES]
-                writer.writerow([result.case, index, name, score.outcome, *values])
+def results_file(run: Path) -> Path:
+    """The `results.json` that a command line means."""
+    candidates = [run, run / "results.json", run / "test" / "results.json"]
+    return next((path for path in candidates if path.is_file()), run / "results.json")
 
 
-def write_json(
-    path: Path,
-    results: Sequence[CaseResult],
-    class_names: Sequence[str],
-    settings: dict[str, Any],
-) -> None:
-    """Everything: definitions, totals, means, every score, and the settings of the run."""
-    classes = zip(class_names, class_means(results), outcome_counts(results), strict=True)
-    cases = zip(results, case_means(results), strict=True)
-    content = {
-        "definitions": DEFINITIONS,
-        "total": total_means(results),
+def write_page(path: Path, runs: Sequence[TestRun]) -> None:
+    """Write the page of one run, or of several side by side.
+
+    Raises:
+        InputError: several runs that have no class in common, or a picture that is missing.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = number
+    page = environment.get_template("report.html").render(
+        runs=[describe(run, name) for run, name in zip(runs, run_names(runs), strict=True)],
+        comparisons=[
+            {"first": run_names(runs)[0], "second": name, **compare(runs[0], run)}
+            for run, name in zip(runs[1:], run_names(runs)[1:], strict=True)
+        ],
+        columns=COLUMNS,
+        samed=SAMED,
+        honest=[name for name in COLUMNS if name not in SAMED],
+        outcomes=OUTCOMES,
+        fewest_pairs=FEWEST_PAIRS,
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def run_names(runs: Sequence[TestRun]) -> list[str]:
+    """What tells the runs apart: their folders, without what all have in common."""
+    folders = [run.path.resolve().parent for run in runs]
+    parts = [
+        folder.parent.name if folder.name == "test" and folder.parent.name else folder.name
+        for folder in folders
+    ]
+    if len(set(parts)) == len(parts):
+        return parts
+    return [f"{index}: {part}" for index, part in enumerate(parts, start=1)]
+
+
+def describe(run: TestRun, name: str) -> dict[str, Any]:
+    """Everything of one run that the page shows."""
+    colours = ["#%02x%02x%02x" % tuple(rgb) for rgb in label_colours(len(run.class_names))[1:]]
+    rows = zip(run.class_names, colours, class_means(run.results), outcome_counts(run.results),
+               strict=True)  # fmt: skip
+    in_mm = total_means(run.results)["hd95_mm"] is not None
+    distance = ("hd95_mm", "HD95 mm") if in_mm else ("hd95_voxels", "HD95 voxels")
+    return {
+        "name": name,
+        "total": total_means(run.results),
         "classes": [
-            {"class": index, "name": name, "mean": row, "outcomes": counts}
-            for index, (name, row, counts) in enumerate(classes, start=1)
+            {"name": n, "colour": c, "mean": row, "outcomes": counts} for n, c, row, counts in rows
         ],
         "cases": [
-            {
-                "case": result.case,
-                "mean": row,
-                "scores": dict(zip(class_names, map(asdict, result.scores), strict=True)),
-            }
-            for result, row in cases
+            {"name": result.case, "mean": row, "scores": result.scores}
+            for result, row in zip(run.results, case_means(run.results), strict=True)
         ],
-        **settings,
+        "definitions": run.definitions,
+        "boxes": [
+            _as_data(draw_boxes(run.results, run.class_names, *what))
+            for what in (("dsc", "DSC %", 100), (*distance, 1))
+        ],
+        "worst": worst(run),
+        "confusion": confused(run),
+        "settings": run.settings,
     }
-    with atomic_path(path) as temporary:
-        text = json.dumps(content, indent=2, allow_nan=False, default=str)
-        temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def _means(scores: Iterable[ClassScore]) -> Means:
-    scores = list(scores)
-    return {name: mean(getattr(score, name) for score in scores) for name in SCORES}
+def worst(run: TestRun) -> list[dict[str, Any]]:
+    """The slices of all cases with the most wrong voxels, their pictures as data."""
+    every = [(one, result.case) for result in run.results for one in result.worst]
+    every.sort(key=lambda pair: -pair[0].wrong)
+    shown = []
+    for one, case in every[:MOST_SLICES]:
+        try:
+            picture = (run.path.parent / one.picture).read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{run.path} names the picture {one.picture}, which cannot be read "
+                f"({error.strerror}); run test.py again"
+            ) from None
+        data = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+        shown.append({"case": case, "slice": one, "data": data})
+    return shown
 
 
-def _number(value: float | None, factor: float = 1) -> str:
-    return "-" if value is None else f"{value * factor:.2f}"
+def confused(run: TestRun) -> list[list[float | None]] | None:
+    """Of the voxels of every true class (row), the share predicted as each (column), %."""
+    if any(result.confusion is None for result in run.results):
+        return None
+    counts = np.sum([result.confusion for result in run.results], axis=0).T
+    return [[100 * v / sum(row) if sum(row) else None for v in row] for row in counts.tolist()]
 
 
-def _align(rows: list[list[str]]) -> str:
-    """Columns of equal width: names to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([first.strip().ljust(widths[0]), *others]).rstrip())
-    lines.insert(1, "-" * sum(widths) + "-" * 2 * (len(widths) - 1))
-    return "\n".join(lines)
+def compare(first: TestRun, second: TestRun) -> dict[str, Any]:
+    """Paired differences, second - first, of every class that both runs have.
+
+    Raises:
+        InputError: no class or no case in common.
+    """
+    names = [name for name in first.class_names if name in second.class_names]
+    cases = [result.case for result in first.results]
+    others = {result.case: result for result in second.results}
+    both = [case for case in cases if case in others]
+    if not names or not both:
+        raise InputError(
+            f"{first.path} and {second.path} have no {'case' if names else 'class'} in common; "
+            "compare runs on the same test data"
+        )
+    firsts = {result.case: result for result in first.results}
+    pairs = [(firsts[case], others[case]) for case in both]
+
+    def of_class(score: str, name: str) -> Difference:
+        places = first.class_names.index(name), second.class_names.index(name)
+        return paired(
+            [
+                tuple(getattr(r.scores[i], score) for r, i in zip(pair, places, strict=True))
+                for pair in pairs
+            ]
+        )
+
+    def of_case(run: TestRun, result: CaseResult, score: str) -> float | None:
+        indices = [run.class_names.index(name) for name in names]
+        return mean(getattr(result.scores[index], score) for index in indices)
+
+    rows = [{"name": n, "scores": {s: of_class(s, n) for s in COMPARED}} for n in names]
+    overall = {
+        s: paired([(of_case(first, a, s), of_case(second, b, s)) for a, b in pairs])
+        for s in COMPARED
+    }
+    return {
+        "rows": rows,
+        "overall": overall,
+        "scores": [score for score in COMPARED if overall[score].pairs],
+        "pairs": len(both),
+        "alone": sorted(set(cases) ^ others.keys()),
+    }
+
+
+def paired(values: Sequence[tuple[float | None, float | None]]) -> Difference:
+    """Means over the cases where both are defined, and what the mean difference may be.
+
+    The interval is the percentile bootstrap's over cases, with a fixed seed.
+    """
+    known = np.array([pair for pair in values if None not in pair], dtype=float).reshape(-1, 2)
+    if not len(known):
+        return Difference(None, None, None, None, 0)
+    one, other = known.mean(axis=0).tolist()
+    differences = known[:, 1] - known[:, 0]
+    interval = None
+    if len(known) >= FEWEST_PAIRS:
+        found = bootstrap(
+            (differences,), np.mean, method="percentile", n_resamples=9999, rng=0
+        ).confidence_interval
+        interval = (float(found.low), float(found.high))
+    return Difference(one, other, float(differences.mean()), interval, len(known))
+
+
+def number(value: float | None, factor: float = 1, sign: bool = False) -> str:
+    """`87.59`, with a sign for differences; – where it is not defined."""
+    if value is None:
+        return "–"
+    return f"{value * factor:+.2f}" if sign else f"{value * factor:.2f}"
+
+
+def _as_data(figure: Figure) -> str:
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+if __name__ == "__main__":
+    main()

@@ -18,16 +18,17 @@ from tqdm import tqdm
 
 from config import class_names, parse_args
 from datasets.dataset_synapse import Synapse_dataset
-from figures import CasePanel, case_panel, write_pages
+from figures import CasePanel, case_panel, save_pair, shown_slice, worst_slices, write_pages
 from flags import test_parser
 from inference import predict_volume
-from metrics import score_volume
+from metrics import compare_volume
 from orientation import orientation_of, turned, turned_geometry
 from packing import can_pack, pack_encoder
 from ranks import Ranks, joined, launch, local_device, processes_here
-from report import CaseResult, format_table, write_csv, write_json
+from report import write_page
 from run_log import start_logging
 from safe_io import exit_on_bad_input, make_folder
+from tables import CaseResult, WorstSlice, format_table, read_json, write_csv, write_json
 from utils import (
     allow_tf32,
     amp_dtype,
@@ -97,10 +98,13 @@ def report(
     names = class_names(args)
     settings = {"flags": vars(args), "environment": environment()}
     write_csv(folder / "results.csv", results, names)
-    write_json(folder / "results.json", results, names, settings)
+    write_json(folder / "results.json", results, names, settings, args.nsd_tolerance)
     pages = write_pages(folder, panels, results, names)
+    write_page(folder / "report.html", [read_json(folder / "results.json")])
     logging.info("\n%s", format_table(results, names))
-    written = ", ".join(["results.csv", "results.json", *(page.name for page in pages)])
+    written = ", ".join(
+        ["report.html", "results.csv", "results.json", *(page.name for page in pages)]
+    )
     logging.info("written in %s: %s", folder, written)
 
 
@@ -135,7 +139,7 @@ def test_cases(
                 amp_dtype=dtype,
                 progress=progress,
             )
-            scoring = finishers.submit(score_case, case, prediction, args.num_classes)
+            scoring = finishers.submit(score_case, case, prediction, args, folder)
             writing = finishers.submit(
                 write_case, case, prediction, folder / "predictions" if args.is_savenii else None
             )
@@ -174,18 +178,29 @@ def read_case(dataset: Synapse_dataset, index: int) -> Case:
 
 
 def score_case(
-    case: Case, prediction: np.ndarray, num_classes: int
+    case: Case, prediction: np.ndarray, args: argparse.Namespace, folder: Path
 ) -> tuple[CaseResult, CasePanel]:
-    """Score a prediction (D, H, W) and keep the few slices that are shown."""
-    placed = case.geometry
-    spacing = placed.voxel_spacing if placed else None
-    result = CaseResult(case.name, score_volume(prediction, case.label, num_classes, spacing))
-    panel = case_panel(
-        *(case.name, case.image, case.label, prediction, num_classes),
-        spacing=spacing,
-        direction=placed.direction if placed else None,
+    """Score a prediction (D, H, W); keep the few slices that are shown, write the worst ones."""
+    spacing = case.geometry.voxel_spacing if case.geometry else None
+    direction = case.geometry.direction if case.geometry else None
+    scores, counts = compare_volume(
+        prediction, case.label, args.num_classes, spacing, args.nsd_tolerance
     )
-    return result, panel
+    panel = case_panel(
+        *(case.name, case.image, case.label, prediction, args.num_classes),
+        spacing=spacing,
+        direction=direction,
+    )
+    worst = []
+    for index, wrong, foreground in worst_slices(case.label, prediction):
+        name = f"slices/{case.name}_{index:03d}.png"
+        pictures = (
+            shown_slice(case.image, labels, index, args.num_classes, direction)
+            for labels in (case.label, prediction)
+        )
+        save_pair(*pictures, panel.aspect, folder / name)
+        worst.append(WorstSlice(index, wrong, foreground, name))
+    return CaseResult(case.name, scores, counts.tolist(), worst), panel
 
 
 def write_case(case: Case, prediction: np.ndarray, folder: Path | None) -> None:

@@ -24,20 +24,30 @@ ALLOWED: dict[str, set[str]] = {
     "scans": {"safe_io", "volumes"},
     "label_files": {"datasets", "safe_io", "scans", "volumes"},
     "predictions": {
-        *("datasets", "figures", "label_files", "orientation", "safe_io", "scans", "utils", "volumes"),
+        *(
+            "datasets",
+            "figures",
+            "label_files",
+            "orientation",
+            "safe_io",
+            "scans",
+            "utils",
+            "volumes",
+        ),
     },
     "predict": {
         *("config", "datasets", "flags", "inference", "packing", "predictions", "ranks", "run_log"),
         *("safe_io", "scans", "utils"),
     },
     "preprocess": {"safe_io", "datasets", "orientation", "scans", "volumes"},
-    "report": {"safe_io", "metrics"},
-    "figures": {"safe_io", "metrics", "datasets", "report"},
+    "tables": {"safe_io", "metrics"},
+    "figures": {"safe_io", "metrics", "datasets", "tables"},
+    "report": {"safe_io", "metrics", "datasets", "figures", "tables"},
     "inference": {"datasets"},
     "packing": {"lora", "segment_anything"},
     "sam_lora_image_encoder": {"lora", "segment_anything"},
     "sam_lora_image_encoder_mask_decoder": {"lora", "segment_anything", "sam_lora_image_encoder"},
-    "flags": {"datasets", "segment_anything"},
+    "flags": {"datasets", "metrics", "segment_anything"},
     "config": {
         *("adapter_file", "flags", "run_folder", "safe_io", "datasets", "segment_anything"),
     },
@@ -76,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "test": {
         *("config", "datasets", "figures", "flags", "inference", "metrics", "orientation"),
-        *("packing", "ranks", "report", "run_log", "safe_io", "utils", "volumes"),
+        *("packing", "ranks", "report", "run_log", "safe_io", "tables", "utils", "volumes"),
     },
 }
 ALLOWED["benchmarks"] = set(ALLOWED)  # it times everything; nothing but tests imports it

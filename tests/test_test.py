@@ -19,7 +19,7 @@ import train
 from figures import case_panel, choose_slices, overlay, write_pages
 from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, score_volume
 from preprocess.prepare import main as prepare
-from report import CaseResult, class_means, format_table, total_means, write_json
+from tables import CaseResult, class_means, format_table, total_means, write_json
 from volumes import Geometry, read_volume
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ from PIL import Image
 
 from figures import CASES_A_PAGE, SLICES_A_CASE, CasePanel, case_panel, write_pages
 from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore
-from report import (
+from tables import (
     DEFINITIONS,
     OUTCOMES,
     SCORES,

@@ -1,0 +1,247 @@
+"""What a test run reports, as tables: every case and class by both rules for empty masks.
+
+`samed` numbers follow the original's rules and compare with published ones; the honest ones stand
+beside them. Totals are means over the cases of each class, then over the classes, as published.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, NSD_TOLERANCE, ClassScore, mean
+from safe_io import InputError, atomic_path, require_file, safe_name
+
+SCORES = tuple(field.name for field in fields(ClassScore) if field.name != "outcome")
+OUTCOMES = (BOTH, FALSE_ORGAN, MISSED, ABSENT)
+DEFINITIONS = {
+    "dsc": "Dice similarity coefficient, 0…1; a false or missed organ scores 0, an absent one is "
+    "left out of the means",
+    "hd95_voxels": "95th percentile of both directed surface-distance sets pooled (medpy's hd95), "
+    "in voxels; only where prediction and label both have the organ",
+    "hd95_mm": "the same in mm; none where the volume stores no spacing",
+    "assd_mm": "average symmetric surface distance in mm: the mean of both sets pooled",
+    "hd95_to_label_mm": "95th percentile of the distances from the prediction's surface to the "
+    "label's, in mm: how far it goes astray",
+    "hd95_to_prediction_mm": "95th percentile from the label's surface to the prediction's, in mm: "
+    "what it leaves out",
+    "nsd": "normalised surface Dice, 0…1: the share of the surface voxels of both masks that lie "
+    "within {tolerance:g} mm of the other mask's surface (voxels are counted, not surface area); "
+    "a false or missed organ scores 0",
+    "samed_dsc": "as published: a false organ scores 1, a missed or absent one 0",
+    "samed_hd95": "as published: HD95 in voxels, 0 where either mask is empty",
+    "totals": "the mean over the cases of each class, then over the classes",
+}
+
+
+@dataclass(frozen=True)
+class WorstSlice:
+    """A slice with many wrongly labelled voxels."""
+
+    index: int
+    wrong: int  # voxels of another class than the label's
+    foreground: int  # voxels that are of a class in label or prediction
+    picture: str  # path beside results.json: truth and prediction side by side
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What was found in one volume."""
+
+    case: str
+    scores: list[ClassScore]  # of the classes 1…N in order
+    confusion: list[list[int]] | None = None  # voxels of every predicted (row) and true class
+    worst: list[WorstSlice] = field(default_factory=list)  # the worst first
+
+
+Means = dict[str, float | None]  # by the names of SCORES; None where no case defines it
+
+
+def class_means(results: Sequence[CaseResult]) -> list[Means]:
+    """Of each class, the mean over the cases."""
+    return [_means(column) for column in zip(*(result.scores for result in results), strict=True)]
+
+
+def case_means(results: Sequence[CaseResult]) -> list[Means]:
+    """Of each case, the mean over the classes."""
+    return [_means(result.scores) for result in results]
+
+
+def total_means(results: Sequence[CaseResult]) -> Means:
+    """The mean over the classes of their means over the cases, in the published order."""
+    rows = class_means(results)
+    return {name: mean(row[name] for row in rows) for name in SCORES}
+
+
+def outcome_counts(results: Sequence[CaseResult]) -> list[dict[str, int]]:
+    """Of each class, in how many cases it was found, falsely found, missed or absent."""
+    counts = [
+        Counter(score.outcome for score in column)
+        for column in zip(*(result.scores for result in results), strict=True)
+    ]
+    return [{outcome: count[outcome] for outcome in OUTCOMES} for count in counts]
+
+
+def format_table(results: Sequence[CaseResult], class_names: Sequence[str]) -> str:
+    """The tables that are printed: one row a class, then one row a case."""
+    columns: dict[str, Callable[[Means], str]] = {
+        "DSC %": lambda row: _number(row["dsc"], 100),
+        "HD95 vox": lambda row: _number(row["hd95_voxels"]),
+        "HD95 mm": lambda row: _number(row["hd95_mm"]),
+        "ASSD mm": lambda row: _number(row["assd_mm"]),
+        "NSD %": lambda row: _number(row["nsd"], 100),
+        "samed DSC %": lambda row: _number(row["samed_dsc"], 100),
+        "samed HD95": lambda row: _number(row["samed_hd95"]),
+    }
+
+    def line(name: str, row: Means, after: Sequence[object] = ()) -> list[str]:
+        return [name, *(show(row) for show in columns.values()), *map(str, after)]
+
+    per_class = [["class", *columns, *OUTCOMES]]
+    rows = zip(class_names, class_means(results), outcome_counts(results), strict=True)
+    per_class += [line(name, row, list(counts.values())) for name, row, counts in rows]
+    per_class.append(line("mean", total_means(results), [""] * len(OUTCOMES)))
+    per_case = [["case", *columns]]
+    per_case += [
+        line(result.case, row) for result, row in zip(results, case_means(results), strict=True)
+    ]
+    notes = (
+        "HD95: 95th percentile of both directed surface-distance sets pooled, where both masks "
+        "have the organ.\n-: not defined; in mm, also where the spacing is unknown (such cases are "
+        "left out of mm means).\nDSC: a false or missed organ scores 0, an absent one is left "
+        "out.\nsamed: the published rules, in voxels: a false organ scores DSC 1 and HD95 0, a "
+        "missed or absent one 0 and 0."
+    )
+    return f"{_align(per_class)}\n\n{_align(per_case)}\n\n{notes}"
+
+
+def write_csv(path: Path, results: Sequence[CaseResult], class_names: Sequence[str]) -> None:
+    """One line for every case and class; empty where a score is not defined."""
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(["case", "class", "name", "outcome", *SCORES])
+        for result in results:
+            for index, (name, score) in enumerate(
+                zip(class_names, result.scores, strict=True), start=1
+            ):
+                values = [getattr(score, key) for key in SCORES]
+                writer.writerow([result.case, index, name, score.outcome, *values])
+
+
+def write_json(
+    path: Path,
+    results: Sequence[CaseResult],
+    class_names: Sequence[str],
+    settings: dict[str, Any],
+    tolerance: float = NSD_TOLERANCE,
+) -> None:
+    """Everything: definitions, totals, means, every score, and the settings of the run."""
+    classes = zip(class_names, class_means(results), outcome_counts(results), strict=True)
+    cases = zip(results, case_means(results), strict=True)
+    content = {
+        "definitions": {k: text.format(tolerance=tolerance) for k, text in DEFINITIONS.items()},
+        "total": total_means(results),
+        "classes": [
+            {"class": index, "name": name, "mean": row, "outcomes": counts}
+            for index, (name, row, counts) in enumerate(classes, start=1)
+        ],
+        "cases": [
+            {
+                "case": result.case,
+                "mean": row,
+                "scores": dict(zip(class_names, map(asdict, result.scores), strict=True)),
+                "confusion": result.confusion,
+                "worst": [asdict(one) for one in result.worst],
+            }
+            for result, row in cases
+        ],
+        **settings,
+    }
+    with atomic_path(path) as temporary:
+        text = json.dumps(content, indent=2, allow_nan=False, default=str)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class TestRun:
+    """What `write_json` wrote, read back."""
+
+    path: Path
+    class_names: list[str]
+    results: list[CaseResult]
+    definitions: dict[str, str]
+    settings: dict[str, Any]  # flags and environment
+
+
+def read_json(path: Path) -> TestRun:
+    """Read a `results.json`.
+
+    Raises:
+        MissingFileError, InputError: there is none, it is damaged, or of another program.
+    """
+    require_file(path, what="results", remedy="pass the folder that test.py wrote")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = [str(row["name"]) for row in content["classes"]]
+        results = [_case_result(row, names) for row in content["cases"]]
+        definitions = {str(key): str(text) for key, text in content["definitions"].items()}
+        settings = {key: dict(content.get(key) or {}) for key in ("flags", "environment")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not a results.json that test.py wrote ({type(error).__name__}: "
+            f"{str(error)[:80]}); run test.py again"
+        ) from None
+    if not results or not names:
+        raise InputError(f"{path} holds no case; run test.py again")
+    return TestRun(path, names, results, definitions, settings)
+
+
+def _case_result(row: dict[str, Any], names: Sequence[str]) -> CaseResult:
+    scores = [ClassScore(**row["scores"][name]) for name in names]
+    for score in scores:
+        values = [getattr(score, name) for name in SCORES]
+        if score.outcome not in OUTCOMES or any(
+            not (value is None or type(value) in (int, float)) for value in values
+        ):
+            raise ValueError(f"the scores of {row['case']} are no numbers")
+    confusion = row.get("confusion")
+    size = len(names) + 1
+    if confusion is not None and np.shape(np.array(confusion, dtype=np.int64)) != (size, size):
+        raise ValueError(f"the confusion of {row['case']} is not {size} x {size}")
+    worst = [WorstSlice(**one) for one in row.get("worst", ())]
+    if any(type(n) is not int for one in worst for n in (one.index, one.wrong, one.foreground)):
+        raise ValueError(f"the worst slices of {row['case']} are not counted")
+    for one in worst:
+        for part in str(one.picture).split("/"):
+            safe_name(part, source="worst slices")
+    return CaseResult(str(row["case"]), scores, confusion, worst)
+
+
+def _means(scores: Iterable[ClassScore]) -> Means:
+    scores = list(scores)
+    return {name: mean(getattr(score, name) for score in scores) for name in SCORES}
+
+
+def _number(value: float | None, factor: float = 1) -> str:
+    return "-" if value is None else f"{value * factor:.2f}"
+
+
+def _align(rows: list[list[str]]) -> str:
+    """Columns of equal width: names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first.strip().ljust(widths[0]), *others]).rstrip())
+    lines.insert(1, "-" * sum(widths) + "-" * 2 * (len(widths) - 1))
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Test runs as one HTML page without a network, alone or side by side: `python -m report --help`."""
+"""Test runs as one HTML page, alone or side by side: `python -m report --help`."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ COLUMNS = {  # score -> heading, factor, whether more is better; honest ones fir
     "dsc": ("DSC %", 100, True),
     "nsd": ("NSD %", 100, True),
     "hd95_mm": ("HD95 mm", 1, False),
-    "hd95_to_label_mm": ("HD95 mm, to truth", 1, False),
-    "hd95_to_prediction_mm": ("HD95 mm, to prediction", 1, False),
+    "hd95_to_label_mm": ("HD95 mm to truth", 1, False),
+    "hd95_to_prediction_mm": ("HD95 mm to predicted", 1, False),
     "assd_mm": ("ASSD mm", 1, False),
     "hd95_voxels": ("HD95 voxels", 1, False),
     "samed_dsc": ("DSC %", 100, True),
@@ -106,7 +106,6 @@ def write_page(path: Path, runs: Sequence[TestRun]) -> None:
         ],
         columns=COLUMNS,
         samed=SAMED,
-        honest=[name for name in COLUMNS if name not in SAMED],
         outcomes=OUTCOMES,
         fewest_pairs=FEWEST_PAIRS,
     )
@@ -128,7 +127,7 @@ def run_names(runs: Sequence[TestRun]) -> list[str]:
 
 def describe(run: TestRun, name: str) -> dict[str, Any]:
     """Everything of one run that the page shows."""
-    colours = ["#%02x%02x%02x" % tuple(rgb) for rgb in label_colours(len(run.class_names))[1:]]
+    colours = [f"#{bytes(rgb).hex()}" for rgb in label_colours(len(run.class_names))[1:]]
     rows = zip(run.class_names, colours, class_means(run.results), outcome_counts(run.results),
                strict=True)  # fmt: skip
     in_mm = total_means(run.results)["hd95_mm"] is not None
@@ -136,6 +135,8 @@ def describe(run: TestRun, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "total": total_means(run.results),
+        # what no case defines, as mm of pictures, has no column
+        "shown": [n for n in COLUMNS if n in SAMED or total_means(run.results)[n] is not None],
         "classes": [
             {"name": n, "colour": c, "mean": row, "outcomes": counts} for n, c, row, counts in rows
         ],
@@ -184,7 +185,7 @@ def compare(first: TestRun, second: TestRun) -> dict[str, Any]:
     """Paired differences, second - first, of every class that both runs have.
 
     Raises:
-        InputError: no class or no case in common.
+        InputError: no class or no case in common, or other labels.
     """
     names = [name for name in first.class_names if name in second.class_names]
     cases = [result.case for result in first.results]
@@ -197,6 +198,12 @@ def compare(first: TestRun, second: TestRun) -> dict[str, Any]:
         )
     firsts = {result.case: result for result in first.results}
     pairs = [(firsts[case], others[case]) for case in both]
+    for one, other in pairs:
+        if _voxels(first, one, names) != _voxels(second, other, names):
+            raise InputError(
+                f"{first.path} and {second.path} were tested on different labels of {one.case}; "
+                "compare runs on the same test data"
+            )
 
     def of_class(score: str, name: str) -> Difference:
         places = first.class_names.index(name), second.class_names.index(name)
@@ -223,6 +230,14 @@ def compare(first: TestRun, second: TestRun) -> dict[str, Any]:
         "pairs": len(both),
         "alone": sorted(set(cases) ^ others.keys()),
     }
+
+
+def _voxels(run: TestRun, result: CaseResult, names: Sequence[str]) -> list[int] | None:
+    """How many voxels of each class the labels have; None: not known."""
+    if result.confusion is None:
+        return None
+    real = np.sum(result.confusion, axis=0)
+    return [int(real[1 + run.class_names.index(name)]) for name in names]
 
 
 def paired(values: Sequence[tuple[float | None, float | None]]) -> Difference:

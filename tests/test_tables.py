@@ -21,6 +21,7 @@ from tables import (
     class_means,
     format_table,
     outcome_counts,
+    read_json,
     total_means,
     write_csv,
     write_json,
@@ -73,8 +74,8 @@ def test_every_case_is_counted_once_per_class():
 def test_table_is_aligned_and_shows_dashes_without_spacing():
     unknown = [CaseResult("a", [found(0.876543, 3.14159, None)])]
     header, rule, row, total = format_table(unknown, ["liver"]).split("\n\n")[0].splitlines()
-    assert row.split() == ["liver", "87.65", "3.14", "-", "-", "87.65", "3.14", *"1000"]
-    assert total.split() == ["mean", *row.split()[1:7]]
+    assert row.split() == ["liver", "87.65", "3.14", "-", "-", "-", "87.65", "3.14", *"1000"]
+    assert total.split() == ["mean", *row.split()[1:8]]
     assert len(row) == len(rule) == len(header)
     per_class, per_case, notes = format_table(RESULTS, NAMES).split("\n\n")
     assert len(per_class.splitlines()) == 2 + len(NAMES) + 1
@@ -102,7 +103,10 @@ def test_json_is_strict_and_complete(tmp_path: Path):
 
     write_json(tmp_path / "r.json", RESULTS, NAMES, {"flags": {"path": Path("data")}})
     content = json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse)
-    assert content["definitions"] == DEFINITIONS and content["flags"]["path"] == "data"
+    assert content["definitions"].keys() == DEFINITIONS.keys()
+    assert "within 2 mm" in content["definitions"]["nsd"] and content["flags"]["path"] == "data"
+    back = read_json(tmp_path / "r.json")
+    assert (back.results, back.class_names) == (RESULTS, NAMES)
     assert content["total"] == total_means(RESULTS)
     assert content["classes"][2]["mean"]["hd95_voxels"] is None
     assert content["cases"][1]["scores"]["gallbladder"] == vars(NONE)

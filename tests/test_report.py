@@ -1,0 +1,229 @@
+"""The HTML page of test runs: complete, self-contained, and right about differences."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import report
+from metrics import compare_volume
+from report import FEWEST_PAIRS, compare, paired
+from tables import CaseResult, WorstSlice, class_means, read_json, total_means, write_json
+
+NAMES = ["liver", "<b>spleen</b>", "never there"]
+SPACING = (3.0, 1.0, 1.5)
+
+
+def case(name: str, seed: int, spacing: tuple[float, ...] | None = SPACING) -> CaseResult:
+    """Two boxes, one of them predicted a little off."""
+    rng = np.random.default_rng(seed)
+    label = np.zeros((6, 20, 24), np.uint8)
+    label[1:5, 3:10, 3:10], label[2:4, 12:18, 12:20] = 1, 2
+    prediction = np.roll(label, rng.integers(-2, 3), axis=2)
+    scores, counts = compare_volume(prediction, label, 3, spacing)
+    return CaseResult(name, scores, counts.tolist(), [WorstSlice(2, 5, 90, "slices/a_002.png")])
+
+
+def save_run(folder: Path, results: list[CaseResult], names: list[str] = NAMES) -> Path:
+    """A tested run as test.py leaves it."""
+    (folder / "slices").mkdir(parents=True)
+    Image.new("RGB", (40, 20)).save(folder / "slices" / "a_002.png")
+    flags = {"flags": {"lora_ckpt": "best.pth"}, "environment": {"torch": "2"}}
+    write_json(folder / "results.json", results, names, flags)
+    return folder
+
+
+def make_page(*runs: Path, output: Path) -> int:
+    """Run the program in this process and return its exit code."""
+    try:
+        report.main([*map(str, runs), "--output", str(output)])
+    except SystemExit as stop:
+        return int(stop.code)
+    return 0
+
+
+class Page(HTMLParser):
+    """What a page holds: cells of its tables, sources of its pictures, its tags."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.sources: list[str] = []
+        self.tags: set[str] = set()
+        self.inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.sources += [str(value) for name, value in attrs if name in ("src", "href")]
+        if tag in ("td", "th"):
+            self.inside = True
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.cells[-1] += data.strip()
+
+
+def test_the_page_holds_every_number_and_needs_nothing(tmp_path: Path):
+    results = [case(f"case{index}", index) for index in range(6)]
+    run = save_run(tmp_path / "run" / "test", results)
+    assert make_page(run.parent, output=tmp_path / "page.html") == 0
+    text = (tmp_path / "page.html").read_text()
+    page = Page(text)
+    assert page.sources and all(source.startswith("data:image/") for source in page.sources)
+    assert (
+        not re.search(r"https?://", text) and "script" not in page.tags and "link" not in page.tags
+    )
+    assert "b" in page.tags and "<b>spleen</b>" not in text  # a name is no markup
+    assert NAMES[1] in page.cells
+    for means in (*class_means(results)[:2], total_means(results)):
+        for name, (_, factor, _) in report.COLUMNS.items():
+            assert f"{factor * means[name]:.2f}" in page.cells
+    assert all(result.case in page.cells for result in results)
+    sums = np.sum([result.confusion for result in results], axis=0).T
+    assert f"{100 * sums[1, 1] / sums[1].sum():.1f}" in page.cells
+    assert "within 2 mm" in text and "pooled" in text  # what is meant stands beside
+
+
+@pytest.mark.parametrize(("cases", "classes", "spacing"), [(1, 1, None), (3, 40, SPACING)])
+def test_few_and_many(tmp_path: Path, cases: int, classes: int, spacing: tuple[float, ...] | None):
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, classes + 1, (3, 16, 16)).astype(np.uint8)
+    results = [
+        CaseResult(f"c{index}", *_parts(compare_volume(label, label, classes, spacing)))
+        for index in range(cases)
+    ]
+    run = save_run(tmp_path / "run", results, [f"organ {index}" for index in range(classes)])
+    assert make_page(run, output=tmp_path / "page.html") == 0
+    assert f"organ {classes - 1}" in (tmp_path / "page.html").read_text()
+
+
+def _parts(found: tuple[list, np.ndarray]) -> tuple[list, list]:
+    return found[0], found[1].tolist()
+
+
+def test_differences_are_paired_by_case_and_class(tmp_path: Path):
+    first = [case(f"case{index}", index) for index in range(7)]
+    second = [case(f"case{index}", 50 + index) for index in range(1, 8)]
+    runs = [
+        read_json(save_run(tmp_path / name, results) / "results.json")
+        for name, results in (("a", first), ("b", second))
+    ]
+    found = compare(*runs)
+    assert found["pairs"] == 6 and found["alone"] == ["case0", "case7"]
+    expected = [b.scores[0].dsc - a.scores[0].dsc for a, b in zip(first[1:], second, strict=False)]
+    liver = found["rows"][0]["scores"]["dsc"]
+    assert liver.difference == pytest.approx(np.mean(expected))
+    low, high = liver.interval
+    assert min(expected) <= low <= liver.difference <= high <= max(expected) and low < high
+    assert found["rows"][2]["scores"]["dsc"].pairs == 0  # in neither
+    assert make_page(*(tmp_path / n for n in "ab"), output=tmp_path / "page.html") == 0
+    assert "2 test runs side by side" in (tmp_path / "page.html").read_text()
+    # the same run twice differs by nothing
+    same = compare(runs[0], runs[0])["overall"]["dsc"]
+    assert same.difference == 0 and same.interval == (0, 0)
+
+
+def test_too_few_pairs_give_no_interval():
+    values = [(0.5, 0.6), (None, 0.7), (0.4, None)]
+    found = paired(values)
+    assert (found.pairs, found.interval) == (1, None) and found.difference == pytest.approx(0.1)
+    known = [(index / 10, index / 9) for index in range(FEWEST_PAIRS)]
+    assert paired(known).interval is not None and paired(known[:-1]).interval is None
+    assert paired([(None, 1.0)]).difference is None
+
+
+def test_directed_distances_and_surface_dice():
+    label = np.zeros((1, 9, 30), np.uint8)
+    prediction = label.copy()
+    label[0, 2:7, 2:7] = 1
+    prediction[0, 2:7, 2:27] = 1  # 20 columns too many
+    (score,), counts = compare_volume(prediction, label, 1, (1.0, 1.0, 1.0), tolerance=2.0)
+    border = [(r, c) for r in range(2, 7) for c in range(2, 27)]  # one slice: all are surface
+    real = [(r, c) for r in range(2, 7) for c in range(2, 7)]
+    out = [min(np.hypot(r - a, c - b) for a, b in real) for r, c in border]
+    assert score.hd95_to_label_mm == pytest.approx(np.percentile(out, 95))
+    assert score.hd95_to_prediction_mm == 0
+    near = sum(distance <= 2 for distance in out) + len(real)
+    assert score.nsd == pytest.approx(near / (len(border) + len(real)))
+    assert counts.tolist() == [[270 - 125, 0], [100, 25]]
+    (missed,), _ = compare_volume(np.zeros_like(label), label, 1, (1.0, 1.0, 1.0))
+    assert missed.nsd == 0 and missed.hd95_to_label_mm is None
+    (unknown,), _ = compare_volume(prediction, label, 1)
+    assert unknown.nsd is None
+
+
+def spoil(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    """Change the content of a results.json."""
+
+    def apply(path: Path) -> None:
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return apply
+
+
+BAD = {
+    "missing": (lambda path: path.unlink(), "does not exist"),
+    "not JSON": (lambda path: path.write_text("{"), "is not a results.json"),
+    "other program": (lambda path: path.write_text('{"a": 1}'), "is not a results.json"),
+    "a list": (lambda path: path.write_text("[]"), "is not a results.json"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:900]), "is not a results.json"),
+    "no cases": (spoil(lambda content: content.update(cases=[])), "holds no case"),
+    "text for numbers": (
+        spoil(lambda content: content["cases"][0]["scores"]["liver"].update(dsc="x")),
+        "are no numbers",
+    ),
+    "a picture elsewhere": (
+        spoil(lambda content: content["cases"][0]["worst"][0].update(picture="../../x.png")),
+        "without folders",
+    ),
+    "a picture lost": (
+        spoil(lambda content: content["cases"][0]["worst"][0].update(picture="slices/b.png")),
+        "cannot be read",
+    ),
+    "wrong confusion": (
+        spoil(lambda content: content["cases"][0].update(confusion=[[1]])),
+        "is not 4 x 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_results_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
+    change, told = BAD[name]
+    run = save_run(tmp_path / "run", [case("a", 1)])
+    change(run / "results.json")
+    assert make_page(run, output=tmp_path / "page.html") == 2
+    shown = capsys.readouterr().err
+    assert told in shown and shown.startswith("error: ") and "Traceback" not in shown
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_nothing_in_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    first = save_run(tmp_path / "a", [case("a", 1)])
+    second = save_run(tmp_path / "b", [case("b", 1)])
+    assert make_page(first, second, output=tmp_path / "page.html") == 2
+    assert "no case in common" in capsys.readouterr().err
+
+
+def test_other_labels_under_the_same_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    first = save_run(tmp_path / "a", [case("a", 1)])
+    other = case("a", 1)
+    other.confusion[0][0] += 7  # a larger scan
+    other.confusion[1][1] += 7  # with a larger organ
+    second = save_run(tmp_path / "b", [other])
+    assert make_page(first, second, output=tmp_path / "page.html") == 2
+    assert "different labels of a" in capsys.readouterr().err

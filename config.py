@@ -35,7 +35,7 @@ def parse_args(
     early, _ = parser.parse_known_args(argv)
     training = parser.prog == "train.py"
     resumed = getattr(early, "resume", None)
-    given = early.config or (resumed if resumed != AUTO else None)
+    given = getattr(early, "config", None) or (resumed if resumed != AUTO else None)
     config = config_path(given) if given else None
     values = read_config_file(config) if config else {}
     saved = known_values(values, parser, config)

@@ -41,7 +41,7 @@ def train_parser() -> argparse.ArgumentParser:
         help="read all data, show one page of facts and warnings, and stop",
     )
     _add_data_flags(data)
-    _add_network_flags(parser.add_argument_group("network"))
+    add_network_flags(parser.add_argument_group("network"))
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--max_epochs", type=int, default=200, help="length of the rate's schedule")
@@ -148,7 +148,7 @@ def test_parser() -> argparse.ArgumentParser:
     )
     _add_data_flags(data)
     network = parser.add_argument_group("network")
-    _add_network_flags(network)
+    add_network_flags(network)
     _add_input_size_flag(network)
     _add_inference_flags(parser.add_argument_group("speed"))
     return parser
@@ -180,7 +180,7 @@ def predict_parser() -> argparse.ArgumentParser:
     data.add_argument("--overwrite", action="store_true", help="segment finished cases again")
     data.add_argument("--config", help="a run folder or its config.json: its newest adapter")
     data.add_argument("--channel", type=int, help="which volume of a 4-D file, from 0")
-    _add_dataset_flag(data)
+    add_dataset_flag(data)
     results = parser.add_argument_group("results")
     results.add_argument(
         "--format",
@@ -201,7 +201,7 @@ def predict_parser() -> argparse.ArgumentParser:
         "--largest_component", action="store_true", help="keep each organ's largest piece alone"
     )
     network = parser.add_argument_group("network")
-    _add_network_flags(network)
+    add_network_flags(network)
     network.add_argument("--num_classes", type=int, help="foreground classes of the adapter")
     _add_input_size_flag(network)
     _add_inference_flags(parser.add_argument_group("speed"))
@@ -225,7 +225,7 @@ def _add_inference_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--config", help="a run folder or its config.json; the command line wins")
-    _add_dataset_flag(group)
+    add_dataset_flag(group)
     group.add_argument(
         "--list_dir", help="folder of the lists; default: lists/ beside the data, else published"
     )
@@ -234,7 +234,7 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_dataset_flag(group: argparse._ArgumentGroup) -> None:
+def add_dataset_flag(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dataset",
         help=f"{', '.join(DATASETS)}; default: what the adapter or the prepared data say of "
@@ -242,7 +242,7 @@ def _add_dataset_flag(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_network_flags(group: argparse._ArgumentGroup) -> None:
+def add_network_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--vit_name", default="vit_b", choices=list(ENCODERS), help="image encoder")
     group.add_argument(
         "--ckpt",

@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adapter_file import SETTINGS_KEY, holds_every_weight, read_adapter, variant_of
+from adapter_file import (
+    SETTINGS_KEY,
+    holds_every_weight,
+    read_adapter,
+    variant_of,
+    with_classes,
+)
 from safe_io import InputError, first_few, save_tensors
 
 TRAINED_WITH_THE_ADAPTER = ("prompt_encoder.", "mask_decoder.")
@@ -92,10 +98,14 @@ class LoRALinear(nn.Module):
         return down, torch.block_diag(*up)
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Add the updates into a copy of the weight: inference at the cost of a plain layer."""
+    def folded_weight(self) -> torch.Tensor:  # (out, in)
+        """The weight with the updates added."""
         down, up = self.low_rank()
-        self.merged_weight = torch.addmm(self.weight, up, down)
+        return torch.addmm(self.weight, up, down)
+
+    def merge(self) -> None:
+        """Compute with the folded weight: inference at the cost of a plain layer."""
+        self.merged_weight = self.folded_weight()
 
     def unmerge(self) -> None:
         """Drop the merged copy; the weight was never touched, so nothing is lost to rounding."""
@@ -127,6 +137,8 @@ class LoRAModel(nn.Module):
         self.rank = rank
         self.updates = tuple(updates)
         self.variant = variant
+        # Of an adapter for other classes: the names whose heads were taken over, and the others.
+        self.moved_heads: list[list[str]] = []
         # SAM's own tensors that the adapter file holds; parameters outside it do not train.
         self.saved = {
             name
@@ -173,6 +185,14 @@ class LoRAModel(nn.Module):
         for layer in self._lora_layers():
             layer.unmerge()
 
+    def plain_state(self) -> dict[str, torch.Tensor]:
+        """The network without LoRA, by SAM's own keys: every update folded into its weight."""
+        state = {name: value.detach() for name, value in self._plain_tensors()}
+        for path in dict.fromkeys(update.layer for update in self.updates):
+            layer = self.sam.get_submodule(path)
+            state[f"{path}.weight"] = layer.folded_weight()
+        return state
+
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """What the adapter file holds, by its published keys; the tensors are the live ones."""
         return {key: value.detach() for key, value in self._adapter_tensors().items()}
@@ -196,10 +216,18 @@ class LoRAModel(nn.Module):
             state[SETTINGS_KEY] = settings | own | base
         return save_tensors(state, filename)[1]
 
-    def load_lora_parameters(self, filename: str | Path) -> dict[str, Any]:
+    def load_lora_parameters(
+        self,
+        filename: str | Path,
+        classes: tuple[Sequence[str], Sequence[str]] | None = None,
+    ) -> dict[str, Any]:
         """Fill the adapter's tensors from a file, this project's or the original's.
 
         A file that also holds the frozen weights (`train_all_weights`) restores them too.
+
+        Args:
+            classes: names of the file's classes and of this network's, to move the heads of those
+                with the same name; `moved_heads` then says which. None: the classes are the same.
 
         Returns:
             The settings saved beside the tensors, {} where there are none.
@@ -208,8 +236,10 @@ class LoRAModel(nn.Module):
             InputError: another variant, rank, number of classes or encoder, or anything missing.
         """
         state, settings = read_adapter(filename)
-        self._require_fit(state, settings, filename)
         own = self._adapter_tensors()
+        if classes is not None:
+            state, *self.moved_heads = with_classes(state, *classes, self.adapter_state())
+        self._require_fit(state, settings, filename)
         if holds_every_weight(state):
             own |= dict(self._plain_tensors())
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

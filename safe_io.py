@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
 
 EXIT_BAD_INPUT = 2
@@ -119,6 +120,24 @@ def load_tensors(path: str | Path) -> Any:
         raise InputError(
             f"{path} is not a readable PyTorch checkpoint ({_first_line(error)}); "
             "it may be truncated: fetch or save it again"
+        ) from None
+
+
+def load_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Load a `.safetensors` file onto the CPU: its tensors and the text values beside them.
+
+    Raises:
+        MissingFileError: there is no such file.
+        InputError: it is damaged.
+    """
+    path = require_file(path, what="checkpoint", remedy="check the path")
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # on damaged bytes the parser raises nearly anything
+        raise InputError(
+            f"{path} is not a readable safetensors file ({_first_line(error)}); it may be "
+            "truncated: fetch or convert it again"
         ) from None
 
 

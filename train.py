@@ -53,7 +53,7 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     if args.val_every:
         hold_out(dataset, args.val_cases, args.seed)  # refused now rather than after the check
     facts = dataset.check() if ranks.first else []
-    model, low_res = build_model(args, device)
+    model, low_res = build_model(args, device, move_heads=True)
     freeze_unreached(model)
     page = None
     if ranks.first and not resumed:
@@ -70,6 +70,9 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
             warn(args, page)
             total = sum(parameter.numel() for parameter in model.parameters())
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            if model.moved_heads:
+                moved, fresh = (", ".join(names) or "none" for names in model.moved_heads)
+                logging.info("heads of %s: moved %s; fresh %s", args.lora_ckpt, moved, fresh)
             logging.info("%s: %s parameters, %s train", folder, f"{total:,}", f"{trainable:,}")
         try:
             trainer_synapse(

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from adapter_file import holds_every_weight, read_adapter
-from config import base_checkpoint
+from adapter_file import holds_every_weight, read_adapter, trained_classes
+from config import base_checkpoint, class_names
+from datasets.registry import SYNAPSE
 from inference import predict_volume
 from lora import LoRAModel
 from losses import DiceLoss, Focal_loss
@@ -83,8 +84,13 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def build_model(args: argparse.Namespace, device: torch.device) -> tuple[LoRAModel, int]:
+def build_model(
+    args: argparse.Namespace, device: torch.device, *, move_heads: bool = False
+) -> tuple[LoRAModel, int]:
     """The network that the flags describe, with base weights and adapter loaded.
+
+    Args:
+        move_heads: of an adapter for other classes, take over those with the same name.
 
     Returns:
         The network on `device` and the side of its logits, S/4.
@@ -104,7 +110,11 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[LoRAMod
     if complete or args.ckpt == SCRATCH:
         model.train_all_weights()
     if args.lora_ckpt:
-        model.load_lora_parameters(args.lora_ckpt)
+        classes = None
+        if move_heads:
+            trained = trained_classes(*read_adapter(args.lora_ckpt)) or list(SYNAPSE.class_names)
+            classes = (trained, class_names(args)) if trained != class_names(args) else None
+        model.load_lora_parameters(args.lora_ckpt, classes)
     return model.to(device), 4 * image_embedding_size
 
 

@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
             "volumes",
         ),
     },
+    "adapter": {"adapter_file", "config", "flags", "safe_io", "utils"},
     "predict": {
         *("config", "datasets", "flags", "inference", "packing", "predictions", "ranks", "run_log"),
         *("safe_io", "scans", "utils"),
@@ -57,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "run_log": {"datasets", "safe_io"},
     "utils": {
         *("safe_io", "segment_anything", "lora", "losses", "metrics", "inference", "volumes"),
-        *("adapter_file", "config", "run_folder"),
+        *("adapter_file", "config", "datasets", "run_folder"),
     },
     "batches": {"datasets", "interruption", "ranks"},
     "training_state": {"config", "interruption", "lora", "ranks", "run_log", "safe_io"},

@@ -111,10 +111,10 @@ def load_tensors(path: str | Path) -> Any:
     path = require_file(path, what="checkpoint", remedy="check the path")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError:
         raise InputError(
-            f"{path} holds more than plain tensors or is damaged, so it was not opened "
-            f"({_first_line(error)}); save it as a state dict of tensors, or fetch it again"
+            f"{path} holds more than plain tensors or is damaged, so it was not opened; save it as "
+            "a state dict of tensors, or fetch it again"
         ) from None
     except Exception as error:  # on damaged bytes the parser raises nearly anything
         raise InputError(
@@ -270,4 +270,8 @@ def first_few(names: list[Any], count: int = 5) -> str:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
+    return (
+        f"{type(error).__name__}: {text.splitlines()[0].split('. ')[0][:160]}"
+        if text
+        else type(error).__name__
+    )

@@ -1,0 +1,176 @@
+"""Wrong input: every row of the table, and files with bytes cut off and flipped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import wrong_input
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_scans import placed, volume, write_dicom
+from wrong_input import PROGRAMS, REPOSITORY, ROWS, Wrong, arguments, error_line, make_good, run
+
+from scans import read_picture, read_scan, scan_file, suffix_of
+
+FUZZED = 25  # examples a kind of file
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
+    make_good(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the good folder, as the current one."""
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def outputs(folder: Path) -> set[str]:
+    """What a program may have left: of results only a log is none."""
+    places = [folder / "out", folder / "new" / "lists"]
+    found = {str(p) for place in places if place.is_dir() for p in place.rglob("*") if p.is_file()}
+    return {name for name in found if not name.endswith((".txt", ".json", ".csv", ".ctbl"))} | {
+        name for name in found if name.endswith(("train.txt", "test_vol.txt"))
+    }
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.program}: {row.what}")
+def test_it_is_told_in_one_sentence(folder: Path, row: Wrong):
+    row.spoil(folder)
+    before = outputs(folder)
+    code, told = run(row.program, arguments(row, folder))
+    lines = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and row.told in lines[0], told
+    assert "Traceback" not in told
+    assert outputs(folder) == before and not list(folder.rglob("*.partial.*"))
+    assert not (folder / "pwned").exists()
+    page = (REPOSITORY / "docs" / "errors.md").read_text("utf-8")
+    assert f"| {row.what} | " in page and row.told in page
+    assert error_line(told, folder)
+
+
+def test_the_good_folder_is_good(folder: Path):
+    for program in PROGRAMS:
+        row = Wrong(program, "nothing", wrong_input.nothing, "")
+        code, told = run(program, arguments(row, folder))
+        assert code == 0, f"{program}: {told}"
+
+
+def test_there_are_enough():
+    assert len(ROWS) >= 40 and {row.program for row in ROWS} == set(PROGRAMS)
+    assert len({(row.program, row.what) for row in ROWS}) == len(ROWS)
+
+
+def spoilt(content: bytes, keep: float, flips: list[tuple[float, int]]) -> bytes:
+    """A file cut to a share of its length, with some bytes changed."""
+    changed = bytearray(content[: max(1, int(keep * len(content)))])
+    for place, mask in flips:
+        changed[int(place * (len(changed) - 1))] ^= mask
+    return bytes(changed)
+
+
+damage = {
+    "keep": st.one_of(st.just(1.0), st.floats(0, 1)),
+    "flips": st.lists(
+        # most of what a parser trusts stands at the beginning
+        st.tuples(st.one_of(st.floats(0, 1), st.floats(0, 0.02)), st.integers(1, 255)),
+        max_size=6,
+    ),
+}
+FILES = {  # what is damaged -> the program that reads it
+    "scan.nii.gz": "predict.py",
+    "scan.nii": "predict.py",
+    "scan.nrrd": "predict.py",
+    "scan.mha": "predict.py",
+    "series": "predict.py",
+    "pictures/images/p0.png": "preprocess.prepare",
+    "pictures/labels/p0.png": "preprocess.prepare",
+    "raw/dataset.json": "preprocess.prepare",
+    "raw/labelsTr/s0.nii.gz": "preprocess.prepare",
+    "data/dataset_spec.json": "train.py",
+    "npz": "train.py",
+    "h5": "test.py",
+    "adapter.pth": "test.py",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_files_end_no_program_badly(folder: Path, name: str):
+    """Never a traceback, a hang, a half-written file or code that runs."""
+    program, flags, target = FILES[name], (), folder / name
+    if name == "series":
+        target = sorted(write_dicom(folder / "series", volume(), placed("LPS")).iterdir())[2]
+        flags = ("--input", "series")
+    elif name.startswith("scan."):
+        from volumes import read_volume, write_volume
+
+        if not target.exists():
+            write_volume(target, *read_volume(folder / "scan.nii.gz"))
+        flags = ("--input", name)
+    elif name.startswith("pictures"):
+        flags = ("--input", "pictures")
+    elif name == "npz":
+        target = min((folder / "data" / "train_npz").iterdir())
+        flags = ("--check",)
+    elif name == "h5":
+        target = next((folder / "data" / "test_vol_h5").iterdir())
+    elif program == "train.py":
+        flags = ("--check",)
+    content = target.read_bytes()
+
+    @settings(
+        max_examples=FUZZED,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
+    @given(**damage)
+    def check(keep: float, flips: list[tuple[float, int]]) -> None:
+        target.write_bytes(spoilt(content, keep, flips))
+        for made in ("out", "new"):
+            shutil.rmtree(folder / made, ignore_errors=True)
+        code, told = run(
+            program, arguments(Wrong(program, "", wrong_input.nothing, "", flags), folder)
+        )
+        assert code in (0, 2), told
+        assert ("error: " in told) == (code == 2) and "Traceback" not in told
+        assert not list(folder.rglob("*.partial.*"))
+        if code == 2:
+            assert not outputs(folder)
+
+    check()
+    assert not (folder / "pwned").exists()
+
+
+@given(**damage)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@pytest.mark.parametrize("name", ["scan.nii.gz", "pictures/images/p0.png"])
+def test_damaged_bytes_never_escape_the_readers(
+    good: Path, tmp_path_factory: pytest.TempPathFactory, name: str, keep: float, flips: list
+):
+    from safe_io import InputError
+
+    path = tmp_path_factory.getbasetemp() / f"fuzz-{Path(name).name}"
+    path.write_bytes(spoilt((good / name).read_bytes(), keep, flips))
+    try:
+        if path.suffix == ".png":
+            assert read_picture(path).ndim in (3, 4)
+        else:
+            assert read_scan(scan_file(path, suffix_of(path)))[0].ndim == 3
+    except InputError as error:
+        assert "\n" not in str(error)
+
+
+def test_the_page_is_up_to_date():
+    page = (REPOSITORY / "docs" / "errors.md").read_text("utf-8")
+    assert f"{len(ROWS)} cases" in page and page.count("\n| ") == len(ROWS) + 2 * len(PROGRAMS)
+    assert json.dumps(page).find("Traceback") < 0

@@ -1,0 +1,368 @@
+"""What users get wrong, one row each: how it comes about, and the sentence that tells.
+
+`python tests/wrong_input.py` writes docs/errors.md from it; `test_wrong_input.py` runs every row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
+
+from conftest import TINY_FLAGS, tiny_model  # noqa: E402
+from test_scans import placed, volume, write_dicom  # noqa: E402
+
+import predict  # noqa: E402
+import test as test_program  # noqa: E402
+import train  # noqa: E402
+from preprocess import prepare  # noqa: E402
+from safe_io import exit_on_bad_input  # noqa: E402
+from volumes import Geometry, write_volume  # noqa: E402
+
+PROGRAMS: dict[str, Callable[[list[str]], None]] = {
+    "preprocess.prepare": prepare.main,
+    "train.py": train.main,
+    "test.py": test_program.main,
+    "predict.py": predict.main,
+}
+SHAPE = (3, 12, 14)
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """One mistake."""
+
+    program: str
+    what: str
+    spoil: Callable[[Path], Any]  # the good folder into a bad one
+    told: str  # part of the sentence
+    flags: tuple[str, ...] = ()
+
+
+def make_good(folder: Path) -> None:
+    """Raw data of three scans, what is prepared of them, pictures, an adapter, a scan."""
+    rng = np.random.default_rng(0)
+    raw = folder / "raw"
+    for index in range(3):
+        image = rng.integers(-1000, 500, SHAPE).astype(np.int16)
+        label = rng.integers(0, 3, SHAPE).astype(np.uint8)
+        write_volume(raw / "imagesTr" / f"s{index}_0000.nii.gz", image, placed("RAS"))
+        write_volume(raw / "labelsTr" / f"s{index}.nii.gz", label, placed("RAS"))
+    labels = {"background": 0, "liver": 1, "tumour": 2}
+    told = {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": 3, "name": "Tiny"}
+    (raw / "dataset.json").write_text(json.dumps(told))
+    for kind in ("images", "labels"):
+        (folder / "pictures" / kind).mkdir(parents=True)
+        for index in range(3):
+            picture = rng.integers(0, 3, (12, 14)).astype(np.uint8)
+            Image.fromarray(picture).save(folder / "pictures" / kind / f"p{index}.png")
+    with quiet():
+        prepare.main(["--input", str(raw), "--output", str(folder / "data"), "--workers", "1"])
+    model = tiny_model(num_classes=2)
+    model.train_all_weights()
+    spec = json.loads((folder / "data" / "dataset_spec.json").read_text())
+    settings = {"vit_name": "vit_tiny", "img_size": 64, "num_classes": 2,
+                "class_names": ["liver", "tumour"], "spec": spec}  # fmt: skip
+    model.save_lora_parameters(folder / "adapter.pth", settings)
+    shutil.copy(raw / "imagesTr" / "s0_0000.nii.gz", folder / "scan.nii.gz")
+
+
+def arguments(row: Wrong, folder: Path) -> list[str]:
+    """The command line of a row; its flags come last and overrule."""
+    own = {
+        "preprocess.prepare": ["--input", "raw", "--output", "new", "--workers", "1"],
+        "train.py": ["--root_path", "data", "--output", "out", "--max_epochs", "1", *TINY_FLAGS],
+        "test.py": ["--volume_path", "data", "--lora_ckpt", "adapter.pth", "--output_dir", "out",
+                    "--device", "cpu"],
+        "predict.py": ["--input", "scan.nii.gz", "--lora_ckpt", "adapter.pth", "--output", "out",
+                       "--device", "cpu"],
+    }[row.program]  # fmt: skip
+    del folder
+    return [*own, *row.flags]
+
+
+def run(program: str, argv: list[str]) -> tuple[int, str]:
+    """Exit code and stderr of a program in this process and folder."""
+    told = io.StringIO()
+    code: Any = 0
+    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            with exit_on_bad_input():
+                PROGRAMS[program](argv)
+        except SystemExit as stop:
+            code = stop.code
+    return int(code or 0), told.getvalue()
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Nothing on the screen."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def described(**changes: Any) -> Callable[[Path], None]:
+    """Other entries in dataset.json."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "raw" / "dataset.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
+
+
+def cut(name: str, share: float = 0.6) -> Callable[[Path], None]:
+    """A file that ends early."""
+
+    def spoil(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(share * len(content))])
+
+    return spoil
+
+
+def junk(name: str) -> Callable[[Path], None]:
+    """A file of nonsense."""
+    return lambda folder: (folder / name).write_bytes(b"nothing of that kind")
+
+
+def lost(name: str) -> Callable[[Path], None]:
+    """A file that is not there."""
+    return lambda folder: (folder / name).unlink()
+
+
+def raw(kind: str, array: np.ndarray, geometry: Geometry | None = None) -> Callable[[Path], None]:
+    """Another first image or label."""
+    name = "imagesTr/s0_0000.nii.gz" if kind == "image" else "labelsTr/s0.nii.gz"
+    return lambda folder: write_volume(folder / "raw" / name, array, geometry or placed("RAS"))
+
+
+def slices(**arrays: Any) -> Callable[[Path], None]:
+    """Another first training slice."""
+
+    def spoil(folder: Path) -> None:
+        path = min((folder / "data" / "train_npz").iterdir())
+        good = dict(np.load(path))
+        np.savez(path, **{k: v for k, v in (good | arrays).items() if v is not None})
+
+    return spoil
+
+
+def stored(**arrays: Any) -> Callable[[Path], None]:
+    """Another test volume, or attributes of it."""
+
+    def spoil(folder: Path) -> None:
+        path = next((folder / "data" / "test_vol_h5").iterdir())
+        with h5py.File(path, "r+") as file:
+            for key, value in arrays.items():
+                if key in ("image", "label"):
+                    del file[key]
+                    if value is not None:
+                        file[key] = value
+                else:
+                    file.attrs[key] = value
+
+    return spoil
+
+
+def nothing(folder: Path) -> None:
+    """The folder is good, the flags are not."""
+    del folder
+
+
+def scan(array: np.ndarray) -> Callable[[Path], None]:
+    """Another scan to segment."""
+    return lambda folder: write_volume(folder / "scan.nii.gz", array, placed("LPS"))
+
+
+def pickled(folder: Path) -> None:
+    """An adapter file that would run code."""
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (folder / "pwned",))
+
+    torch.save({"w_a_000": Evil()}, folder / "adapter.pth")
+
+
+def list_of(text: str) -> Callable[[Path], None]:
+    """Another list of training slices."""
+    return lambda folder: (folder / "data" / "lists" / "train.txt").write_text(text)
+
+
+def spec_of(**changes: Any) -> Callable[[Path], None]:
+    """Other entries in the spec of prepared data."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "data" / "dataset_spec.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
+
+
+def dicom(places: list[float]) -> Callable[[Path], None]:
+    """A DICOM series with its slices there."""
+    return lambda folder: write_dicom(folder / "series", volume(), placed("LPS"), places) and None
+
+
+def two_of_a_name(folder: Path) -> None:
+    """a.mha beside a.nii.gz."""
+    (folder / "in").mkdir()
+    for name in ("a.mha", "a.nii.gz"):
+        write_volume(folder / "in" / name, volume(), placed("LPS"))
+
+
+def colour_labels(folder: Path) -> None:
+    """A mask drawn in colours."""
+    Image.fromarray(np.full((12, 14, 3), (255, 0, 9), np.uint8)).save(
+        folder / "pictures" / "labels" / "p0.png"
+    )
+
+
+ONES = np.ones(SHAPE, np.uint8)
+HU = np.linspace(-1000, 500, ONES.size).reshape(SHAPE).astype(np.int16)
+P, T, E, S = PROGRAMS  # prepare, train, test (evaluation), predict (segmentation)
+ROWS = [
+    Wrong(P, "the input folder does not exist", nothing, "does not exist", ("--input", "none")),
+    Wrong(P, "a folder of no known layout", nothing, "no data set that is known",
+          ("--input", "data")),
+    Wrong(P, "input and output are one folder", nothing, "is the --input folder",
+          ("--output", "raw")),
+    Wrong(P, "dataset.json is cut short", cut("raw/dataset.json"), "is not JSON"),
+    Wrong(P, "dataset.json holds a list", lambda f: (f / "raw/dataset.json").write_text("[]"),
+          "expected a JSON object"),
+    Wrong(P, "no labels in dataset.json", described(labels={}), 'needs "labels"'),
+    Wrong(P, "labels of regions", described(labels={"whole": [1, 2]}), "regions are not supported"),
+    Wrong(P, "one value for two classes", described(labels={"a": 1, "b": 1}), "twice"),
+    Wrong(P, "a label value that is no number", described(labels={"a": None}), "the value of 'a'"),
+    Wrong(P, "only background", described(labels={"background": 0}), "no class but background"),
+    Wrong(P, "several channels", described(channel_names={"0": "T1", "1": "T2"}), "pass --channel"),
+    Wrong(P, "a channel that is not there", nothing, "--channel is 4", ("--channel", "4")),
+    Wrong(P, "a label without its image", lost("raw/imagesTr/s1_0000.nii.gz"),
+          "have no image of their name"),
+    Wrong(P, "an image cut short", cut("raw/imagesTr/s0_0000.nii.gz"), "damaged or cut short"),
+    Wrong(P, "an image that is no NIfTI", junk("raw/imagesTr/s0_0000.nii.gz"),
+          "not a readable scan"),
+    Wrong(P, "a label on another grid", raw("label", ONES, placed("LPS")), "differ in"),
+    Wrong(P, "a label of another size", raw("label", ONES[:, :, 1:]), "shape (D, H, W)"),
+    Wrong(P, "a label value that no class has", raw("label", 9 * ONES), "holds label values 9"),
+    Wrong(P, "label values that are not whole", raw("label", ONES * np.float32(0.5)),
+          "holds label values 0.5"),
+    Wrong(P, "CT that is not in HU", raw("image", ONES), "do not look like Hounsfield units"),
+    Wrong(P, "NaN in an image", raw("image", np.where(ONES, np.float32("nan"), 0)), "NaN"),
+    Wrong(P, "a window the wrong way round", nothing, "the lower limit first",
+          ("--window", "200", "-100")),
+    Wrong(P, "a test case that is not there", nothing, "names s9", ("--test_cases", "s9")),
+    Wrong(P, "more folds than cases", nothing, "cannot be split", ("--folds", "7")),
+    Wrong(P, "a fold beyond the folds", nothing, "--fold is 3", ("--folds", "3", "--fold", "3")),
+    Wrong(P, "a mask in colours", colour_labels, "expected class indices",
+          ("--input", "pictures")),
+    Wrong(P, "a picture cut short", cut("pictures/images/p1.png"), "not a readable picture",
+          ("--input", "pictures")),
+    Wrong(P, "another number of class names", nothing, "--class_names has 1",
+          ("--input", "pictures", "--class_names", "a")),
+    Wrong(P, "another data set's name", nothing, "unknown data set",
+          ("--input", "data", "--dataset", "X")),
+    Wrong(T, "the data folder does not exist", nothing, "does not exist", ("--root_path", "none")),
+    Wrong(T, "base weights are not there", nothing, "do not exist", ("--ckpt", "none.pth")),
+    Wrong(T, "base weights of another kind", junk("b.pth"), "b.pth", ("--ckpt", "b.pth")),
+    Wrong(T, "a slice cut short", lambda f: cut(str(min((f / "data/train_npz").iterdir())))(f),
+          "not a readable npz"),
+    Wrong(T, "a label of 255 in a slice", slices(label=np.full((12, 14), 255.0)),
+          "holds label values 255"),
+    Wrong(T, "raw HU in a slice", slices(image=np.full((12, 14), 900.0)), "look like raw HU"),
+    Wrong(T, "a slice without label", slices(label=None), "no array named label"),
+    Wrong(T, "a pickle inside a slice", slices(image=np.array([{}, 1], dtype=object)),
+          "not a readable npz"),
+    Wrong(T, "the list is empty", list_of("\n"), "is empty"),
+    Wrong(T, "a list that leaves the folder", list_of("../../x\n"), "without folders"),
+    Wrong(T, "a list of other data", list_of("s8_slice000\n"), "are not in"),
+    Wrong(T, "a spec that is no JSON", cut("data/dataset_spec.json"), "is not JSON"),
+    Wrong(T, "a spec of nonsense", spec_of(raw_labels={"1": 7}), "does not describe a data set"),
+    Wrong(T, "an image size that is no multiple of 16", nothing, "multiple of 16",
+          ("--img_size", "100")),
+    Wrong(T, "a batch of nothing", nothing, "--batch_size is 0", ("--batch_size", "0")),
+    Wrong(T, "a LoRA variant that is not there", nothing, "does not exist", ("--module", "nix")),
+    Wrong(T, "a device that is not there", nothing, "--device", ("--device", "cuda:7")),
+    Wrong(T, "too few cases to hold one out", nothing, "--val_cases",
+          ("--val_every", "1", "--val_cases", "9")),
+    Wrong(T, "a run folder that is none", nothing, "run folder", ("--resume", "none")),
+    Wrong(E, "the test data do not exist", nothing, "does not exist", ("--volume_path", "none")),
+    Wrong(E, "the adapter is not there", nothing, "does not exist", ("--lora_ckpt", "none.pth")),
+    Wrong(E, "the adapter is cut short", cut("adapter.pth"), "not a readable PyTorch checkpoint"),
+    Wrong(E, "the adapter would run code", pickled, "more than plain tensors"),
+    Wrong(E, "an adapter of another rank", nothing, "LoRA rank 2", ("--rank", "4")),
+    Wrong(E, "data of other classes", spec_of(class_names=["liver", "vessel"]),
+          "holds the classes liver, vessel"),
+    Wrong(E, "a volume cut short", lambda f: cut(str(next((f / "data/test_vol_h5").iterdir())))(f),
+          "not a readable h5 file"),
+    Wrong(E, "a volume without label", stored(label=None), "no data set named label"),
+    Wrong(E, "a geometry of nonsense", stored(spacing=[0.0, 1.0, 1.0]), "a geometry that is none"),
+    Wrong(E, "a tolerance below 0", nothing, "--nsd_tolerance is -1", ("--nsd_tolerance", "-1")),
+    Wrong(S, "the scan is not there", nothing, "does not exist", ("--input", "none.nii.gz")),
+    Wrong(S, "a file of another kind", junk("a.txt"), "no scan or picture", ("--input", "a.txt")),
+    Wrong(S, "a folder without scans", lambda f: (f / "empty").mkdir(), "holds no scan",
+          ("--input", "empty")),
+    Wrong(S, "two scans of one name", two_of_a_name, "would have one name", ("--input", "in")),
+    Wrong(S, "a scan cut short", cut("scan.nii.gz"), "damaged or cut short"),
+    Wrong(S, "MR for a CT network", scan(ONES), "do not look like Hounsfield units"),
+    Wrong(S, "a DICOM slice is missing", dicom([0, 1, 3, 4, 5]), "missing or unevenly spaced",
+          ("--input", "series")),
+    Wrong(S, "a DICOM slice is there twice", dicom([0, 1, 1, 2, 3]), "doubled slices",
+          ("--input", "series")),
+    Wrong(S, "base weights for an adapter", lambda f: torch.save(
+        {"image_encoder.pos_embed": torch.zeros(1)}, f / "b.pth"), "looks like base weights",
+          ("--lora_ckpt", "b.pth")),
+    Wrong(S, "the output is a file", junk("out"), "cannot make the folder"),
+]  # fmt: skip
+
+
+def error_line(told: str, folder: Path) -> str:
+    """The sentence, without the folder it was said in."""
+    lines = [line for line in told.splitlines() if line.startswith("error: ")]
+    return lines[0].removeprefix("error: ").replace(f"{folder}/", "") if lines else ""
+
+
+def main() -> None:
+    """Write docs/errors.md."""
+    lines = [
+        "# Wrong input",
+        "",
+        "What each program says where something is wrong, before any long work starts: one",
+        f"sentence on stderr, exit code 2, nothing half-written. {len(ROWS)} cases, every one of "
+        "them run by",
+        "`tests/test_wrong_input.py`; `python tests/wrong_input.py` writes this page.",
+    ]
+    with tempfile.TemporaryDirectory() as base:
+        make_good(Path(base))
+        for program in PROGRAMS:
+            lines += ["", f"## {program}", "", "| what is wrong | what it says |", "| --- | --- |"]
+            for row in (row for row in ROWS if row.program == program):
+                with tempfile.TemporaryDirectory() as copy:
+                    folder = Path(copy).resolve()
+                    shutil.copytree(base, folder, dirs_exist_ok=True)
+                    row.spoil(folder)
+                    with contextlib.chdir(folder):
+                        _, told = run(program, arguments(row, folder))
+                sentence = error_line(told, folder).replace(f"{REPOSITORY}/", "").replace("|", "/")
+                lines.append(f"| {row.what} | {sentence} |")
+    (REPOSITORY / "docs" / "errors.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from wrong_input import PROGRAMS, REPOSITORY, ROWS, Wrong, arguments, error_line
 
 from scans import read_picture, read_scan, scan_file, suffix_of
 
-FUZZED = 25  # examples a kind of file
+FUZZED = 40  # examples a kind of file
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 from collections.abc import Sequence
 from itertools import permutations, product
 from pathlib import Path
@@ -51,8 +52,6 @@ def write_dicom(
     """
     folder.mkdir(parents=True)
     axes = np.array(geometry.direction).reshape(3, 3)
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
     count = len(array)
     for index, place in enumerate(places or range(count)):
         image = sitk.GetImageFromArray(array[index][None])
@@ -72,9 +71,18 @@ def write_dicom(
             ("0018|0050", f"{geometry.spacing[2]}"),
         ):
             image.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / f"{(index * 7) % 101:03d}.dcm"))
-        writer.Execute(image)
+        write_slice(image, folder / f"{(index * 7) % 101:03d}.dcm")
     return folder
+
+
+def write_slice(image: sitk.Image, path: Path) -> None:
+    # Writing DICOM leaves the process in the C locale, where what programs print is taken as ASCII.
+    before = locale.setlocale(locale.LC_ALL)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    writer.SetFileName(str(path))
+    writer.Execute(image)
+    locale.setlocale(locale.LC_ALL, before)
 
 
 def volume(shape: tuple[int, int, int] = (5, 6, 7)) -> np.ndarray:
@@ -150,10 +158,7 @@ def test_other_bad_dicom(tmp_path: Path):
     for file in folder.iterdir():
         image = sitk.ReadImage(str(file))
         image.SetMetaData("0020|000e", "1.2.3.4.5")
-        writer = sitk.ImageFileWriter()
-        writer.KeepOriginalImageUIDOn()
-        writer.SetFileName(str(folder / f"other{file.name}"))
-        writer.Execute(image)
+        write_slice(image, folder / f"other{file.name}")
         break
     with pytest.raises(InputError, match="2 DICOM series"):
         read_scan(find_scans(folder)[0])

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tests = sum(TEST in case["roles"] for case in cases)
     print(f"\n{spec.name}: {spec.num_classes} classes, {spec.intensity}")
     print(f"{args.output}: {slices} training slices, {tests} test volumes. Next:")
-    print(f"  python train.py --root_path {args.output} --help")
+    print(f"  python train.py --root_path {args.output} --warmup --AdamW")
 
 
 def plan_jobs(args: argparse.Namespace) -> list[Job]:

@@ -43,10 +43,14 @@ def can_pack(device: torch.device) -> bool:
 def pack_encoder(model: LoRAModel) -> None:
     """Replace the linear layers of the image encoder, their updates merged, for good.
 
+    Does nothing where the model's device does not gain by it.
+
     Args:
-        model: merged, on a device that `can_pack`; it can neither train nor be saved afterwards.
+        model: merged; it can neither train nor be saved afterwards.
     """
     encoder = model.sam.image_encoder
+    if not can_pack(next(encoder.parameters()).device):
+        return
     for module in list(encoder.modules()):
         if isinstance(module, MLPBlock) and isinstance(module.act, nn.GELU):
             module.lin1 = PackedLinear(module.lin1.weight, module.lin1.bias, gelu=True)

@@ -22,7 +22,7 @@ from config import dataset_spec, parse_args
 from datasets.registry import DatasetSpec
 from flags import predict_parser
 from inference import predict_volume
-from packing import can_pack, pack_encoder
+from packing import pack_encoder
 from predictions import Case, finished, read_case, run_key, write_case, write_summary
 from ranks import Ranks, joined, launch, local_device, processes_here
 from run_log import start_logging
@@ -68,7 +68,7 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
     model, _ = build_model(args, device)
     model.eval()
     model.merge()
-    if can_pack(device) and not args.use_amp:
+    if not args.use_amp:
         pack_encoder(model)
 
     make_folder(folder, flag="--output")

@@ -23,7 +23,7 @@ from flags import test_parser
 from inference import predict_volume
 from metrics import compare_volume
 from orientation import orientation_of, turned, turned_geometry
-from packing import can_pack, pack_encoder
+from packing import pack_encoder
 from ranks import Ranks, joined, launch, local_device, processes_here
 from report import write_page
 from run_log import start_logging
@@ -65,7 +65,7 @@ def test(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     model, _ = build_model(args, device)
     model.eval()
     model.merge()
-    if can_pack(device) and not args.use_amp:
+    if not args.use_amp:
         pack_encoder(model)
 
     folder = make_folder(args.output_dir, flag="--output_dir")

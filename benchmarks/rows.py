@@ -19,7 +19,7 @@ from datasets.resampling import resize_images
 from flags import test_parser
 from losses import SegmentationLoss
 from metrics import score_volume
-from packing import can_pack, pack_encoder
+from packing import pack_encoder
 from trainer import freeze_unreached, make_optimizer, training_step
 
 from . import plain, scenes
@@ -140,8 +140,7 @@ def encoder_rows(device: torch.device) -> list[Row]:
     model.merge()
     encoder = model.sam.image_encoder
     weights = transformers_names(encoder)
-    if can_pack(device):  # as test.py does
-        pack_encoder(model)
+    pack_encoder(model)  # as test.py does
     config = SamVisionConfig(image_size=512, attn_implementation="sdpa")
     theirs = SamVisionModel(config).eval().to(device)
     theirs.load_state_dict(weights)
@@ -260,8 +259,7 @@ def testing_row(
     slow = None if model is None else plain.plain_copy(model).eval().to(device)
     if model is not None:
         model.eval().to(device).merge()
-        if can_pack(device):
-            pack_encoder(model)
+        pack_encoder(model)
     fast_net = scenes.Answers(prediction, model).to(device)
     slow_net = scenes.Answers(prediction, slow).to(device)
 

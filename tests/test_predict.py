@@ -75,7 +75,7 @@ def make_adapter(
     model.save_lora_parameters(folder / "adapter.pth", settings)
     if monkeypatch is not None:
         monkeypatch.setattr(predict, "build_model", lambda args, device: (Bands(), 16))
-        monkeypatch.setattr(predict, "can_pack", lambda device: False)
+        monkeypatch.setattr(predict, "pack_encoder", lambda model: None)
     return folder / "adapter.pth"
 
 

@@ -148,6 +148,7 @@ def describe(run: TestRun, name: str) -> dict[str, Any]:
         "boxes": [
             _as_data(draw_boxes(run.results, run.class_names, *what))
             for what in (("dsc", "DSC %", 100), (*distance, 1))
+            if len(run.results) > 1  # one case has no spread
         ],
         "worst": worst(run),
         "confusion": confused(run),

@@ -22,8 +22,8 @@ from safe_io import InputError, atomic_path, require_file, safe_name
 SCORES = tuple(field.name for field in fields(ClassScore) if field.name != "outcome")
 OUTCOMES = (BOTH, FALSE_ORGAN, MISSED, ABSENT)
 DEFINITIONS = {
-    "dsc": "Dice similarity coefficient, 0…1; a false or missed organ scores 0, an absent one is "
-    "left out of the means",
+    "dsc": "Dice similarity coefficient, 0…1 (100 %); a false or missed organ scores 0, an "
+    "absent one is left out of the means",
     "hd95_voxels": "95th percentile of both directed surface-distance sets pooled (medpy's hd95), "
     "in voxels; only where prediction and label both have the organ",
     "hd95_mm": "the same in mm; none where the volume stores no spacing",
@@ -32,9 +32,9 @@ DEFINITIONS = {
     "label's, in mm: how far it goes astray",
     "hd95_to_prediction_mm": "95th percentile from the label's surface to the prediction's, in mm: "
     "what it leaves out",
-    "nsd": "normalised surface Dice, 0…1: the share of the surface voxels of both masks that lie "
-    "within {tolerance:g} mm of the other mask's surface (voxels are counted, not surface area); "
-    "a false or missed organ scores 0",
+    "nsd": "normalised surface Dice, 0…1 (100 %): the share of the surface voxels of both masks "
+    "that lie within {tolerance:g} mm of the other mask's surface (voxels are counted, not surface "
+    "area); a false or missed organ scores 0",
     "samed_dsc": "as published: a false organ scores 1, a missed or absent one 0",
     "samed_hd95": "as published: HD95 in voxels, 0 where either mask is empty",
     "totals": "the mean over the cases of each class, then over the classes",

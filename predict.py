@@ -77,6 +77,11 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
                  ranks.count, device)  # fmt: skip
     if spec.orientation is None and not spec.is_pictures:
         logging.info("the adapter does not say how its scans lay: these are taken as they lie")
+    unlike = [scan.path.name for scan in scans if scan.is_picture != spec.is_pictures]
+    if unlike:
+        kinds = ("pictures", "scans") if spec.is_pictures else ("scans", "pictures")
+        logging.warning("the adapter was trained on %s, these are %s: %s", *kinds,
+                        first_few(unlike))  # fmt: skip
     own = [scan for scan in scans if scan.name not in done][ranks.rank :: ranks.count]
     with tqdm(
         total=len(own),

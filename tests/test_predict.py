@@ -257,6 +257,14 @@ def test_pictures_become_index_pictures(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(list((tmp_path / "out" / "probabilities" / "grey").iterdir())) == 4
 
 
+def test_a_picture_for_a_network_of_scans_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    adapter = make_adapter(tmp_path, replace(SPEC, intensity=MR), monkeypatch)
+    Image.fromarray(np.arange(2000, dtype=np.uint8).reshape(40, 50)).save(tmp_path / "slice.png")
+    assert run(tmp_path / "slice.png", tmp_path / "out", adapter) == 0
+    log = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")
+    assert "trained on scans, these are pictures: slice.png" in log
+
+
 def test_a_bad_scan_stops_no_other_and_a_rerun_keeps_what_is_done(
     tmp_path: Path, adapter: Path, capfd: pytest.CaptureFixture[str]
 ):

@@ -41,6 +41,9 @@ class ScanFile:
 def find_scans(path: str | Path) -> list[ScanFile]:
     """The scans that a path means: a file, a DICOM series, or a folder of either.
 
+    DICOM series are found at any depth, as archives export them (patient/study/series), and named
+    by their path below the folder.
+
     Raises:
         MissingFileError: nothing is there.
         InputError: no scan in it, an unknown format, or two of one name.
@@ -55,9 +58,17 @@ def find_scans(path: str | Path) -> list[ScanFile]:
         raise MissingFileError(f"{path} does not exist; expected {EXPECTED}")
     inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
     found = [scan_file(p, suffix) for p in inside if p.is_file() and (suffix := suffix_of(p))]
-    if not found and _holds_dicom(inside):
+    if _holds_dicom(inside):
+        if found:
+            others = first_few([scan.path.name for scan in found])
+            raise InputError(
+                f"{path} holds DICOM slices beside {others}; put them into a folder of their own"
+            )
         return [scan_file(path.resolve(), DICOM)]
-    found += [scan_file(p, DICOM) for p in inside if p.is_dir() and _holds_dicom(p.iterdir())]
+    for below in sorted(p for p in path.rglob("*") if p.is_dir() and _holds_dicom(p.iterdir())):
+        parts = below.relative_to(path).parts
+        if not any(part.startswith(".") for part in parts):
+            found.append(ScanFile(safe_name("_".join(parts), source=path), below, DICOM))
     if not found:
         raise InputError(f"{path} holds no scan; expected {EXPECTED}")
     names: dict[str, list[str]] = defaultdict(list)
@@ -272,7 +283,7 @@ def _place(file: Path) -> tuple[np.ndarray, np.ndarray]:
 def _holds_dicom(paths: Sequence[Path]) -> bool:
     """Whether one of the files starts as DICOM does."""
     for path in sorted(paths):
-        if path.is_file():
+        if path.is_file() and path.name != "DICOMDIR":  # an archive's table of contents
             try:
                 with path.open("rb") as file:
                     if file.read(132)[128:] == b"DICM":

@@ -178,7 +178,17 @@ def test_what_is_found(tmp_path: Path):
     write_dicom(tmp_path / "f", array, geometry)
     (tmp_path / "notes.txt").touch()
     (tmp_path / ".hidden.nii.gz").touch()
-    assert [scan.name for scan in find_scans(tmp_path)] == list("abcdef")
+    write_dicom(tmp_path / "patient" / "study" / "series", array, geometry)
+    write_dicom(tmp_path / ".trash" / "series", array, geometry)
+    (tmp_path / "patient" / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    names = [scan.name for scan in find_scans(tmp_path)]
+    assert names == [*"abcdef", "patient_study_series"]
+    (below,) = find_scans(tmp_path / "patient")
+    assert below.name == "study_series" and np.array_equal(read_scan(below)[0], array)
+    (tmp_path / "IM0").write_bytes(bytes(128) + b"DICM")
+    with pytest.raises(InputError, match=r"DICOM slices beside a\.nii\.gz"):
+        find_scans(tmp_path)
+    (tmp_path / "IM0").unlink()
     write_volume(tmp_path / "a.mha", array, geometry)
     with pytest.raises(InputError, match=r"a\.mha and a\.nii\.gz"):
         find_scans(tmp_path)

@@ -206,7 +206,7 @@ def test_panels_show_labels_and_stand_upright():
 
 @needs_real_data
 def test_real_ct_from_scan_to_nifti(tmp_path: Path):
-    """The README's run on one real CT, cut short: same commands, fewer steps."""
+    """The README's run on one real CT, cut short: same commands, fewer steps, half the size."""
     raw = tmp_path / "raw" / "Training"
     for kind, suffix in (("img", ""), ("label", "_label")):
         (raw / kind).mkdir(parents=True)
@@ -215,7 +215,7 @@ def test_real_ct_from_scan_to_nifti(tmp_path: Path):
     data = tmp_path / "data"
     split = ["--train_cases", "1", "--test_cases", "1", "--label_values", "classes"]
     prepare(["--input", str(tmp_path / "raw"), "--output", str(data), *split])
-    flags = ["--vit_name", "vit_tiny", "--ckpt", "none", "--img_size", "224", "--batch_size", "8"]
+    flags = ["--vit_name", "vit_tiny", "--ckpt", "none", "--img_size", "112", "--batch_size", "8"]
     flags += ["--n_gpu", "1", "--base_lr", "3e-4", "--clip_grad", "0.5", "--warmup", "--AdamW"]
     flags += ["--warmup_period", "20", "--no_augment", "--max_epochs", "12", "--stop_epoch", "12"]
     train.main(["--root_path", str(data), "--output", str(tmp_path / "out"), *flags])
@@ -223,8 +223,8 @@ def test_real_ct_from_scan_to_nifti(tmp_path: Path):
     done = run_test("--config", str(run), "--volume_path", str(data), "--is_savenii")
     assert done.returncode == 0, done.stderr
     content = json.loads((run / "test" / "results.json").read_text())
-    # 168 steps: it has begun to learn. The whole run reaches 0.85, see the README.
-    assert content["total"]["dsc"] > 0.3
+    # 168 steps: it has begun to learn (0.64). The whole run reaches 0.87, see the README.
+    assert content["total"]["dsc"] > 0.5
     liver = next(row for row in content["classes"] if row["name"] == "liver")
     assert liver["mean"]["dsc"] > 0.7 and liver["mean"]["hd95_mm"] is not None
     _, geometry = read_volume(run / "test" / "predictions" / "case0001_pred.nii.gz")

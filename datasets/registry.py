@@ -7,6 +7,7 @@ the run's configuration and inside the adapter.
 
 from __future__ import annotations
 
+import colorsys
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -229,7 +230,7 @@ def is_orientation(letters: str) -> bool:
     return len(letters) == 3 and pairs == sorted(AXIS_PAIRS)
 
 
-# One colour per class, told apart on grey CT; classes beyond the table walk round it again.
+# One colour per class, told apart on grey CT; classes beyond the table get one of `label_colours`.
 _COLOURS = (
     (230, 60, 60),  # spleen
     (250, 190, 40),  # right kidney
@@ -243,6 +244,10 @@ _COLOURS = (
 
 
 def label_colours(num_classes: int) -> np.ndarray:
-    """The colour of every class, (num_classes + 1, 3) uint8; background is black."""
-    rows = [(0, 0, 0), *(_COLOURS[index % len(_COLOURS)] for index in range(num_classes))]
+    """The colour of every class, (num_classes + 1, 3) uint8, no two alike; background is black."""
+    rows = [(0, 0, 0), *_COLOURS[:num_classes]]
+    for index in range(len(_COLOURS), num_classes):
+        hue = index * 0.618034 % 1  # golden ratio: far from those just before
+        colour = colorsys.hsv_to_rgb(hue, (0.9, 0.55)[index % 2], (1, 0.8, 0.6)[index % 3])
+        rows.append(tuple(round(255 * part) for part in colour))
     return np.array(rows, dtype=np.uint8)

@@ -89,7 +89,8 @@ def label_values(labels: Any, path: Path) -> dict[str, int]:
         labels: `{"liver": 1}` as nnU-Net has it, or `{"1": "liver"}` as the Decathlon has.
 
     Raises:
-        InputError: neither, values that are doubled or lists (regions), or nothing but background.
+        InputError: neither, values that are doubled or lists (regions), an ignore label, or
+            nothing but background.
     """
     expected = f'{path} needs "labels" as {{"background": 0, "liver": 1}} or {{"1": "liver"}}'
     if not isinstance(labels, dict) or not labels:
@@ -111,6 +112,11 @@ def label_values(labels: Any, path: Path) -> dict[str, int]:
             raise InputError(f"{expected}; the value of {name!r} is {value!r}, expected 0…65535")
         if number in found.values() or name in found:
             raise InputError(f"{path} has the label {name!r} or its value {number} twice")
+        if name == "ignore":
+            raise InputError(
+                f'{path} has the label "ignore", of voxels that nobody labelled; training takes '
+                "every voxel: label these or set them to background, and remove it"
+            )
         found[name] = number
     classes = {n: v for n, v in sorted(found.items(), key=lambda item: item[1]) if v}
     if not classes:

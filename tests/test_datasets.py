@@ -254,6 +254,8 @@ def test_a_faulty_volume_is_named(fault, message: str, tmp_path: Path):
     assert str(path) in str(caught.value)
 
 
-def test_colours_tell_all_organs_apart():
-    colours = label_colours(8)
-    assert colours.shape == (9, 3) and len(np.unique(colours, axis=0)) == 9
+@pytest.mark.parametrize("classes", [1, 8, 255])
+def test_colours_tell_all_organs_apart(classes: int):
+    colours = label_colours(classes)
+    assert colours.shape == (classes + 1, 3)
+    assert len(np.unique(colours, axis=0)) == classes + 1

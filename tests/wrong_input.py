@@ -248,6 +248,8 @@ ROWS = [
           "expected a JSON object"),
     Wrong(P, "no labels in dataset.json", described(labels={}), 'needs "labels"'),
     Wrong(P, "labels of regions", described(labels={"whole": [1, 2]}), "regions are not supported"),
+    Wrong(P, "labels with an ignore label", described(labels={"a": 1, "ignore": 2}),
+          "that nobody labelled"),
     Wrong(P, "one value for two classes", described(labels={"a": 1, "b": 1}), "twice"),
     Wrong(P, "a label value that is no number", described(labels={"a": None}), "the value of 'a'"),
     Wrong(P, "only background", described(labels={"background": 0}), "no class but background"),

@@ -106,7 +106,7 @@ def write_adapter(path: Path, state: dict[str, torch.Tensor], settings: dict[str
     metadata = {SETTINGS_KEY: json.dumps(settings)} if settings else None
     with atomic_path(path) as temporary:
         tensors = {key: value.contiguous() for key, value in state.items()}
-        safetensors.torch.save_file(tensors, temporary, metadata)
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata))
     return sha256_of(path)
 
 

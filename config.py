@@ -80,6 +80,8 @@ def _choose_spec(
         return get_dataset(args.dataset)
     if training:
         return next((spec for spec in (data, *trained_on) if spec is not None), SYNAPSE)
+    if not trained_on and data is not None and args.num_classes == data.num_classes:
+        return data  # the adapter names no classes; their number is what was asked for
     chosen = trained_on[0] if trained_on else SYNAPSE
     if data is not None and data.class_names != chosen.class_names:
         raise InputError(
@@ -136,11 +138,8 @@ def dataset_spec(args: argparse.Namespace) -> DatasetSpec:
 
 
 def class_names(args: argparse.Namespace) -> list[str]:
-    """Names of the classes 1…num_classes: the data set's, where their number is the same."""
-    names = args.spec["class_names"]
-    if len(names) == args.num_classes:
-        return list(names)
-    return [f"class {index}" for index in range(1, args.num_classes + 1)]
+    """Names of the classes 1…num_classes."""
+    return list(args.spec["class_names"])
 
 
 def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -156,9 +155,11 @@ def base_checkpoint(args: argparse.Namespace) -> Path | None:
 
 def _fill_in(args: argparse.Namespace, spec: DatasetSpec) -> None:
     """Defaults that depend on other flags; the data set as plain values."""
-    args.spec, args.dataset = spec.to_json(), spec.name
     if args.num_classes is None:
         args.num_classes = spec.num_classes
+    if args.num_classes != spec.num_classes:
+        spec = spec.of_plain_classes(max(args.num_classes, 1))  # below 1 is refused with the others
+    args.spec, args.dataset = spec.to_json(), spec.name
     if getattr(args, "input_size", 0) is None:
         args.input_size = spec.size or args.img_size
     if args.ckpt is None:
@@ -186,10 +187,9 @@ def _check_values(args: argparse.Namespace) -> None:
         raise InputError(
             f"--num_classes is {args.num_classes}, expected at most 255 (8-bit labels)"
         )
-    if (getattr(args, "num_workers", None) or 0) < 0:
-        raise InputError(f"--num_workers is {args.num_workers}, expected 0 or more")
-    if args.seed < 0:
-        raise InputError(f"--seed is {args.seed}, expected 0 or more")
+    for name in ("num_workers", "seed", "channel"):
+        if (getattr(args, name, None) or 0) < 0:
+            raise InputError(f"--{name} is {getattr(args, name)}, expected 0 or more")
     if getattr(args, "val_every", 1) is None and (args.val_cases or args.patience):
         raise InputError("--val_cases and --patience need --val_every; pass it, e.g. 5")
     if getattr(args, "root_path", "") is None:

@@ -8,7 +8,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,15 @@ from datasets.registry import DatasetSpec
 from flags import predict_parser
 from inference import predict_volume
 from packing import pack_encoder
-from predictions import Case, finished, read_case, run_key, write_case, write_summary
+from predictions import (
+    Case,
+    finished,
+    read_case,
+    run_key,
+    scratch_array,
+    write_case,
+    write_summary,
+)
 from ranks import Ranks, joined, launch, local_device, processes_here
 from run_log import start_logging
 from safe_io import (
@@ -32,9 +39,8 @@ from safe_io import (
     exit_on_bad_input,
     first_few,
     make_folder,
-    partial_name,
 )
-from scans import ScanFile, find_scans
+from scans import DICOM, ScanFile, find_scans, of_channel
 from utils import allow_tf32, amp_dtype, build_model, choose_device, seed_everything
 
 EXIT_SOME_FAILED = 3
@@ -61,10 +67,14 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     allow_tf32(args.tf32)
     spec = dataset_spec(args)
-    scans = [replace(scan, channel=args.channel) for scan in find_scans(args.input)]
+    scans = find_scans(args.input)
     folder = Path(args.output)
+    refuse_folder_of(scans, folder)
+    scans = of_channel(scans, spec.channel if args.channel is None else args.channel)
     key = run_key(args)
-    done = {} if args.overwrite else finished(scans, folder, key, args.format)
+    # the first rank looks for all: one that came late would see what others have written since
+    look = ranks.first and not args.overwrite
+    done = ranks.from_first(finished(scans, folder, key, args.format) if look else {})
     model, _ = build_model(args, device)
     model.eval()
     model.merge()
@@ -93,15 +103,14 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
     everything = done | {name: one for part in ranks.gather(outcomes) for name, one in part.items()}
     if not ranks.first:
         return
-    results = {n: everything[n] for n in everything if isinstance(everything[n], dict)}
+    results = {s.name: everything[s.name] for s in scans if isinstance(everything[s.name], dict)}
     failures = {name: one for name, one in everything.items() if isinstance(one, str)}
-    write_summary(args, spec, folder, [results[s.name] for s in scans if s.name in results],
-                  failures)  # fmt: skip
+    write_summary(args, spec, folder, results, failures, key=key)
     for name, reason in failures.items():
         print(f"error: {name}: {reason}", file=sys.stderr)
     if failures:
         told = f"{len(failures)} of {len(scans)} scans failed: {first_few(sorted(failures))}"
-        print(f"{told}; the others are done", file=sys.stderr)
+        print(f"{told}{'; the others are done' if results else ''}", file=sys.stderr)
         raise SystemExit(EXIT_SOME_FAILED if results else EXIT_BAD_INPUT)
 
 
@@ -130,7 +139,7 @@ def segment_all(
                     coming.append(reader.submit(read_case, spec, scans[index + 1]))
                 writer = segment(args, spec, model, case, dtype, progress)
                 waiting.append((scan.name, writers.submit(writer, key=key)))
-            except (InputError, OSError, MemoryError) as error:
+            except Exception as error:  # whatever is wrong with one scan stops no other
                 progress(1)
                 yield scan.name, _told(error)
                 if index + 1 < len(scans) and not coming:
@@ -139,7 +148,7 @@ def segment_all(
                 name, writing = waiting.popleft()
                 try:
                     yield name, writing.result()
-                except (InputError, OSError, MemoryError) as error:
+                except Exception as error:
                     yield name, _told(error)
 
 
@@ -155,9 +164,7 @@ def segment(
     depth, (height, width) = case.slices.shape[0], case.slices.shape[-2:]
     likely = None
     if args.probabilities:  # on disk: a volume for every class may not fit into memory
-        path = partial_name(make_folder(args.output, flag="--output") / f"{case.scan.name}.f16")
-        shape = (args.num_classes + 1, depth, height, width)
-        likely = np.memmap(path, np.float16, "w+", shape=shape)
+        likely = scratch_array(Path(args.output), (args.num_classes + 1, depth, height, width))
 
     def keep(start: int, part: torch.Tensor) -> None:  # (B, C, H, W)
         likely[:, start : start + len(part)] = part.transpose(0, 1).half().cpu().numpy()
@@ -188,8 +195,23 @@ def keep_largest(labels: np.ndarray) -> None:
             labels[box][mask & (pieces != 1 + sizes.argmax())] = 0
 
 
+def refuse_folder_of(scans: Sequence[ScanFile], folder: Path) -> None:
+    """Raise an `InputError` where results would lie among the scans, or replace them."""
+    taken = {scan.path.resolve() if scan.suffix == DICOM else scan.path.resolve().parent
+             for scan in scans}  # fmt: skip
+    if folder.resolve() in taken:
+        raise InputError(f"--output {folder} is a folder of scans that are read; choose another")
+
+
 def _told(error: Exception) -> str:
-    return str(error) if isinstance(error, InputError) else f"{type(error).__name__} {error}"
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        return f"out of GPU memory ({str(error).splitlines()[0]:.200}); lower --batch_size"
+    if not isinstance(error, (OSError, MemoryError)):
+        logging.error("a fault of this program:", exc_info=error)
+    return f"{type(error).__name__} {error}"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ import argparse
 import csv
 import json
 import logging
+import math
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,7 @@ from datasets.registry import DatasetSpec, to_unit, with_channels
 from figures import case_panel, draw_overlays, save
 from label_files import label_suffix, write_label_tables, write_labels, write_like
 from orientation import orientation_of, turned, turned_geometry
-from safe_io import atomic_path, sha256_of
+from safe_io import atomic_path, cannot_write, sha256_of
 from scans import ScanFile, read_scan
 from utils import environment
 from volumes import Geometry
@@ -40,15 +43,26 @@ def finished(
     scans: Sequence[ScanFile], folder: Path, key: dict[str, Any], wanted: str | None
 ) -> dict[str, dict[str, Any]]:
     """The recorded results of the scans that are as they were when they were segmented so."""
+    found = recorded(folder, key)
+    return {
+        scan.name: found[scan.name][0]
+        for scan in scans
+        if scan.name in found
+        and found[scan.name][1] == stamp(scan.path)
+        and (folder / f"{scan.name}{label_suffix(scan, wanted)}").is_file()
+    }
+
+
+def recorded(folder: Path, key: dict[str, Any]) -> dict[str, tuple[dict[str, Any], list[Any]]]:
+    """Results of all cases in a folder that were segmented so, and the stamps of their scans."""
     found = {}
-    for scan in scans:
+    for path in sorted((folder / RECORDS).glob("*.json")):
         try:
-            record = json.loads((folder / RECORDS / f"{scan.name}.json").read_text("utf-8"))
-            same = record["key"] == key | {"source": stamp(scan.path)}
+            record = json.loads(path.read_text("utf-8"))
+            if record["key"] == key and (folder / record["result"]["file"]).is_file():
+                found[record["result"]["case"]] = record["result"], record["source"]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # no record, or not one of ours: segment the scan
-        if same and (folder / f"{scan.name}{label_suffix(scan, wanted)}").is_file():
-            found[scan.name] = record["result"]
+            continue  # not one of ours
     return found
 
 
@@ -140,37 +154,56 @@ def write_case(
         "ml": None if ml is None else [count * ml for count in counts],
     }
     with atomic_path(folder / RECORDS / f"{scan.name}.json") as temporary:
-        record = {"key": key | {"source": stamp(scan.path)}, "result": result}
+        record = {"key": key, "source": stamp(scan.path), "result": result}
         temporary.write_text(json.dumps(record), encoding="utf-8")
     return result
+
+
+def scratch_array(folder: Path, shape: tuple[int, ...]) -> np.memmap:  # float16
+    """An array on disk, for what may not fit into memory; its file has no name and goes with it.
+
+    Raises:
+        InputError: there is no room for it.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:  # all of it now: a disk that is full later would end the process by a signal
+            os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))
+        except OSError as error:
+            raise cannot_write(folder / "probabilities", error) from None
+        return np.memmap(file, np.float16, "r+", shape=shape)
 
 
 def write_probabilities(
     folder: Path, suffix: str, case: Case, likely: np.memmap, spec: DatasetSpec
 ) -> None:
     """Write one float32 volume a class, 0…1, where the scan lies; of a picture grey 0…255."""
-    try:
-        for name, volume in zip(("background", *spec.class_names), likely, strict=True):
-            path = folder / f"{'_'.join(name.split()).replace('/', '_')}{suffix}"
-            if case.geometry is None:
-                with atomic_path(path) as temporary:
-                    Image.fromarray((volume[0] * 255).round().astype(np.uint8)).save(temporary)
-                continue
-            if case.orientation is not None:
-                volume = turned(volume, *case.orientation[::-1])
-            write_like(path, np.ascontiguousarray(volume, np.float32), case.scan, case.geometry)
-    finally:
-        Path(likely.filename).unlink(missing_ok=True)
+    values, names = (0, *spec.predicted_values), ("background", *spec.class_names)
+    for value, name, volume in zip(values, names, likely, strict=True):
+        path = folder / f"{value}_{'_'.join(name.split()).replace('/', '_')}{suffix}"
+        if case.geometry is None:
+            with atomic_path(path) as temporary:
+                Image.fromarray((volume[0] * 255).round().astype(np.uint8)).save(temporary)
+            continue
+        if case.orientation is not None:
+            volume = turned(volume, *case.orientation[::-1])
+        write_like(path, np.ascontiguousarray(volume, np.float32), case.scan, case.geometry)
 
 
 def write_summary(
     args: argparse.Namespace,
     spec: DatasetSpec,
     folder: Path,
-    results: Sequence[dict[str, Any]],
+    results: dict[str, dict[str, Any]],
     failures: dict[str, str],
+    *,
+    key: dict[str, Any],
 ) -> None:
-    """Write `volumes.csv`, `predictions.json` and the tables of names and colours."""
+    """Write `volumes.csv`, `predictions.json` and the tables of names and colours.
+
+    Cases that were segmented into the folder before, by the same adapter and flags, stay in them.
+    """
+    before = {n: one for n, (one, _) in recorded(folder, key).items() if n not in failures}
+    cases = [one for _, one in sorted((before | results).items())]
     write_label_tables(folder, spec)
     with (
         atomic_path(folder / "volumes.csv") as temporary,
@@ -178,12 +211,12 @@ def write_summary(
     ):
         writer = csv.writer(file)
         writer.writerow(["case", "class", "value", "voxels", "ml"])
-        for result in results:
+        for result in cases:
             amounts = result["ml"] or [""] * spec.num_classes
             rows = zip(spec.class_names, spec.predicted_values, result["voxels"], amounts,
                        strict=True)  # fmt: skip
             writer.writerows([result["case"], *row] for row in rows)
-    content = {"cases": results, "failed": failures, "spec": spec.to_json(),
+    content = {"cases": cases, "failed": failures, "spec": spec.to_json(),
                "flags": vars(args), "environment": environment()}  # fmt: skip
     with atomic_path(folder / "predictions.json") as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -219,15 +219,18 @@ def compare(first: TestRun, second: TestRun) -> dict[str, Any]:
         indices = [run.class_names.index(name) for name in names]
         return mean(getattr(result.scores[index], score) for index in indices)
 
-    rows = [{"name": n, "scores": {s: of_class(s, n) for s in COMPARED}} for n in names]
+    same_tolerance = first.definitions.get("nsd") == second.definitions.get("nsd")
+    compared = [score for score in COMPARED if score != "nsd" or same_tolerance]
+    rows = [{"name": n, "scores": {s: of_class(s, n) for s in compared}} for n in names]
     overall = {
         s: paired([(of_case(first, a, s), of_case(second, b, s)) for a, b in pairs])
-        for s in COMPARED
+        for s in compared
     }
     return {
         "rows": rows,
         "overall": overall,
-        "scores": [score for score in COMPARED if overall[score].pairs],
+        "scores": [score for score in compared if overall[score].pairs],
+        "same_tolerance": same_tolerance,
         "pairs": len(both),
         "alone": sorted(set(cases) ^ others.keys()),
     }

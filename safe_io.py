@@ -21,7 +21,8 @@ import safetensors
 import torch
 
 EXIT_BAD_INPUT = 2
-NOT_WRITABLE = {
+NO_PLACE = {errno.EISDIR, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY}
+NOT_WRITABLE = NO_PLACE | {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full, or a limit is reached
     *(errno.EROFS, errno.EACCES, errno.EPERM),  # not allowed
 }
@@ -49,9 +50,9 @@ def exit_on_bad_input() -> Iterator[None]:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success rename it there, on failure remove it."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = partial_name(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
     except OSError as error:
@@ -59,7 +60,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise
         raise cannot_write(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what could not be made need not go
+            temporary.unlink()
 
 
 def require_file(path: str | Path, *, what: str, remedy: str) -> Path:
@@ -204,11 +206,14 @@ def save_tensors(
             raise
         raise cannot_write(path, cause) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:
-    """What to say when the disk is full or the folder read-only."""
+    """What to say when the disk is full, the folder read-only, or the path taken."""
+    if error.errno in NO_PLACE:
+        return InputError(f"cannot write {path} ({error.strerror}); choose another path")
     return InputError(
         f"cannot write {path} ({error.strerror}); make room or give the right to write there, and "
         "start again: what was saved before is intact"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 from PIL import Image
 
-from safe_io import InputError, MissingFileError, first_few, safe_name
+from safe_io import InputError, MissingFileError, first_few, safe_name, warn
 from volumes import Geometry, geometry_of, quiet, read_header, read_volume, readable
 
 SCANS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
@@ -80,6 +81,31 @@ def find_scans(path: str | Path) -> list[ScanFile]:
             f"{path} holds {first_few(doubled)}, whose results would have one name; rename them"
         )
     return found
+
+
+def of_channel(scans: Sequence[ScanFile], channel: int | None) -> list[ScanFile]:
+    """What is to be read where the data set has several channels and one was trained on.
+
+    Of files that are named as nnU-Net's channels (`NAME_0000`, `NAME_0001`) those of the channel,
+    of 4-D files that volume.
+
+    Args:
+        channel: from 0; None: all scans as they are.
+    """
+    if channel is None:
+        return list(scans)
+    parts = [re.fullmatch(r"(.+)_(\d{4})", scan.name) for scan in scans]
+    has = {match[1] for match in parts if match and int(match[2]) == channel}
+    chosen = [
+        replace(scan, channel=channel)
+        for scan, match in zip(scans, parts, strict=True)
+        if match is None or match[1] not in has or int(match[2]) == channel
+    ]
+    others = [s.name for s in chosen if re.search(r"_000\d$", s.name)
+              and not s.name.endswith(f"_{channel:04d}")]  # fmt: skip
+    if others:
+        warn(f"channel {channel} was trained on; by their names of another: {first_few(others)}")
+    return chosen
 
 
 def suffix_of(path: Path) -> str | None:
@@ -156,8 +182,13 @@ def read_index_picture(path: Path) -> np.ndarray:  # (1, H, W) uint8 or wider
     """Read a label picture: the index or grey value of each pixel.
 
     Raises:
-        InputError: it is damaged, or of colours that are no indices.
+        InputError: it is damaged, of a format that changes values, or of colours that are no
+            indices.
     """
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        raise InputError(
+            f"label {path} is a JPEG, which blurs values into others; export the labels as PNG"
+        )
     with _picture(path) as picture:
         if picture.mode not in ("P", "L", "1", "I", "I;16"):
             raise InputError(

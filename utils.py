@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from adapter_file import holds_every_weight, read_adapter, trained_classes
+from adapter_file import HEAD_ROWS, holds_every_weight, read_adapter, trained_classes
 from config import base_checkpoint, class_names
 from datasets.registry import SYNAPSE
 from inference import predict_volume
@@ -112,10 +112,29 @@ def build_model(
     if args.lora_ckpt:
         classes = None
         if move_heads:
-            trained = trained_classes(*read_adapter(args.lora_ckpt)) or list(SYNAPSE.class_names)
-            classes = (trained, class_names(args)) if trained != class_names(args) else None
+            trained, wanted = _trained_classes(args.lora_ckpt, args.num_classes), class_names(args)
+            classes = (trained, wanted) if trained and trained != wanted else None
         model.load_lora_parameters(args.lora_ckpt, classes)
     return model.to(device), 4 * image_embedding_size
+
+
+def _trained_classes(adapter: str, wanted: int) -> list[str] | None:
+    """Class names of an adapter; None if it names none and fits the wanted number as it is.
+
+    Raises:
+        InputError: it names none, and has another number of heads than Synapse's or the wanted.
+    """
+    state, settings = read_adapter(adapter)
+    heads = len(state.get(HEAD_ROWS[0], ())) - 1
+    named = trained_classes(state, settings)
+    if named is None and heads == SYNAPSE.num_classes:  # as the published adapters
+        return list(SYNAPSE.class_names)
+    if named is None and heads != wanted:
+        raise InputError(
+            f"{adapter} has {heads} classes and names none, the data have {wanted}: which belong "
+            "together is not known; pass an adapter that was trained here, or data of its classes"
+        )
+    return named
 
 
 def unwrap(model: nn.Module) -> nn.Module:

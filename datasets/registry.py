@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import colorsys
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,10 @@ class Intensity:
                 f"{source} holds intensities from {smallest:g} to {largest:g}, which do not look "
                 "like Hounsfield units (expected air near -1000 and values within "
                 f"{self.low:g}…{self.high:g}); give the scan as the scanner wrote it"
+            )
+        if self.rule == RANGE and self.high > 255 and image.dtype == np.uint8:
+            raise InputError(
+                f"{source} holds 8 bits a pixel, the data set is of 16; convert it to 16 bits"
             )
         if self.rule == RANGE and (smallest < self.low or largest > self.high):
             raise InputError(
@@ -111,6 +115,7 @@ class DatasetSpec:
     intensity: Intensity
     orientation: str | None = None  # letters that the axes x, y, z run towards; None: as stored
     channels: int = 1  # of an image: 1 grey, 3 colour
+    channel: int | None = None  # which one of several was taken, as MR sequences; None: the only
     size: int | None = None  # side of the training slices; None: the scan's own
     train_cases: tuple[str, ...] = ()  # in the order of the published list
     test_cases: tuple[str, ...] = ()
@@ -124,6 +129,17 @@ class DatasetSpec:
     def is_pictures(self) -> bool:
         """Whether its images are 2-D files."""
         return self.intensity.rule == RANGE
+
+    def of_plain_classes(self, count: int) -> DatasetSpec:
+        """The same with other classes, of which only the number is known: `class 1` …"""
+        values = range(1, count + 1)
+        return replace(
+            self,
+            class_names=tuple(f"class {value}" for value in values),
+            raw_labels={value: value for value in values},
+            ignored_labels=(),
+            predicted_values=tuple(values),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that `spec_from_json` reads back."""
@@ -196,7 +212,11 @@ def spec_from_json(values: Any, source: object) -> DatasetSpec:
         InputError: anything else; `source` is named.
     """
     try:
-        known = {field.name: values[field.name] for field in fields(DatasetSpec)}
+        known = {
+            field.name: values[field.name]
+            for field in fields(DatasetSpec)
+            if field.name in values or field.default is MISSING
+        }
         known["raw_labels"] = {int(raw): int(v) for raw, v in known["raw_labels"].items()}
         known["intensity"] = Intensity(**known["intensity"])
         spec = DatasetSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
@@ -211,6 +231,7 @@ def spec_from_json(values: Any, source: object) -> DatasetSpec:
             and rule.rule in (WINDOW, PERCENTILES, RANGE)
             and float(rule.low) < float(rule.high)
             and spec.channels in (1, 3)
+            and (spec.channel is None or 0 <= spec.channel < 65536)
             and (spec.size is None or 0 < spec.size < 65536)
             and (spec.orientation is None or is_orientation(spec.orientation))
         )

@@ -62,7 +62,10 @@ def read_descriptor(path: Path, channel: int | None) -> Descriptor:
     names = content.get("channel_names", content.get("modality", {}))
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise InputError(f'{path} has "channel_names" {names!r:.60}, expected {{"0": "CT"}}')
-    names = list(names.values())
+    try:
+        names = [name for _, name in sorted((int(key), name) for key, name in names.items())]
+    except ValueError:
+        raise InputError(f'{path} has channels {list(names)}, expected "0", "1", …') from None
     colour = [name.upper()[:1] for name in names] == ["R", "G", "B"]
     if channel is None and len(names) > 1 and not colour:
         listed = ", ".join(f"{index} {name}" for index, name in enumerate(names))
@@ -193,7 +196,7 @@ def make_spec(
     if pictures:
         channels, rule = _picture_kind(images)
     elif modality:
-        rule = CT if re.search(r"\bct\b", modality.lower()) else MR
+        rule = CT if re.search(r"(?<![a-z])ct(?![a-z])", modality.lower()) else MR
     else:
         smallest = float(read_scan(images[0])[0].min())
         rule = CT if smallest < AIR else MR
@@ -206,6 +209,7 @@ def make_spec(
         intensity=choose_intensity(args, rule),
         orientation=None if pictures else CANONICAL,
         channels=channels,
+        channel=args.channel,
     )
 
 

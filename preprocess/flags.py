@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--test_share", type=float, default=0.2, help="drawn for testing (default: %(default)s)"
     )
     split.add_argument("--folds", type=int, help="test one of so many equal parts instead")
-    split.add_argument("--fold", type=int, default=0, help="which, from 0 (default)")
+    split.add_argument("--fold", type=int, help="which, from 0 (default)")
     split.add_argument("--seed", type=int, default=1234, help="of the draw (default: 1234)")
     parser.add_argument(
         "--workers", type=int, help="processes (default: up to 4), about 2 GB each for 512 x 512"
@@ -106,13 +106,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse values that make no sense, before anything is read."""
-    for flag, low in (("size", 1), ("workers", 1), ("folds", 2), ("channel", 0), ("seed", 0)):
+    lowest = {"size": 1, "workers": 1, "folds": 2, "fold": 0, "channel": 0, "seed": 0}
+    for flag, low in lowest.items():
         value = getattr(args, flag)
         if value is not None and value < low:
             raise InputError(f"--{flag} is {value}, expected at least {low}")
     if not 0 < args.test_share < 1:
         raise InputError(f"--test_share is {args.test_share:g}, expected between 0 and 1")
-    if args.folds is not None and not 0 <= args.fold < args.folds:
+    if args.fold is not None and args.folds is None:
+        raise InputError(f"--fold is {args.fold}, but of how many is not said; pass --folds")
+    if args.folds is not None and args.test_cases is not None:
+        raise InputError("--folds and --test_cases both say what is tested; pass one of them")
+    args.fold = args.fold or 0
+    if args.folds is not None and args.fold >= args.folds:
         raise InputError(f"--fold is {args.fold}, expected 0…{args.folds - 1}")
     if args.output.resolve() == args.input.resolve():
         raise InputError(f"--output is the --input folder {args.input}; choose another")

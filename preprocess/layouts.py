@@ -131,6 +131,11 @@ def pair(
         if image is None:
             lonely.append(label.path.name)
             continue
+        if channel is None and f"{label.name}_0001" in by_name:
+            raise InputError(
+                f"{images} has several channels of {label.name} (_0000, _0001, …), of which the "
+                "network takes one; pass --channel N"
+            )
         image = replace(image, channel=channel)
         cases[label.name] = RawCase(label.name, image, label, label.name)
     if lonely:

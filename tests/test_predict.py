@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,9 +106,9 @@ def marked(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
 def core(classes: np.ndarray) -> np.ndarray:
     """Voxels far enough from any edge that the network's own grid does not matter."""
     # at some sizes the published resampling leaves the last row and column 0: not the border
-    return ndimage.maximum_filter(classes, 7, mode="constant", cval=255) == ndimage.minimum_filter(
-        classes, 7
-    )
+    size = [7 if length > 1 else 1 for length in classes.shape]
+    largest = ndimage.maximum_filter(classes, size, mode="constant", cval=255)
+    return largest == ndimage.minimum_filter(classes, size)
 
 
 def expected_file(source: Path) -> str:
@@ -130,6 +132,10 @@ CASES = {
     "DICOM": ("", "LPS", (24, 31, 37)),
     "DICOM, RAS": ("", "RAS", (24, 31, 37)),
     "DICOM, sagittal": ("", "PIR", (33, 24, 38)),
+    "one slice, RAS": (".nii.gz", "RAS", (1, 48, 60)),
+    "one slice, NRRD": (".nrrd", "LPS", (1, 48, 60)),
+    "one slice, sagittal": (".mha", "PIR", (1, 48, 60)),
+    "one slice, DICOM": ("", "LPS", (1, 48, 60)),
 }
 
 
@@ -210,7 +216,7 @@ def test_everything_that_is_written(tmp_path: Path, adapter: Path):
         assert float(row["ml"]) == pytest.approx(count * 0.83 * 1.27 * 3.1 / 1000)
     parts = [
         read_volume(out / "probabilities" / "scan" / f"{name}.nii.gz")
-        for name in ("background", "front_mark", "left_mark", "top_mark")
+        for name in ("0_background", "2_front_mark", "5_left_mark", "9_top_mark")
     ]
     assert all(where.matches(geometry) for _, where in parts)
     likely = np.stack([part for part, _ in parts])
@@ -263,6 +269,116 @@ def test_a_picture_for_a_network_of_scans_is_told(tmp_path: Path, monkeypatch: p
     assert run(tmp_path / "slice.png", tmp_path / "out", adapter) == 0
     log = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")
     assert "trained on scans, these are pictures: slice.png" in log
+
+
+def test_scans_are_never_replaced(tmp_path: Path, adapter: Path, capfd: pytest.CaptureFixture[str]):
+    (tmp_path / "in").mkdir()
+    scan = tmp_path / "in" / "scan.nii.gz"
+    write_volume(scan, marked((4, 20, 20))[0], placed("LPS"))
+    series = write_dicom(tmp_path / "series", marked((4, 20, 20))[0], placed("LPS"))
+    before = scan.read_bytes()
+    for source, output in ((scan, scan.parent), (scan.parent, scan.parent), (series, series)):
+        assert run(source, output, adapter) == 2
+        assert "is a folder of scans that are read" in capfd.readouterr().err
+    assert scan.read_bytes() == before and list(scan.parent.iterdir()) == [scan]
+    assert run(scan, scan.parent / "out", adapter) == 0
+
+
+def test_the_channel_travels_in_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    adapter = make_adapter(tmp_path, replace(SPEC, channel=1), monkeypatch)
+    (tmp_path / "in").mkdir()
+    right, geometry = marked((4, 40, 44))[0], placed("LPS", oblique=False)
+    wrong = np.flip(right, 1).copy()
+    for name, array in (("s0_0000", wrong), ("s0_0001", right)):
+        write_volume(tmp_path / "in" / f"{name}.nii.gz", array, geometry)
+    both = sitk.JoinSeries([sitk.GetImageFromArray(array) for array in (wrong, right)])
+    sitk.WriteImage(both, str(tmp_path / "in" / "s1.nii.gz"))
+    assert run(tmp_path / "in", tmp_path / "out", adapter) == 0
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz"))
+    assert files == ["s0_0001.nii.gz", "s1.nii.gz"]
+    first, second = (read_volume(tmp_path / "out" / name)[0] for name in files)
+    assert np.array_equal(first, second) and set(np.unique(first)) == {0, 2, 5, 9}
+
+
+@pytest.mark.parametrize("classes", [2, 12])
+def test_an_adapter_that_names_no_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int
+):
+    """Its classes are numbered, none is taken for one of Synapse's."""
+    model = tiny_model(num_classes=classes)
+    model.train_all_weights()
+    model.save_lora_parameters(tmp_path / "plain.pth")
+
+    class Last(Bands):
+        def forward(self, images: torch.Tensor, *_: Any) -> dict[str, torch.Tensor]:
+            return {"masks": torch.eye(classes + 1)[-1][None, :, None, None].expand(1, -1, 16, 16)}
+
+    monkeypatch.setattr(predict, "build_model", lambda args, device: (Last(), 16))
+    monkeypatch.setattr(predict, "pack_encoder", lambda model: None)
+    write_volume(tmp_path / "scan.nii.gz", marked((3, 20, 20))[0], placed("LPS"))
+    flags = ["--num_classes", str(classes), "--vit_name", "vit_tiny", "--img_size", "64"]
+    flags += ["--batch_size", "1", "--probabilities"]
+    assert run(tmp_path / "scan.nii.gz", tmp_path / "out", tmp_path / "plain.pth", *flags) == 0
+    with (tmp_path / "out" / "volumes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == [f"class {i}" for i in range(1, classes + 1)]
+    assert int(rows[-1]["voxels"]) > 0
+    assert len(list((tmp_path / "out" / "probabilities" / "scan").glob("*.nii.gz"))) == classes + 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("x")])
+def test_whatever_fails_in_one_scan_the_rest_is_done(
+    tmp_path: Path,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: Exception,
+):
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        write_volume(tmp_path / "in" / f"{name}.nii.gz", marked((3, 20, 20))[0], placed("LPS"))
+    calls = []
+
+    def fail_second(*args: Any, **kwargs: Any) -> np.ndarray:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return predict_volume(*args, **kwargs)
+
+    monkeypatch.setattr(predict, "predict_volume", fail_second)
+    flags = ["--probabilities"]
+    assert run(tmp_path / "in", tmp_path / "out", adapter, *flags) == predict.EXIT_SOME_FAILED
+    assert "error: b: " in capfd.readouterr().err
+    with (tmp_path / "out" / "volumes.csv").open() as file:
+        assert {row["case"] for row in csv.DictReader(file)} == {"a", "c"}
+    assert not list((tmp_path / "out").glob(".*partial*"))
+
+
+def test_a_full_disk_is_one_sentence(
+    tmp_path: Path,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_volume(tmp_path / "scan.nii.gz", marked((3, 20, 20))[0], placed("LPS"))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert run(tmp_path / "scan.nii.gz", tmp_path / "out", adapter, "--probabilities") == 2
+    told = capfd.readouterr().err
+    assert "No space left on device" in told and "Traceback" not in told
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
+def test_one_folder_for_scans_that_come_one_by_one(tmp_path: Path, adapter: Path):
+    for name in ("a", "b"):
+        write_volume(tmp_path / f"{name}.nii.gz", marked((3, 20, 20))[0], placed("LPS"))
+        assert run(tmp_path / f"{name}.nii.gz", tmp_path / "out", adapter) == 0
+    with (tmp_path / "out" / "volumes.csv").open() as file:
+        assert {row["case"] for row in csv.DictReader(file)} == {"a", "b"}
+    told = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [case["case"] for case in told["cases"]] == ["a", "b"]
 
 
 def test_a_bad_scan_stops_no_other_and_a_rerun_keeps_what_is_done(

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import processes
@@ -14,12 +15,15 @@ import pytest
 import torch
 from conftest import TINY_FLAGS, tiny_model, tiny_sam, write_slices
 from test_datasets import write_volume_h5
+from test_predict import SPEC, make_adapter, marked
 from test_resume import step_of, wait_for_step
+from test_scans import placed
 
 from interruption import EXIT_INTERRUPTED
 from losses import SegmentationLoss
 from safe_io import load_tensors
 from trainer import freeze_unreached, make_optimizer, training_step
+from volumes import write_volume
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -164,6 +168,23 @@ def test_a_dead_rank_ends_the_others_with_a_message_and_auto_resumes(data: Path,
     steps = [record["step"] for record in records if "loss" in record]
     assert steps == list(range(20))
     assert load_tensors(max(folder.glob("epoch_*.pth")))["w_a_000"].isfinite().all()
+
+
+def test_scans_are_shared_out_and_one_bad_one_stops_none(tmp_path: Path):
+    adapter = make_adapter(tmp_path, replace(SPEC, orientation=None))
+    (tmp_path / "in").mkdir()
+    for name in "abcd":
+        write_volume(tmp_path / "in" / f"{name}.nii.gz", marked((3, 20, 24))[0], placed("LPS"))
+    (tmp_path / "in" / "b.nii.gz").write_bytes(b"junk")
+    for processes_, folder in ((1, "one"), (2, "two")):
+        command = [sys.executable, str(REPOSITORY / "predict.py"), "--device", "cpu"]
+        command += ["--input", str(tmp_path / "in"), "--output", str(tmp_path / folder)]
+        command += ["--lora_ckpt", str(adapter), "--processes", str(processes_)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 3, done.stderr
+        assert "error: b: " in done.stderr and "Traceback" not in done.stderr
+    for name in ("a.nii.gz", "c.nii.gz", "d.nii.gz", "volumes.csv", "labels.txt"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 def test_volumes_are_shared_out_and_the_report_is_that_of_one_process(tmp_path: Path):

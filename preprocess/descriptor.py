@@ -229,10 +229,20 @@ def choose_intensity(args: argparse.Namespace, otherwise: Intensity) -> Intensit
 
 
 def _picture_kind(images: Sequence[ScanFile]) -> tuple[int, Intensity]:
-    """Channels and range of a set of pictures: colour if one of them is in colour."""
-    channels, largest = 1, 0
+    """Channels and range of a set of pictures: colour if one of them is in colour.
+
+    Raises:
+        InputError: pictures of 8 and of 16 bits, of which one kind would become black.
+    """
+    channels = 1
+    of_bits: dict[int, list[str]] = {8: [], 16: []}
     for image in tqdm(images, desc="reading pictures", unit="case", leave=False, disable=None):
         array = read_picture(image.path)
         channels = max(channels, array.shape[1] if array.ndim == 4 else 1)
-        largest = max(largest, np.iinfo(array.dtype).max if array.dtype.kind == "u" else 65535)
-    return channels, PICTURE if largest <= 255 else Intensity(RANGE, 0.0, 65535.0)
+        of_bits[8 if array.dtype == np.uint8 else 16].append(image.path.name)
+    if of_bits[8] and of_bits[16]:
+        raise InputError(
+            f"{images[0].path.parent} holds pictures of 8 bits ({first_few(of_bits[8])}) and of 16 "
+            f"({first_few(of_bits[16])}); convert them to one kind"
+        )
+    return channels, Intensity(RANGE, 0.0, 65535.0) if of_bits[16] else PICTURE

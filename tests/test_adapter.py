@@ -14,10 +14,13 @@ import sam_lora_image_encoder
 import sam_lora_image_encoder_mask_decoder
 import train
 from adapter_file import read_adapter
+from config import parse_args
 from datasets.registry import SYNAPSE
+from flags import train_parser
 from lora import LoRAModel
 from safe_io import InputError
 from segment_anything import sam_model_registry
+from utils import build_model
 
 VARIANTS = [sam_lora_image_encoder, sam_lora_image_encoder_mask_decoder]
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -98,6 +101,22 @@ def test_training_goes_on_from_other_classes(tmp_path: Path):
     log = (folder / "log.txt").read_text()
     assert "moved liver; fresh spleen, right kidney, left kidney" in log
     assert read_adapter(folder / "epoch_0.pth")[1]["class_names"] == list(SYNAPSE.class_names)
+
+
+def test_training_goes_on_from_an_adapter_that_names_no_classes(tmp_path: Path):
+    """The number of classes is the same: all heads are kept as they are."""
+    model = tiny_model(num_classes=3)
+    model.train_all_weights()
+    model.save_lora_parameters(tmp_path / "plain.pth")
+    data = write_slices(tmp_path / "data")
+    spec = SYNAPSE.of_plain_classes(3)
+    (data / "dataset_spec.json").write_text(json.dumps(spec.to_json()))
+    argv = ["--root_path", str(data), *TINY_FLAGS, "--lora_ckpt", str(tmp_path / "plain.pth")]
+    args = parse_args(train_parser(), argv)
+    loaded, _ = build_model(args, torch.device("cpu"), move_heads=True)
+    assert loaded.moved_heads == []
+    state, _ = read_adapter(tmp_path / "plain.pth")
+    assert all(torch.equal(v, state[k]) for k, v in loaded.adapter_state().items())
 
 
 @pytest.mark.parametrize("module", VARIANTS)

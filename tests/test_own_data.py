@@ -125,6 +125,17 @@ def test_layouts(tmp_path: Path, name: str):
         assert np.abs(file["image"][()] - unit).max() < 1e-6
 
 
+def test_channels_are_taken_by_their_number(tmp_path: Path):
+    channels = {"1": "T2", "0": "CT_venous"}
+    root = write_set(tmp_path / "raw", NNUNET | {"channel_names": channels})
+    for path in sorted((root / "imagesTr").iterdir()):
+        shutil.copy(path, path.with_name(path.name.replace("_0000", "_0001")))
+    for channel, rule in ((0, WINDOW), (1, PERCENTILES)):
+        assert run_prepare(root, tmp_path / f"{channel}", "--channel", str(channel)) == 0
+        spec = stored_spec(tmp_path / f"{channel}")
+        assert (spec.channel, spec.intensity.rule) == (channel, rule)
+
+
 def test_folds_share_out_every_case_once(tmp_path: Path):
     root = write_set(tmp_path / "raw", NNUNET)
     tested = []

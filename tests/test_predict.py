@@ -473,6 +473,11 @@ def test_the_largest_piece_is_kept():
 REFUSED = {
     "MR for a CT network": (lambda: np.full((3, 9, 9), 5, np.int16), {}, "Hounsfield"),
     "a constant scan": (lambda: np.zeros((3, 9, 9), np.int16), {"intensity": MR}, "0 everywhere"),
+    "8 bits for a network of 16": (
+        lambda: np.full((3, 9, 9), 200, np.uint8),
+        {"intensity": Intensity(RANGE, 0.0, 65535.0)},
+        "8 bits a pixel",
+    ),
     "too large values": (
         lambda: np.full((3, 9, 9), 4000, np.int16),
         {"intensity": Intensity(RANGE, 0.0, 255.0)},

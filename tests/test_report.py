@@ -135,6 +135,19 @@ def test_differences_are_paired_by_case_and_class(tmp_path: Path):
     assert same.difference == 0 and same.interval == (0, 0)
 
 
+def test_surface_dice_at_other_tolerances_is_not_compared(tmp_path: Path):
+    results = [case(f"case{index}", index) for index in range(2)]
+    for name, tolerance in (("a", 2.0), ("b", 0.5)):
+        run = save_run(tmp_path / name, results)
+        settings = {"flags": {}, "environment": {}}
+        write_json(run / "results.json", results, NAMES, settings, tolerance)
+    assert make_page(tmp_path / "a", tmp_path / "b", output=tmp_path / "page.html") == 0
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "NSD is left out" in text
+    runs = [read_json(tmp_path / name / "results.json") for name in "ab"]
+    assert "nsd" not in compare(*runs)["scores"] and "nsd" in compare(runs[0], runs[0])["scores"]
+
+
 def test_too_few_pairs_give_no_interval():
     values = [(0.5, 0.6), (None, 0.7), (0.4, None)]
     found = paired(values)

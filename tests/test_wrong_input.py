@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_scans import placed, volume, write_dicom
 from wrong_input import PROGRAMS, REPOSITORY, ROWS, Wrong, arguments, error_line, make_good, run
 
+import adapter
 from scans import read_picture, read_scan, scan_file, suffix_of
 
 FUZZED = 40  # examples a kind of file
@@ -99,6 +100,8 @@ FILES = {  # what is damaged -> the program that reads it
     "npz": "train.py",
     "h5": "test.py",
     "adapter.pth": "test.py",
+    "adapter.safetensors": "adapter.py",
+    "tested/results.json": "report",
 }
 
 
@@ -120,6 +123,9 @@ def test_damaged_files_end_no_program_badly(folder: Path, name: str):
     elif name == "npz":
         target = min((folder / "data" / "train_npz").iterdir())
         flags = ("--check",)
+    elif name.endswith(".safetensors"):
+        adapter.main(["convert", "adapter.pth", name])
+        flags = ("convert", name, "out.pth", "--overwrite")
     elif name == "h5":
         target = next((folder / "data" / "test_vol_h5").iterdir())
     elif program == "train.py":
@@ -144,6 +150,8 @@ def test_damaged_files_end_no_program_badly(folder: Path, name: str):
         assert code in (0, 2), told
         assert ("error: " in told) == (code == 2) and "Traceback" not in told
         assert not list(folder.rglob("*.partial.*"))
+        log = folder / "out" / "log.txt"  # predict.py goes on after faults of its own
+        assert not log.is_file() or "a fault of" not in log.read_text("utf-8")
         if code == 2:
             assert not outputs(folder)
 

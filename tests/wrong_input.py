@@ -27,11 +27,15 @@ sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 from conftest import TINY_FLAGS, tiny_model  # noqa: E402
 from test_scans import placed, volume, write_dicom  # noqa: E402
 
+import adapter  # noqa: E402
 import predict  # noqa: E402
+import report  # noqa: E402
 import test as test_program  # noqa: E402
 import train  # noqa: E402
+from metrics import compare_volume  # noqa: E402
 from preprocess import prepare  # noqa: E402
 from safe_io import exit_on_bad_input  # noqa: E402
+from tables import CaseResult, write_json  # noqa: E402
 from volumes import Geometry, write_volume  # noqa: E402
 
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
@@ -39,7 +43,10 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "train.py": train.main,
     "test.py": test_program.main,
     "predict.py": predict.main,
+    "report": report.main,
+    "adapter.py": adapter.main,
 }
+GOOD_FLAGS = {"report": ["tested"], "adapter.py": ["convert", "adapter.pth", "new.safetensors"]}
 SHAPE = (3, 12, 14)
 
 
@@ -79,11 +86,19 @@ def make_good(folder: Path) -> None:
     settings = {"vit_name": "vit_tiny", "img_size": 64, "num_classes": 2,
                 "class_names": ["liver", "tumour"], "spec": spec}  # fmt: skip
     model.save_lora_parameters(folder / "adapter.pth", settings)
+    del settings["spec"], settings["class_names"]
+    model.save_lora_parameters(folder / "unnamed.pth", settings)  # names no classes
     shutil.copy(raw / "imagesTr" / "s0_0000.nii.gz", folder / "scan.nii.gz")
+    scores, counts = compare_volume(label, label, 2, (1.0, 1.0, 1.0))
+    (folder / "tested").mkdir()
+    write_json(folder / "tested" / "results.json", [CaseResult("s2", scores, counts.tolist(), [])],
+               ["liver", "tumour"], {"flags": {}, "environment": {}}, 2.0)  # fmt: skip
 
 
 def arguments(row: Wrong, folder: Path) -> list[str]:
-    """The command line of a row; its flags come last and overrule."""
+    """The command line of a row; its flags come last and overrule, or are all of it."""
+    if row.program in ("report", "adapter.py"):
+        return list(row.flags) or GOOD_FLAGS[row.program]
     own = {
         "preprocess.prepare": ["--input", "raw", "--output", "new", "--workers", "1"],
         "train.py": ["--root_path", "data", "--output", "out", "--max_epochs", "1", *TINY_FLAGS],
@@ -234,9 +249,31 @@ def colour_labels(folder: Path) -> None:
     )
 
 
+def two_channels(folder: Path) -> None:
+    """A second channel of every picture."""
+    for path in list((folder / "pictures" / "images").iterdir()):
+        for channel in ("0000", "0001"):
+            shutil.copy(path, path.with_stem(f"{path.stem}_{channel}"))
+        path.unlink()
+
+
+def jpeg_labels(folder: Path) -> None:
+    """Masks saved as JPEG."""
+    for path in list((folder / "pictures" / "labels").iterdir()):
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+
+
+def mixed_bits(folder: Path) -> None:
+    """One picture of 16 bits among those of 8."""
+    Image.fromarray(np.full((12, 14), 30_000, np.uint16)).save(
+        folder / "pictures" / "images" / "p0.png"
+    )
+
+
 ONES = np.ones(SHAPE, np.uint8)
 HU = np.linspace(-1000, 500, ONES.size).reshape(SHAPE).astype(np.int16)
-P, T, E, S = PROGRAMS  # prepare, train, test (evaluation), predict (segmentation)
+P, T, E, S, R, A = PROGRAMS  # prepare, train, test (evaluation), predict (segmentation), …
 ROWS = [
     Wrong(P, "the input folder does not exist", nothing, "does not exist", ("--input", "none")),
     Wrong(P, "a folder of no known layout", nothing, "no data set that is known",
@@ -278,6 +315,15 @@ ROWS = [
           ("--input", "pictures")),
     Wrong(P, "another number of class names", nothing, "--class_names has 1",
           ("--input", "pictures", "--class_names", "a")),
+    Wrong(P, "labels as JPEG", jpeg_labels, "is a JPEG", ("--input", "pictures")),
+    Wrong(P, "pictures of 8 and of 16 bits", mixed_bits, "convert them to one kind",
+          ("--input", "pictures")),
+    Wrong(P, "several files a picture", two_channels, "pass --channel", ("--input", "pictures")),
+    Wrong(P, "channels that have no number", described(channel_names={"CT": "0"}),
+          'expected "0", "1"'),
+    Wrong(P, "a fold of no folds", nothing, "pass --folds", ("--fold", "1")),
+    Wrong(P, "folds and test cases", nothing, "pass one of them",
+          ("--folds", "3", "--test_cases", "s0")),
     Wrong(P, "another data set's name", nothing, "unknown data set",
           ("--input", "data", "--dataset", "X")),
     Wrong(T, "the data folder does not exist", nothing, "does not exist", ("--root_path", "none")),
@@ -304,6 +350,10 @@ ROWS = [
     Wrong(T, "too few cases to hold one out", nothing, "--val_cases",
           ("--val_every", "1", "--val_cases", "9")),
     Wrong(T, "a run folder that is none", nothing, "run folder", ("--resume", "none")),
+    Wrong(T, "an adapter of other classes that names none", spec_of(
+        class_names=["a", "b", "c"], raw_labels={"1": 1, "2": 2, "3": 3},
+        predicted_values=[1, 2, 3]), "has 2 classes and names none",
+          ("--lora_ckpt", "unnamed.pth", "--check")),
     Wrong(E, "the test data do not exist", nothing, "does not exist", ("--volume_path", "none")),
     Wrong(E, "the adapter is not there", nothing, "does not exist", ("--lora_ckpt", "none.pth")),
     Wrong(E, "the adapter is cut short", cut("adapter.pth"), "not a readable PyTorch checkpoint"),
@@ -331,6 +381,24 @@ ROWS = [
         {"image_encoder.pos_embed": torch.zeros(1)}, f / "b.pth"), "looks like base weights",
           ("--lora_ckpt", "b.pth")),
     Wrong(S, "the output is a file", junk("out"), "cannot make the folder"),
+    Wrong(S, "the output is the scan's folder", nothing, "is a folder of scans that are read",
+          ("--output", ".")),
+    Wrong(S, "a channel below 0", nothing, "--channel is -1", ("--channel", "-1")),
+    Wrong(S, "DICOM slices beside other scans", lambda f: (f / "IM0").write_bytes(
+        bytes(128) + b"DICM"), "DICOM slices beside", ("--input", ".")),
+    Wrong(R, "a run that was not tested", nothing, "does not exist", ("none",)),
+    Wrong(R, "results cut short", cut("tested/results.json"), "results.json", ("tested",)),
+    Wrong(R, "the page is a folder", nothing, "choose another path",
+          ("tested", "--output", "data")),
+    Wrong(R, "the page's folder is a file", nothing, "choose another path",
+          ("tested", "--output", "scan.nii.gz/page.html")),
+    Wrong(A, "a file that is not there", nothing, "does not exist", ("show", "none.pth")),
+    Wrong(A, "an output of another format", nothing, "expected .pth or .safetensors",
+          ("convert", "adapter.pth", "adapter.onnx")),
+    Wrong(A, "an output that is there", nothing, "exists",
+          ("convert", "adapter.pth", "unnamed.pth")),
+    Wrong(A, "the output's folder is a file", nothing, "choose another path",
+          ("convert", "adapter.pth", "scan.nii.gz/a.safetensors")),
 ]  # fmt: skip
 
 
@@ -346,9 +414,10 @@ def main() -> None:
         "# Wrong input",
         "",
         "What each program says where something is wrong, before any long work starts: one",
-        f"sentence on stderr, exit code 2, nothing half-written. {len(ROWS)} cases, every one of "
-        "them run by",
-        "`tests/test_wrong_input.py`; `python tests/wrong_input.py` writes this page.",
+        "sentence on stderr, exit code 2, nothing half-written. What is wrong with one of several",
+        "scans `predict.py` says when it comes to it, and goes on with the others (exit code 3).",
+        f"{len(ROWS)} cases, every one of them run by `tests/test_wrong_input.py`;",
+        "`python tests/wrong_input.py` writes this page.",
     ]
     with tempfile.TemporaryDirectory() as base:
         make_good(Path(base))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -97,7 +95,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float:
 
 def idle_share(model: nn.Module, criterion: SegmentationLoss, device: torch.device) -> float:
     """Share of the time by which training from files is longer than training on one batch."""
-    folder = Path(tempfile.mkdtemp())
+    folder = scenes.scratch_folder()
     paths = scenes.write_slices(folder / "train_npz", 24)
     names = [path.stem for path in paths]
     (folder / "lists").mkdir()

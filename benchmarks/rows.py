@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -94,7 +91,7 @@ def resize_rows(device: torch.device) -> list[Row]:
 
 def sample_rows(device: torch.device) -> list[Row]:
     """A batch of training samples from their files to the device."""
-    folder = Path(tempfile.mkdtemp())
+    folder = scenes.scratch_folder()
     paths = scenes.write_slices(folder / "train_npz", 24)
     lists = folder / "lists"
     lists.mkdir()
@@ -123,7 +120,6 @@ def sample_rows(device: torch.device) -> list[Row]:
         *(ours, peer, lambda a, b: max(map(largest, a, b))),
         **{"tolerance": 1e-5, "target": 8, "device": device},
     )
-    shutil.rmtree(folder)
     return [row]
 
 
@@ -248,7 +244,7 @@ def testing_row(
     repeats: int,
 ) -> Row:
     """One volume through `test.test_cases` and through the original's loop."""
-    folder = Path(tempfile.mkdtemp())
+    folder = scenes.scratch_folder()
     path = scenes.write_h5(folder / "test_vol_h5" / "case0001.npy.h5", image, label)
     (folder / "lists").mkdir()
     (folder / "lists" / "test_vol.txt").write_text("case0001\n")
@@ -286,7 +282,6 @@ def testing_row(
         *(name, what, "the original's loop: slice by slice, scipy, medpy", ours, peer, difference),
         **{"tolerance": 1e-4, "target": target, "repeats": repeats, "device": device},
     )
-    shutil.rmtree(folder)
     return row
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
-import tempfile
-from pathlib import Path
 
 import torch
 
@@ -35,7 +32,7 @@ def saving_rows(device: torch.device) -> list[Row]:
     criterion = SegmentationLoss(scenes.NUM_CLASSES + 1, 0.8)
     terms, _ = training_step(model, batch, criterion, optimizer, 1e-4)
     args = complete(argparse.Namespace(root_path="."))
-    folder = Path(tempfile.mkdtemp())
+    folder = scenes.scratch_folder()
 
     with RunLog(folder, every=args.log_every) as log:
         run = Progress()
@@ -60,7 +57,6 @@ def saving_rows(device: torch.device) -> list[Row]:
     kept = newest_state(folder)["model"]
     names = dict(model.named_parameters())
     difference = max(largest(kept[n], names[n].detach()) for n in kept if n in names)
-    shutil.rmtree(folder)
     return [
         Row(
             *("saving", f"state, adapter and log of an epoch of {UPDATES} updates, vit_b"),

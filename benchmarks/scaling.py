@@ -6,7 +6,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def peak_resident() -> int:
 
 def test_slices(count: int, device: torch.device, volumes: int = 1) -> Callable[[], object]:
     """`test.py` on volumes of `count` slices of 256 × 256, with the smallest encoder."""
-    folder = Path(tempfile.mkdtemp())
+    folder = scenes.scratch_folder()
     rng = np.random.default_rng(0)
     label = np.zeros((count, 256, 256), dtype=np.uint8)
     label[:, 60:180, 50:150] = rng.integers(1, 9)

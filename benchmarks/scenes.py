@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +21,13 @@ from sam_lora_image_encoder import LoRA_Sam
 from segment_anything import sam_model_registry
 
 NUM_CLASSES = SYNAPSE.num_classes
+
+
+def scratch_folder() -> Path:
+    """A new empty folder that goes when the program ends."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @lru_cache(maxsize=2)

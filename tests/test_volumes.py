@@ -192,7 +192,7 @@ def test_missing_file(tmp_path: Path):
         ("a.nii.gz", VOXELS[:0], "expected non-empty"),
         ("a.nii.gz", VOXELS > 0, "bool"),
         ("a.scan", VOXELS, "Unable to determine ImageIO writer"),
-        ("file/a.nii.gz", VOXELS, "folder can be written"),
+        ("file/a.nii.gz", VOXELS, "choose another path"),
     ],
 )
 def test_what_cannot_be_written(tmp_path: Path, name: str, array: np.ndarray, told: str):

@@ -13,7 +13,6 @@ from batches import collate_slices
 from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.resampling import resize_images
-from flags import test_parser
 from losses import SegmentationLoss
 from metrics import score_volume
 from packing import pack_encoder
@@ -245,13 +244,7 @@ def testing_row(
 ) -> Row:
     """One volume through `test.test_cases` and through the original's loop."""
     folder = scenes.scratch_folder()
-    path = scenes.write_h5(folder / "test_vol_h5" / "case0001.npy.h5", image, label)
-    (folder / "lists").mkdir()
-    (folder / "lists" / "test_vol.txt").write_text("case0001\n")
-    dataset = Synapse_dataset(folder, None, "test_vol")
-    flags = ["--output_dir", str(folder / "out"), "--is_savenii"]
-    args = test_parser().parse_args(flags)
-    args.num_classes = scenes.NUM_CLASSES
+    args, dataset = scenes.test_data(folder, {"case0001": (image, label)}, "--is_savenii")
     slow = None if model is None else plain.plain_copy(model).eval().to(device)
     if model is not None:
         model.eval().to(device).merge()
@@ -268,7 +261,7 @@ def testing_row(
     def peer() -> tuple[torch.Tensor, np.ndarray]:
         slow_net.restart()
         found, scores = plain.plain_test(
-            *(path, slow_net),
+            *(dataset.paths[0], slow_net),
             **{"classes": scenes.NUM_CLASSES, "input_size": args.input_size},
             **{"image_size": args.img_size, "folder": folder},
         )
@@ -278,11 +271,10 @@ def testing_row(
     def difference(a: tuple, b: tuple) -> float:
         return max(largest(a[0], b[0]), float(np.abs(a[1] - b[1]).max()))
 
-    row = compare(
+    return compare(
         *(name, what, "the original's loop: slice by slice, scipy, medpy", ours, peer, difference),
         **{"tolerance": 1e-4, "target": target, "repeats": repeats, "device": device},
     )
-    return row
 
 
 def logits_of(net: scenes.Answers) -> torch.Tensor:

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 
 import test
-from datasets.dataset_synapse import Synapse_dataset
 from figures import save
-from flags import test_parser
 from losses import SegmentationLoss
 from trainer import freeze_unreached, make_optimizer, training_step
 
@@ -55,15 +53,11 @@ def test_slices(count: int, device: torch.device, volumes: int = 1) -> Callable[
     rng = np.random.default_rng(0)
     label = np.zeros((count, 256, 256), dtype=np.uint8)
     label[:, 60:180, 50:150] = rng.integers(1, 9)
-    names = [f"case{index:04d}" for index in range(1, volumes + 1)]
-    for name in names:
+    cases = {}
+    for index in range(1, volumes + 1):
         image = (label / 8 + 0.05 * rng.random(label.shape)).astype(np.float32)
-        scenes.write_h5(folder / "test_vol_h5" / f"{name}.npy.h5", image, label)
-    (folder / "lists").mkdir()
-    (folder / "lists" / "test_vol.txt").write_text("".join(f"{name}\n" for name in names))
-    args = test_parser().parse_args(["--is_savenii", "--img_size", "224"])
-    args.num_classes = scenes.NUM_CLASSES
-    dataset = Synapse_dataset(folder, None, "test_vol")
+        cases[f"case{index:04d}"] = (image, label)
+    args, dataset = scenes.test_data(folder, cases, "--is_savenii", "--img_size", "224")
     model = scenes.network("vit_tiny", 224).eval().to(device)
     model.merge()
     return lambda: list(test.test_cases(args, model, dataset, folder / "out"))

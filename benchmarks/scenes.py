@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import shutil
 import tempfile
@@ -14,8 +15,10 @@ import torch
 from scipy import ndimage
 from torch import nn
 
+from datasets.dataset_synapse import Synapse_dataset
 from datasets.phantom import make_phantom
 from datasets.registry import SYNAPSE
+from flags import test_parser
 from lora import LoRAModel
 from sam_lora_image_encoder import LoRA_Sam
 from segment_anything import sam_model_registry
@@ -78,6 +81,23 @@ def write_h5(path: Path, image: np.ndarray, label: np.ndarray) -> Path:
         file.attrs.update(spacing=(0.74, 0.74, 1.67), origin=(0.0, 0.0, 0.0))
         file.attrs["direction"] = (1.0, 0, 0, 0, 1, 0, 0, 0, 1)
     return path
+
+
+def test_data(
+    folder: Path,
+    volumes: dict[str, tuple[np.ndarray, np.ndarray]],
+    *flags: str,
+    num_classes: int = NUM_CLASSES,
+) -> tuple[argparse.Namespace, Synapse_dataset]:
+    """Volumes (image, label) by case as `test.py` finds them, and its flags for slices of 224²."""
+    for case, (image, label) in volumes.items():
+        write_h5(folder / "test_vol_h5" / f"{case}.npy.h5", image, label)
+    (folder / "lists").mkdir()
+    (folder / "lists" / "test_vol.txt").write_text("".join(f"{case}\n" for case in volumes))
+    args = test_parser().parse_args(
+        ["--num_classes", str(num_classes), "--input_size", "224", *flags]
+    )
+    return args, Synapse_dataset(folder, None, "test_vol", num_classes=num_classes)
 
 
 def write_slices(folder: Path, count: int, size: int = 224) -> list[Path]:

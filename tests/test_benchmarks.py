@@ -11,12 +11,11 @@ import torch
 from conftest import randomise_updates, tiny_model, write_slices
 
 import test
-from benchmarks import scenes, table
+from benchmarks import rows, scaling, scenes, table
 from benchmarks.plain import plain_copy, plain_sample, plain_test
 from benchmarks.timing import DisagreementError, Row, compare
 from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
-from flags import test_parser as parser_of_test
 from volumes import read_volume
 
 
@@ -42,20 +41,16 @@ def test_a_volume_goes_through_as_in_the_original_loop(
     shape: tuple[int, ...], labelled: bool, tmp_path: Path
 ):
     image, label = volume(shape, labelled=labelled)
-    path = scenes.write_h5(tmp_path / "test_vol_h5" / "case0001.npy.h5", image, label)
-    (tmp_path / "lists").mkdir()
-    (tmp_path / "lists" / "test_vol.txt").write_text("case0001\n")
-    args = parser_of_test().parse_args(["--img_size", "64", "--input_size", "32", "--is_savenii"])
-    args.num_classes = 2
+    flags = ("--img_size", "64", "--input_size", "32", "--is_savenii")
+    args, dataset = scenes.test_data(tmp_path, {"case0001": (image, label)}, *flags, num_classes=2)
     model = tiny_model().eval()
     torch.nn.init.normal_(model.sam.mask_decoder.mask_tokens.weight)  # classes that differ
     randomise_updates(model)
     expected, scores = plain_test(
-        *(path, plain_copy(model)),
+        *(dataset.paths[0], plain_copy(model)),
         **{"classes": 2, "input_size": 32, "image_size": 64, "folder": tmp_path},
     )
     model.merge()
-    dataset = Synapse_dataset(tmp_path, None, "test_vol", num_classes=2)
     ((result, _),) = test.test_cases(args, model, dataset, tmp_path / "out")
     found, _ = read_volume(tmp_path / "out" / "predictions" / "case0001_pred.nii.gz")
     assert len(np.unique(expected)) > 1  # or the comparison would say little
@@ -67,17 +62,26 @@ def test_a_volume_goes_through_as_in_the_original_loop(
 def test_results_come_in_order_and_once(tmp_path: Path):
     """More volumes than may wait."""
     names = [f"case{index:04d}" for index in range(2 * test.WAITING + 1)]
-    for index, name in enumerate(names):
-        image, label = volume((1 + index % 3, 20, 20), labelled=True)
-        scenes.write_h5(tmp_path / "test_vol_h5" / f"{name}.npy.h5", image, label)
-    (tmp_path / "lists").mkdir()
-    (tmp_path / "lists" / "test_vol.txt").write_text("\n".join(names))
-    args = parser_of_test().parse_args(["--img_size", "64", "--input_size", "32"])
-    args.num_classes, done = 2, []
-    dataset = Synapse_dataset(tmp_path, None, "test_vol", num_classes=2)
+    volumes = {
+        name: volume((1 + index % 3, 20, 20), labelled=True) for index, name in enumerate(names)
+    }
+    flags, done = ("--img_size", "64", "--input_size", "32"), []
+    args, dataset = scenes.test_data(tmp_path, volumes, *flags, num_classes=2)
     finished = test.test_cases(args, tiny_model().eval(), dataset, tmp_path, progress=done.append)
     assert [result.case for result, _ in finished] == names
     assert sum(done) == dataset.count_slices() == sum(1 + index % 3 for index in range(len(names)))
+
+
+def test_the_rows_of_testing_run_on_what_test_py_reads():
+    """Else nothing but `make benchmark` would notice that flags or data have changed."""
+    label = np.zeros((2, 32, 32), dtype=np.uint8)
+    label[:, 8:24, 8:24] = 3
+    row = rows.testing_row(
+        *("test.py", "masks given", torch.device("cpu"), label / 8, label, label, None, 0, 1)
+    )
+    assert row.repeats == 1 and row.difference == 0
+    (result, _) = scaling.test_slices(1, torch.device("cpu"))()[0]
+    assert len(result.scores) == scenes.NUM_CLASSES
 
 
 @pytest.mark.parametrize("size", [40, 35])

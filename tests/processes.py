@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -77,6 +78,18 @@ def killed_while_saving() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     os.fsync = fatal
+
+
+def slow_to_save_when_asked() -> None:
+    """Once a signal was noted, writing the state takes longer than anybody waits."""
+    fsync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            time.sleep(600)
+        fsync(descriptor)
+
+    os.fsync = slow
 
 
 def _run(

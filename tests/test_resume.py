@@ -127,11 +127,14 @@ def test_a_signal_saves_and_a_resumed_run_equals_an_uninterrupted_one(
 
 def test_a_second_signal_ends_at_once(data: Path, tmp_path: Path):
     log = tmp_path / "log"
-    (process,) = processes.start(flags_of(data, tmp_path / "out", "--stop_epoch", "20"), log)
+    argv = flags_of(data, tmp_path / "out", "--stop_epoch", "20")
+    (process,) = processes.start(argv, log, before=processes.slow_to_save_when_asked)
     wait_for_step(tmp_path / "out", 2, process.is_alive)
-    for _ in range(100):
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
+    while "again to end at once" not in log.read_text():  # signals sent at once count as one
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
     process.join(timeout=60)
     assert process.exitcode == -signal.SIGTERM
     assert newest_state(folder_of(tmp_path / "out"))["progress"]["step"] >= 2

@@ -32,7 +32,6 @@ from predictions import (
     write_summary,
 )
 from ranks import Ranks, joined, launch, local_device, processes_here
-from run_log import start_logging
 from safe_io import (
     EXIT_BAD_INPUT,
     InputError,
@@ -40,8 +39,8 @@ from safe_io import (
     first_few,
     make_folder,
 )
-from scans import DICOM, ScanFile, find_scans, of_channel
-from utils import allow_tf32, amp_dtype, build_model, choose_device, seed_everything
+from scans.files import DICOM, ScanFile, find_scans, of_channel
+from utils import allow_tf32, amp_dtype, build_model, choose_device, seed_everything, start_logging
 
 EXIT_SOME_FAILED = 3
 WAITING = 2  # scans that may wait to be written

@@ -18,13 +18,13 @@ import numpy as np
 from PIL import Image
 
 from datasets.registry import DatasetSpec, to_unit, with_channels
-from figures import case_panel, draw_overlays, save
-from label_files import label_suffix, write_label_tables, write_labels, write_like
-from orientation import orientation_of, turned, turned_geometry
+from report.figures import case_panel, draw_overlays, save
 from safe_io import atomic_path, cannot_write, sha256_of
-from scans import ScanFile, read_scan
+from scans.files import ScanFile, read_scan
+from scans.labels import label_suffix, write_label_tables, write_labels, write_like
+from scans.orientation import orientation_of, turned, turned_geometry
+from scans.volumes import Geometry
 from utils import environment
-from volumes import Geometry
 
 RECORDS = ".done"
 NOT_IN_KEY = {  # flags that do not change what is written for a case

@@ -18,17 +18,17 @@ from tqdm import tqdm
 
 from config import class_names, parse_args
 from datasets.dataset_synapse import Synapse_dataset
-from figures import CasePanel, case_panel, save_pair, shown_slice, worst_slices, write_pages
 from flags import test_parser
 from inference import predict_volume
 from metrics import compare_volume
-from orientation import orientation_of, turned, turned_geometry
 from packing import pack_encoder
 from ranks import Ranks, joined, launch, local_device, processes_here
-from report import write_page
-from run_log import start_logging
+from report.figures import CasePanel, case_panel, save_pair, shown_slice, worst_slices, write_pages
+from report.page import write_page
+from report.tables import CaseResult, WorstSlice, format_table, read_json, write_csv, write_json
 from safe_io import exit_on_bad_input, make_folder
-from tables import CaseResult, WorstSlice, format_table, read_json, write_csv, write_json
+from scans.orientation import orientation_of, turned, turned_geometry
+from scans.volumes import Geometry, write_volume
 from utils import (
     allow_tf32,
     amp_dtype,
@@ -36,8 +36,8 @@ from utils import (
     choose_device,
     environment,
     seed_everything,
+    start_logging,
 )
-from volumes import Geometry, write_volume
 
 WAITING = 4  # volumes that may wait to be scored and written
 

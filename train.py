@@ -12,19 +12,25 @@ from pathlib import Path
 import torch
 
 from config import class_names, parse_args
-from data_check import Page, check_page
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.samples import SampleFacts
 from flags import train_parser
 from lora import LoRAModel
-from memory import GIB, estimate_training_memory, out_of_memory
 from ranks import Ranks, joined, launch, local_device, processes_here, was_restarted
 from run_folder import AUTO, SCRATCH, find_run, make_run_folder, only_writer, save_config
-from run_log import start_logging
 from safe_io import InputError, atomic_path, exit_on_bad_input
 from trainer import freeze_unreached, trainer_synapse
-from utils import allow_tf32, build_model, choose_device, environment, seed_everything
-from validation import hold_out
+from training.data_check import Page, check_page
+from training.memory import GIB, estimate_training_memory, out_of_memory
+from training.validation import hold_out
+from utils import (
+    allow_tf32,
+    build_model,
+    choose_device,
+    environment,
+    seed_everything,
+    start_logging,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,17 +15,17 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from batches import augmented_batch, make_loader
 from config import class_names, complete
-from curves import draw_curves
 from datasets.dataset_synapse import Synapse_dataset
 from interruption import Interruption
 from losses import SegmentationLoss
 from ranks import ALONE, Ranks
-from run_log import RunLog
-from training_state import Checkpoint, Progress, newest_state, restore
+from training.batches import augmented_batch, make_loader
+from training.curves import draw_curves
+from training.run_log import RunLog
+from training.state import Checkpoint, Progress, newest_state, restore
+from training.validation import hold_out, note_validation, validate
 from utils import amp_dtype, unwrap
-from validation import hold_out, note_validation, validate
 
 SAVE_EVERY = 20  # epochs; epoch_159.pth is the published adapter
 PICTURES_EVERY = 200  # steps

@@ -1,8 +1,9 @@
-"""Seeding, devices, building the network; and names that older scripts import from here."""
+"""Seeding, logging, devices, building the network; and names that older scripts import."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import platform
 import random
@@ -25,8 +26,8 @@ from losses import DiceLoss, Focal_loss
 from metrics import calculate_metric_percase
 from run_folder import SCRATCH
 from safe_io import InputError
+from scans.volumes import Geometry, write_volume
 from segment_anything import sam_model_registry
-from volumes import Geometry, write_volume
 
 __all__ = [
     "DiceLoss",
@@ -38,9 +39,23 @@ __all__ = [
     "choose_device",
     "environment",
     "seed_everything",
+    "start_logging",
     "test_single_volume",
     "unwrap",
 ]
+
+
+def start_logging(path: Path | None) -> None:
+    """Send log lines to the terminal and, with the time, to `path`; None: only warnings, there."""
+    if path is None:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+        return
+    logging.raiseExceptions = False  # a full disk is reported once, not per line
+    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+    to_terminal = logging.StreamHandler(sys.stdout)
+    to_terminal.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[to_file, to_terminal], force=True)
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:

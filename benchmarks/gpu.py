@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from batches import augmented_batch, make_loader
 from config import complete
 from datasets.dataset_synapse import Synapse_dataset
 from losses import SegmentationLoss
 from trainer import freeze_unreached, make_optimizer, training_step
+from training.batches import augmented_batch, make_loader
 
 from . import plain, scenes
 from .timing import Row, compare

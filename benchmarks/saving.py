@@ -10,9 +10,9 @@ import torch
 from config import complete
 from losses import SegmentationLoss
 from ranks import ALONE
-from run_log import RunLog
 from trainer import freeze_unreached, make_optimizer, training_step
-from training_state import Checkpoint, Progress, newest_state
+from training.run_log import RunLog
+from training.state import Checkpoint, Progress, newest_state
 
 from . import scenes
 from .timing import Row, check_agreement, largest, timed

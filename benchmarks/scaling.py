@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 import test
-from figures import save
 from losses import SegmentationLoss
+from report.figures import save
 from trainer import freeze_unreached, make_optimizer, training_step
 
 from . import scenes

@@ -13,8 +13,8 @@ import numpy as np
 
 from datasets.registry import DatasetSpec, case_names, slice_name
 from safe_io import InputError, MissingFileError, first_few
-from scans import read_scan_header
-from volumes import Geometry
+from scans.files import read_scan_header
+from scans.volumes import Geometry
 
 from .layouts import RawCase, RawData
 

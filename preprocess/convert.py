@@ -13,9 +13,9 @@ import torch
 
 from datasets.registry import DatasetSpec, to_unit, with_channels
 from datasets.resampling import resize_images, resize_labels
-from orientation import orientation_of, turned
 from safe_io import InputError, atomic_path, first_few
-from scans import read_scan
+from scans.files import read_scan
+from scans.orientation import orientation_of, turned
 
 from .cases import TEST, TRAIN, Job, check_pair
 from .descriptor import distinct, read_label

@@ -23,10 +23,11 @@ from datasets.registry import (
     DatasetSpec,
     Intensity,
 )
-from orientation import CANONICAL
 from safe_io import InputError, first_few
-from scans import ScanFile, read_index_picture, read_picture, read_scan
-from volumes import Geometry
+from scans.files import ScanFile, read_scan
+from scans.orientation import CANONICAL
+from scans.pictures import read_index_picture, read_picture
+from scans.volumes import Geometry
 
 DESCRIPTOR = "dataset.json"
 AIR = -200  # a scan with values below it is taken as CT where nothing says what it is

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datasets.registry import DatasetSpec, get_dataset
 from safe_io import InputError, MissingFileError, first_few, require_folder, warn
-from scans import ScanFile, find_scans
+from scans.files import ScanFile, find_scans
 
 from .descriptor import DESCRIPTOR, choose_intensity, make_spec, read_descriptor, values_in_use
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from datasets.phantom import make_phantom
 from safe_io import InputError, exit_on_bad_input, make_folder
-from volumes import Geometry, write_volume
+from scans.volumes import Geometry, write_volume
 
 NUMBERS = (*range(1, 11), *range(21, 41))  # BTCV's cases, so that the published split applies
 

@@ -24,9 +24,9 @@ import torch
 from tqdm import tqdm
 
 from datasets.registry import SPEC_FILE, DatasetSpec
-from orientation import orientation_of
 from safe_io import EXIT_BAD_INPUT, InputError, exit_on_bad_input, first_few, make_folder, warn
-from volumes import Geometry
+from scans.orientation import orientation_of
+from scans.volumes import Geometry
 
 from .cases import (
     LISTS,

@@ -12,13 +12,13 @@ import torch
 from conftest import write_slices
 from scipy import ndimage
 
-from batches import EpochBatches, collate_slices
 from datasets.augmentation import Augmentation, draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import PUBLISHED_LISTS, RandomGenerator, Synapse_dataset, read_list
 from datasets.registry import SYNAPSE, label_colours
 from datasets.resampling import resize_images, resize_labels
 from ranks import Ranks
 from safe_io import InputError
+from training.batches import EpochBatches, collate_slices
 
 SIZES = [
     ((512, 512), (224, 224)),

@@ -19,12 +19,12 @@ from test_resume import assert_equal_runs, flags_of, folder_of, wait_for_step
 import safe_io
 import train
 import trainer
-import training_state
 from interruption import EXIT_INTERRUPTED
 from losses import SegmentationLoss
-from memory import out_of_memory
 from safe_io import InputError
-from training_state import newest_state, saved_states
+from training import state as training_state
+from training.memory import out_of_memory
+from training.state import newest_state, saved_states
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from conftest import TINY_FLAGS, tiny_model, write_slices
 from golden_rule import assert_golden, golden_images, golden_model, read_npz
 
 import train
-from batches import augmented_batch
 from benchmarks.plain import PlainAttention
 from config import complete
 from losses import SegmentationLoss
 from segment_anything.modeling import relative_attention
 from trainer import freeze_unreached, make_optimizer, training_step
+from training.batches import augmented_batch
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,7 +11,7 @@ from conftest import TINY_FLAGS, write_slices
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from run_log import RunLog
+from training.run_log import RunLog
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Tensor methods that bring a value to the host, and operators whose result's size does.

@@ -14,15 +14,15 @@ from PIL import Image
 from test_scans import placed, write_dicom
 
 import predict
-import report
 import test as test_program
 import train
 from datasets.registry import MR, PERCENTILES, PICTURE, RANGE, WINDOW, stored_spec
-from orientation import orientation_of, turned
 from preprocess.prepare import main as prepare
+from report import __main__ as report
+from report.tables import read_json
 from safe_io import load_arrays
-from tables import read_json
-from volumes import Geometry, read_volume, write_volume
+from scans.orientation import orientation_of, turned
+from scans.volumes import Geometry, read_volume, write_volume
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 SHAPE = (4, 11, 13)

@@ -10,7 +10,7 @@ import pytest
 from datasets.phantom import make_phantom
 from datasets.registry import SYNAPSE
 from preprocess.phantom import main
-from volumes import read_volume
+from scans.volumes import read_volume
 
 # raw label -> smallest and largest volume in ml, generous for an adult
 VOLUMES = {

@@ -25,7 +25,7 @@ import predict
 from datasets.registry import MR, PICTURE, RANGE, WINDOW, DatasetSpec, Intensity
 from inference import predict_volume
 from safe_io import exit_on_bad_input
-from volumes import Geometry, read_volume, write_volume
+from scans.volumes import Geometry, read_volume, write_volume
 
 SPEC = DatasetSpec(
     name="marks",

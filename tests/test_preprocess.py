@@ -20,13 +20,13 @@ from test_volumes import OBLIQUE, cut, junk, write_image
 
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.registry import SPEC_FILE, SYNAPSE, case_names, stored_spec
-from orientation import orientation_of
 from preprocess.cases import Split, choose_roles
 from preprocess.layouts import RawCase, RawData
 from preprocess.prepare import main
 from safe_io import load_arrays
-from scans import ScanFile
-from volumes import Geometry, read_volume, write_volume
+from scans.files import ScanFile
+from scans.orientation import orientation_of
+from scans.volumes import Geometry, read_volume, write_volume
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_CT = REPOSITORY.parent / "shared" / "data" / "ct"

@@ -22,8 +22,8 @@ from test_scans import placed
 from interruption import EXIT_INTERRUPTED
 from losses import SegmentationLoss
 from safe_io import load_tensors
+from scans.volumes import write_volume
 from trainer import freeze_unreached, make_optimizer, training_step
-from volumes import write_volume
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import report
 from metrics import compare_volume
-from report import FEWEST_PAIRS, compare, paired
-from tables import CaseResult, WorstSlice, class_means, read_json, total_means, write_json
+from report import __main__ as report
+from report.page import COLUMNS, FEWEST_PAIRS, compare, paired
+from report.tables import CaseResult, WorstSlice, class_means, read_json, total_means, write_json
 
 NAMES = ["liver", "<b>spleen</b>", "never there"]
 SPACING = (3.0, 1.0, 1.5)
@@ -88,7 +88,7 @@ def test_the_page_holds_every_number_and_needs_nothing(tmp_path: Path):
     assert "b" in page.tags and "<b>spleen</b>" not in text  # a name is no markup
     assert NAMES[1] in page.cells
     for means in (*class_means(results)[:2], total_means(results)):
-        for name, (_, factor, _) in report.COLUMNS.items():
+        for name, (_, factor, _) in COLUMNS.items():
             assert f"{factor * means[name]:.2f}" in page.cells
     assert all(result.case in page.cells for result in results)
     sums = np.sum([result.confusion for result in results], axis=0).T

@@ -19,7 +19,7 @@ from conftest import TINY_FLAGS, write_slices
 import train
 from interruption import EXIT_INTERRUPTED
 from safe_io import InputError, sha256_of
-from training_state import STATES, newest_state, saved_states
+from training.state import STATES, newest_state, saved_states
 
 FLAGS = [
     *TINY_FLAGS,

@@ -13,10 +13,11 @@ import SimpleITK as sitk
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from orientation import OPPOSITE, orientation_of, turned, turned_geometry
 from safe_io import InputError, MissingFileError
-from scans import find_scans, read_index_picture, read_picture, read_scan, read_scan_header
-from volumes import Geometry, write_volume
+from scans.files import find_scans, read_scan, read_scan_header
+from scans.orientation import OPPOSITE, orientation_of, turned, turned_geometry
+from scans.pictures import read_index_picture, read_picture
+from scans.volumes import Geometry, write_volume
 
 AXES = {"L": (1, 0, 0), "P": (0, 1, 0), "S": (0, 0, 1)}
 ORIENTATIONS = [

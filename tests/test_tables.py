@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from figures import CASES_A_PAGE, SLICES_A_CASE, CasePanel, case_panel, write_pages
 from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore
-from tables import (
+from report.figures import CASES_A_PAGE, SLICES_A_CASE, CasePanel, case_panel, write_pages
+from report.tables import (
     DEFINITIONS,
     OUTCOMES,
     SCORES,

@@ -17,10 +17,10 @@ import trainer
 from adapter_file import read_adapter
 from datasets.dataset_synapse import Synapse_dataset
 from inference import predict_volume
-from memory import estimate_training_memory
 from metrics import score_volume
 from safe_io import InputError
-from validation import Validation, case_of, hold_out, validate
+from training.memory import estimate_training_memory
+from training.validation import Validation, case_of, hold_out, validate
 
 FLAGS = ["--batch_size", "4", "--AdamW", "--base_lr", "1e-3", "--max_epochs", "9"]
 

@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk
 
 from safe_io import InputError, MissingFileError
-from volumes import Geometry, read_header, read_volume, write_volume
+from scans.volumes import Geometry, read_header, read_volume, write_volume
 
 
 def oblique_geometry() -> Geometry:

@@ -14,7 +14,8 @@ from test_scans import placed, volume, write_dicom
 from wrong_input import PROGRAMS, REPOSITORY, ROWS, Wrong, arguments, error_line, make_good, run
 
 import adapter
-from scans import read_picture, read_scan, scan_file, suffix_of
+from scans.files import read_scan, scan_file, suffix_of
+from scans.pictures import read_picture
 
 FUZZED = 40  # examples a kind of file
 
@@ -113,7 +114,7 @@ def test_damaged_files_end_no_program_badly(folder: Path, name: str):
         target = sorted(write_dicom(folder / "series", volume(), placed("LPS")).iterdir())[2]
         flags = ("--input", "series")
     elif name.startswith("scan."):
-        from volumes import read_volume, write_volume
+        from scans.volumes import read_volume, write_volume
 
         if not target.exists():
             write_volume(target, *read_volume(folder / "scan.nii.gz"))

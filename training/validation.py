@@ -18,9 +18,9 @@ from datasets.dataset_synapse import Synapse_dataset
 from inference import predict_volume
 from metrics import confusion, mean
 from ranks import ALONE, Ranks
-from run_log import RunLog
 from safe_io import InputError
-from training_state import Progress
+from training.run_log import RunLog
+from training.state import Progress
 
 SLICE = re.compile(r"_slice\d+$")
 ZERO = 1e-3  # DSC that counts as not learned

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import SimpleITK as sitk
 
-from volumes import Geometry
+from scans.volumes import Geometry
 
 CANONICAL = "LPS"
 OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))

@@ -23,8 +23,8 @@ from config import adapter_settings
 from interruption import EXIT_INTERRUPTED, Interruption
 from lora import LoRAModel
 from ranks import Ranks
-from run_log import RunLog
 from safe_io import InputError, load_tensors, remove_partials, save_tensors, sha256_of
+from training.run_log import RunLog
 
 GO_ON, SAVE, STOP = range(3)  # what a rank may wish after a step; the largest wish counts
 STATES = "states"

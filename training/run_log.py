@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,16 +194,3 @@ class RunLog:
                 with contextlib.suppress(OSError):  # of a full disk, which was reported
                     self.metrics.close()
                 self.writer.close()
-
-
-def start_logging(path: Path | None) -> None:
-    """Send log lines to the terminal and, with the time, to `path`; None: only warnings, there."""
-    if path is None:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-        return
-    logging.raiseExceptions = False  # a full disk is reported once, not per line
-    to_file = logging.FileHandler(path, encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
-    to_terminal = logging.StreamHandler(sys.stdout)
-    to_terminal.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[to_file, to_terminal], force=True)

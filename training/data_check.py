@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets.samples import SampleFacts
 from safe_io import first_few
-from validation import case_of
+from training.validation import case_of
 
 SHOWN_SHAPES = 6
 EXPECTED_RANGE = (-0.3, 1.3)  # of intensities after cubic zoom of [0, 1]

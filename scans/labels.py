@@ -13,8 +13,8 @@ from PIL import Image
 
 from datasets.registry import DatasetSpec, label_colours
 from safe_io import InputError, atomic_path
-from scans import DICOM, ScanFile
-from volumes import Geometry, write_volume
+from scans.files import DICOM, ScanFile
+from scans.volumes import Geometry, write_volume
 
 NIFTI = (".nii.gz", ".nii")
 # What a segmentation of another format is written as; the others keep theirs. NIfTI rounds

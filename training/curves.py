@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from datasets.registry import label_colours
-from run_log import METRICS
 from safe_io import atomic_path
+from training.run_log import METRICS
 
 PICTURE = "curves.png"
 

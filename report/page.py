@@ -1,8 +1,7 @@
-"""Test runs as one HTML page, alone or side by side: `python -m report --help`."""
+"""Test runs as one HTML page, alone or side by side."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 from collections.abc import Sequence
@@ -15,24 +14,23 @@ from jinja2 import Environment, FileSystemLoader
 from scipy.stats import bootstrap
 
 from datasets.registry import label_colours
-from figures import draw_boxes
 from metrics import mean
-from safe_io import InputError, atomic_path, exit_on_bad_input
-from tables import (
+from report.figures import draw_boxes
+from report.tables import (
     OUTCOMES,
     CaseResult,
     TestRun,
     case_means,
     class_means,
     outcome_counts,
-    read_json,
     total_means,
 )
+from safe_io import InputError, atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TEMPLATES = Path(__file__).resolve().parent / "templates"
+TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_SLICES = 12  # of the worst ones shown
 FEWEST_PAIRS = 5  # cases for a confidence interval to mean anything
 COLUMNS = {  # score -> heading, factor, whether more is better; honest ones first
@@ -61,33 +59,6 @@ class Difference:
     pairs: int
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Write one page of one or more test runs."""
-    parser = argparse.ArgumentParser(
-        prog="python -m report",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Write one HTML page of test runs, which needs no network and no other file.\n"
-        "With several runs, those after the first are compared with the first, case by case:\n"
-        "  python -m report output/RUN1 output/RUN2 --output comparison.html",
-    )
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN",
-        help="a run folder that was tested, the folder that test.py wrote, or its results.json",
-    )  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write")
-    args = parser.parse_args(argv)
-    with exit_on_bad_input():
-        runs = [read_json(results_file(run)) for run in args.runs]
-        write_page(args.output, runs)
-    print(f"written: {args.output}")
-
-
-def results_file(run: Path) -> Path:
-    """The `results.json` that a command line means."""
-    candidates = [run, run / "results.json", run / "test" / "results.json"]
-    return next((path for path in candidates if path.is_file()), run / "results.json")
-
-
 def write_page(path: Path, runs: Sequence[TestRun]) -> None:
     """Write the page of one run, or of several side by side.
 
@@ -95,10 +66,13 @@ def write_page(path: Path, runs: Sequence[TestRun]) -> None:
         InputError: several runs that have no class in common, or a picture that is missing.
     """
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATE.parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    page = environment.get_template("report.html").render(
+    page = environment.get_template(TEMPLATE.name).render(
         runs=[describe(run, name) for run, name in zip(runs, run_names(runs), strict=True)],
         comparisons=[
             {"first": run_names(runs)[0], "second": name, **compare(runs[0], run)}
@@ -274,7 +248,3 @@ def _as_data(figure: Figure) -> str:
     content = io.BytesIO()
     figure.savefig(content, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-if __name__ == "__main__":
-    main()

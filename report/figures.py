@@ -12,8 +12,8 @@ from PIL import Image
 
 from datasets.registry import label_colours
 from metrics import BOTH, FALSE_ORGAN, MISSED
+from report.tables import CaseResult, case_means, class_means, total_means
 from safe_io import atomic_path
-from tables import CaseResult, case_means, class_means, total_means
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,42 @@
+"""One page of test runs, alone or side by side: `python -m report --help`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from report.page import write_page
+from report.tables import read_json
+from safe_io import exit_on_bad_input
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write one page of one or more test runs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m report",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Write one HTML page of test runs, which needs no network and no other file.\n"
+        "With several runs, those after the first are compared with the first, case by case:\n"
+        "  python -m report output/RUN1 output/RUN2 --output comparison.html",
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN",
+        help="a run folder that was tested, the folder that test.py wrote, or its results.json",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write")
+    args = parser.parse_args(argv)
+    with exit_on_bad_input():
+        runs = [read_json(results_file(run)) for run in args.runs]
+        write_page(args.output, runs)
+    print(f"written: {args.output}")
+
+
+def results_file(run: Path) -> Path:
+    """The `results.json` that a command line means."""
+    candidates = [run, run / "results.json", run / "test" / "results.json"]
+    return next((path for path in candidates if path.is_file()), run / "results.json")
+
+
+if __name__ == "__main__":
+    main()

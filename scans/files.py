@@ -1,0 +1,144 @@
+"""What users bring to be segmented: scan files, DICOM series, pictures; found and read."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from safe_io import InputError, MissingFileError, first_few, safe_name, warn
+from scans.dicom import holds_dicom, read_dicom, read_dicom_header
+from scans.pictures import opened_picture, read_picture
+from scans.volumes import Geometry, read_header, read_volume
+
+SCANS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+DICOM = "dicom"
+EXPECTED = f"{', '.join((*SCANS, *PICTURES))} or a folder of DICOM files"
+
+
+@dataclass(frozen=True)
+class ScanFile:
+    """One thing to segment: a file, or the folder of one DICOM series."""
+
+    name: str  # of what is written for it
+    path: Path
+    suffix: str  # the format, or DICOM
+    channel: int | None = None  # which 3-D volume of a 4-D file; None: it is 3-D
+
+    @property
+    def is_picture(self) -> bool:
+        return self.suffix in PICTURES
+
+
+def find_scans(path: str | Path) -> list[ScanFile]:
+    """The scans that a path means: a file, a DICOM series, or a folder of either.
+
+    DICOM series are found at any depth, as archives export them (patient/study/series), and named
+    by their path below the folder.
+
+    Raises:
+        MissingFileError: nothing is there.
+        InputError: no scan in it, an unknown format, or two of one name.
+    """
+    path = Path(path)
+    if path.is_file():
+        suffix = suffix_of(path)
+        if suffix is None:
+            raise InputError(f"{path} is no scan or picture by its name; expected {EXPECTED}")
+        return [scan_file(path, suffix)]
+    if not path.is_dir():
+        raise MissingFileError(f"{path} does not exist; expected {EXPECTED}")
+    inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    found = [scan_file(p, suffix) for p in inside if p.is_file() and (suffix := suffix_of(p))]
+    if holds_dicom(inside):
+        if found:
+            others = first_few([scan.path.name for scan in found])
+            raise InputError(
+                f"{path} holds DICOM slices beside {others}; put them into a folder of their own"
+            )
+        return [scan_file(path.resolve(), DICOM)]
+    for below in sorted(p for p in path.rglob("*") if p.is_dir() and holds_dicom(p.iterdir())):
+        parts = below.relative_to(path).parts
+        if not any(part.startswith(".") for part in parts):
+            found.append(ScanFile(safe_name("_".join(parts), source=path), below, DICOM))
+    if not found:
+        raise InputError(f"{path} holds no scan; expected {EXPECTED}")
+    names: dict[str, list[str]] = defaultdict(list)
+    for scan in found:
+        names[scan.name].append(scan.path.name)
+    doubled = [" and ".join(files) for files in names.values() if len(files) > 1]
+    if doubled:
+        raise InputError(
+            f"{path} holds {first_few(doubled)}, whose results would have one name; rename them"
+        )
+    return found
+
+
+def of_channel(scans: Sequence[ScanFile], channel: int | None) -> list[ScanFile]:
+    """What is to be read where the data set has several channels and one was trained on.
+
+    Of files that are named as nnU-Net's channels (`NAME_0000`, `NAME_0001`) those of the channel,
+    of 4-D files that volume.
+
+    Args:
+        channel: from 0; None: all scans as they are.
+    """
+    if channel is None:
+        return list(scans)
+    parts = [re.fullmatch(r"(.+)_(\d{4})", scan.name) for scan in scans]
+    has = {match[1] for match in parts if match and int(match[2]) == channel}
+    chosen = [
+        replace(scan, channel=channel)
+        for scan, match in zip(scans, parts, strict=True)
+        if match is None or match[1] not in has or int(match[2]) == channel
+    ]
+    others = [s.name for s in chosen if re.search(r"_000\d$", s.name)
+              and not s.name.endswith(f"_{channel:04d}")]  # fmt: skip
+    if others:
+        warn(f"channel {channel} was trained on; by their names of another: {first_few(others)}")
+    return chosen
+
+
+def suffix_of(path: Path) -> str | None:
+    """The known suffix that a file name ends with."""
+    name = path.name.lower()
+    return next((suffix for suffix in (*SCANS, *PICTURES) if name.endswith(suffix)), None)
+
+
+def scan_file(path: Path, suffix: str, channel: int | None = None) -> ScanFile:
+    """One scan, named as its file without the suffix."""
+    name = path.name if suffix == DICOM else path.name[: -len(suffix)]
+    return ScanFile(safe_name(name, source=path.parent), path, suffix, channel)
+
+
+def read_scan(scan: ScanFile) -> tuple[np.ndarray, Geometry | None]:
+    """Read one scan, whatever its format.
+
+    Returns:
+        (D, H, W) voxels in the file's dtype with their geometry; of a picture (1, H, W) or, in
+        colour, (1, 3, H, W) and None.
+
+    Raises:
+        InputError: it is damaged, of more than one value a voxel, or a series with missing,
+            doubled or uneven slices.
+    """
+    if scan.is_picture:
+        return read_picture(scan.path), None
+    if scan.suffix == DICOM:
+        return read_dicom(scan.path)
+    return read_volume(scan.path, scan.channel)
+
+
+def read_scan_header(scan: ScanFile) -> tuple[tuple[int, ...], Geometry | None]:  # (D, H, W)
+    """Shape and geometry of a scan without its voxels; raises as `read_scan` does."""
+    if scan.is_picture:
+        with opened_picture(scan.path) as picture:
+            return (1, picture.height, picture.width), None
+    if scan.suffix == DICOM:
+        return read_dicom_header(scan.path)
+    return read_header(scan.path, scan.channel)

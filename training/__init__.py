@@ -1,0 +1,1 @@
+"""Everything around the training loop of `trainer.py`: data, state, validation, records."""

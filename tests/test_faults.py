@@ -193,8 +193,29 @@ def test_too_little_gpu_memory_says_by_how_much_and_what_to_lower(
     assert "by" not in text.split("(")[0] and "--checkpoint_blocks" not in text
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(data: Path, tmp_path: Path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(InputError, match="cannot make the folder"):
-        train.main(flags_of(data, tmp_path / "locked"))
+    locked, log = tmp_path / "locked", tmp_path / "log"
+    locked.mkdir(mode=0o500)
+    (process,) = processes.start(flags_of(data, locked), log, before=processes.bound_by_permissions)
+    process.join(timeout=60)
+    assert process.exitcode == 2, log.read_text()
+    (line,) = [line for line in log.read_text().splitlines() if "error" in line]
+    assert "cannot make the folder" in line and "Permission denied" in line
+    assert not list(locked.iterdir())
+
+
+def test_a_folder_that_becomes_read_only_loses_nothing(data: Path, whole: Path, tmp_path: Path):
+    output, log = tmp_path / "out", tmp_path / "log"
+    argv = flags_of(data, output, "--stop_epoch", "3")
+    (process,) = processes.start(argv, log, before=processes.bound_by_permissions)
+    wait_for_step(output, 3, process.is_alive)
+    states = saved_states(folder_of(output))[0].parent
+    states.chmod(0o500)
+    process.join(timeout=60)
+    assert process.exitcode == 2, log.read_text()
+    assert "error: cannot write" in log.read_text() and "Permission denied" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    states.chmod(0o700)
+    assert newest_state(folder_of(output))["progress"]["step"] >= 3
+    assert processes.run([*argv, "--resume", "auto"], log) == [0]
+    assert_equal_runs(output, whole)

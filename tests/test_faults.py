@@ -171,6 +171,26 @@ def test_some_may_be_left_out(
     assert all(math.isfinite(r["loss"]) for r in records if "skipped" not in r)
 
 
+def test_weights_that_are_not_finite_are_never_saved(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class NaNGradientAt(NotFiniteAt):
+        def forward(self, *args: torch.Tensor) -> dict[str, torch.Tensor]:
+            terms = SegmentationLoss.forward(self, *args)
+            type(self).calls += 1
+            if self.calls == 4:  # the loss itself is finite
+                terms["loss"].register_hook(lambda gradient: gradient * math.nan)
+            return terms
+
+    monkeypatch.setattr(trainer, "SegmentationLoss", NaNGradientAt)
+    with pytest.raises(InputError, match=r"weights are NaN or infinite after step 3, first \w+"):
+        train.main(flags_of(data, tmp_path, "--max_iterations", "9"))
+    state = newest_state(folder_of(tmp_path))
+    assert state["progress"]["step"] == 3
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+    assert not list(folder_of(tmp_path).glob("*.pth"))
+
+
 CUDA_SAYS = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.69 GiB of "
     "which 512.00 MiB is free. Of the allocated memory 20.00 GiB is allocated by PyTorch"

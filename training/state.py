@@ -23,7 +23,14 @@ from config import adapter_settings
 from interruption import EXIT_INTERRUPTED, Interruption
 from lora import LoRAModel
 from ranks import Ranks
-from safe_io import InputError, load_tensors, remove_partials, save_tensors, sha256_of
+from safe_io import (
+    EXIT_BAD_INPUT,
+    InputError,
+    load_tensors,
+    remove_partials,
+    save_tensors,
+    sha256_of,
+)
 from training.run_log import RunLog
 
 GO_ON, SAVE, STOP = range(3)  # what a rank may wish after a step; the largest wish counts
@@ -87,8 +94,13 @@ class Checkpoint:
             raise SystemExit(EXIT_INTERRUPTED)
 
     def save(self) -> None:
-        """Write the full state; older ones beyond `--keep_states` are deleted."""
+        """Write the full state; older ones beyond `--keep_states` are deleted.
+
+        Raises:
+            InputError: weights are NaN or infinite, or the disk is full; the states before stay.
+        """
         state = self.capture()
+        self.require_finite()
         if self.ranks.first:
             save_state(self.folder, state, keep=self.args.keep_states)
         self.saved_at = time.monotonic()
@@ -105,12 +117,27 @@ class Checkpoint:
         }
 
     def save_adapter(self, name: str) -> None:
-        """Write the adapter file, and its hash into the log."""
+        """Write the adapter file, and its hash into the log; raises as `save` does."""
+        self.require_finite()
         if self.ranks.first:
             path = self.folder / name
             digest = self.model.save_lora_parameters(path, settings=adapter_settings(self.args))
             self.log.write({"saved": name, "steps": self.run.step, "sha256": digest})
             logging.info("saved %s", path)
+
+    def require_finite(self) -> None:
+        """Refuse to keep weights that a gradient of NaN has spoilt while the loss was finite."""
+        weights = _changing(self.model)
+        finite = torch.stack([value.isfinite().all() for value in weights.values()]).tolist()
+        spoilt = [name for name, good in zip(weights, finite, strict=True) if not good]
+        if spoilt and not self.ranks.first:  # the first rank, whose weights are the same, says it
+            raise SystemExit(EXIT_BAD_INPUT)
+        if spoilt:
+            raise InputError(
+                f"{len(spoilt)} weights are NaN or infinite after step {self.run.step - 1}, first "
+                f"{spoilt[0].removeprefix('sam.')}; lower --base_lr, lengthen --warmup_period or "
+                "pass --clip_grad, and go on from the state before by --resume"
+            )
 
     def _due(self) -> bool:
         """Whether the first rank finds that it is time; the clocks of others do not count."""

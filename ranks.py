@@ -7,9 +7,11 @@ them on this machine through torchrun's own agent.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from interruption import EXIT_INTERRUPTED, SIGNALS
-from safe_io import InputError
+from safe_io import SAID, InputError
 
 EXIT_LOST_RANK = 1
 LONG = timedelta(hours=12)  # one rank may check data or score a volume while the others wait
@@ -212,8 +214,15 @@ def launch(script: str, argv: Sequence[str], processes: int) -> int:
         max_restarts=0,
         signals_to_handle=",".join(one.name for one in SIGNALS),
     )
+    # the ranks say what is wrong in a sentence; the agent would tell it again in its own terms
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        elastic_launch(config, sys.executable)(script, *argv)
+        with tempfile.TemporaryDirectory() as said:
+            os.environ[SAID] = said
+            try:
+                elastic_launch(config, sys.executable)(script, *argv)
+            finally:
+                del os.environ[SAID]
     except SignalException:
         return EXIT_INTERRUPTED
     except ChildFailedError as error:

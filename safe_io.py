@@ -21,6 +21,7 @@ import safetensors
 import torch
 
 EXIT_BAD_INPUT = 2
+SAID = "SAMED_SAID"  # environment: a folder where the processes of one launch note what they said
 NO_PLACE = {errno.EISDIR, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY}
 NOT_WRITABLE = NO_PLACE | {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full, or a limit is reached
@@ -38,12 +39,33 @@ class MissingFileError(InputError, FileNotFoundError):
 
 @contextlib.contextmanager
 def exit_on_bad_input() -> Iterator[None]:
-    """Turn an `InputError` into one line on stderr and exit code 2; a bug keeps its traceback."""
+    """Turn an `InputError` into one line on stderr and exit code 2; a bug keeps its traceback.
+
+    A file or folder that the system does not let us use is the user's to mend as well.
+    """
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say_once(f"error: {error}")
         raise SystemExit(EXIT_BAD_INPUT) from None
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE or error.filename is None:
+            raise
+        _say_once(
+            f"error: {error.filename} cannot be used ({error.strerror}); give the right to read "
+            "and write there, make room, or choose another path"
+        )
+        raise SystemExit(EXIT_BAD_INPUT) from None
+
+
+def _say_once(text: str) -> None:
+    """Print a line on stderr, unless another process of the same launch has said just that."""
+    if folder := os.environ.get(SAID):
+        try:
+            (Path(folder) / hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
+        except FileExistsError:
+            return
+    print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -170,6 +170,18 @@ def test_a_dead_rank_ends_the_others_with_a_message_and_auto_resumes(data: Path,
     assert load_tensors(max(folder.glob("epoch_*.pth")))["w_a_000"].isfinite().all()
 
 
+def test_what_is_wrong_is_said_once_whatever_the_number_of_ranks(data: Path, tmp_path: Path):
+    command = [sys.executable, str(REPOSITORY / "train.py"), "--root_path", str(data), *TINY_FLAGS]
+    command += ["--ckpt", str(tmp_path / "nowhere.pth"), "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "--processes", "2"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: base weights") and str(tmp_path / "nowhere.pth") in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_scans_are_shared_out_and_one_bad_one_stops_none(tmp_path: Path):
     adapter = make_adapter(tmp_path, replace(SPEC, orientation=None))
     (tmp_path / "in").mkdir()

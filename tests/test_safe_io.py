@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from adapter_file import read_adapter
 from datasets.dataset_synapse import Synapse_dataset
-from safe_io import InputError, atomic_path, load_arrays, safe_name
+from safe_io import InputError, atomic_path, exit_on_bad_input, load_arrays, safe_name
 
 ROUNDS = 150
 
@@ -93,3 +94,13 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path):
         temporary.write_text("ne")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_the_system_does_not_let_us_use_is_one_sentence(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stopped, exit_on_bad_input():
+        raise PermissionError(errno.EACCES, "Permission denied", "/data/log.txt")
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: /data/log.txt cannot be used (Permission denied)")
+    with pytest.raises(ConnectionError), exit_on_bad_input():  # no fault of the user's files
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")

@@ -120,6 +120,20 @@ def test_the_gradient_of_parts_is_that_of_the_whole():
             assert torch.allclose(one, same, rtol=1e-4, atol=1e-6 * float(one.abs().max()) + 1e-9)
 
 
+def killing_rank_1(tmp_path: Path) -> dict[str, str]:
+    """Variables under which rank 1 of the first attempt kills itself after a few steps."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, threading, time, glob, signal\n"
+        "def wait():\n"
+        f"    while not glob.glob({str(tmp_path / 'out/*/states/step_0000003*')!r}):\n"
+        "        time.sleep(0.01)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if os.environ.get('RANK') == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    threading.Thread(target=wait, daemon=True).start()\n"
+    )
+    return {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)}
+
+
 def test_a_dead_rank_ends_the_others_with_a_message_and_auto_resumes(data: Path, tmp_path: Path):
     """By the program itself, which starts its ranks through torchrun's agent."""
     flags = ["--root_path", str(data), "--output", str(tmp_path / "out"), *TINY_FLAGS]
@@ -136,17 +150,7 @@ def test_a_dead_rank_ends_the_others_with_a_message_and_auto_resumes(data: Path,
         "auto",
     ]
     command = [sys.executable, str(REPOSITORY / "train.py"), *flags]
-    killer = tmp_path / "sitecustomize.py"  # rank 1 of the first attempt kills itself at a step
-    killer.write_text(
-        "import os, threading, time, glob, signal\n"
-        "def wait():\n"
-        f"    while not glob.glob({str(tmp_path / 'out/*/states/step_0000003*')!r}):\n"
-        "        time.sleep(0.01)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    threading.Thread(target=wait, daemon=True).start()\n"
-    )
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)}
+    environment = killing_rank_1(tmp_path)
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=environment, check=False
     )
@@ -168,6 +172,23 @@ def test_a_dead_rank_ends_the_others_with_a_message_and_auto_resumes(data: Path,
     steps = [record["step"] for record in records if "loss" in record]
     assert steps == list(range(20))
     assert load_tensors(max(folder.glob("epoch_*.pth")))["w_a_000"].isfinite().all()
+
+
+def test_torchrun_starts_dead_ranks_again_and_they_go_on(data: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "--max_restarts", "1", str(REPOSITORY / "train.py")]
+    command += ["--root_path", str(data), "--output", str(tmp_path / "out"), *TINY_FLAGS]
+    command += ["--max_iterations", "12", "--batch_size", "2", "--save_steps", "1"]
+    environment = killing_rank_1(tmp_path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "out").iterdir()
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert [record["step"] for record in records if "loss" in record] == list(range(12))
+    starts = json.loads((folder / "environment.json").read_text())
+    assert len(starts) == 2 and "going on after step" in (folder / "log.txt").read_text()
 
 
 def test_what_is_wrong_is_said_once_whatever_the_number_of_ranks(data: Path, tmp_path: Path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -16,17 +17,22 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from interruption import EXIT_INTERRUPTED, SIGNALS
-from safe_io import SAID, InputError
+from interruption import EXIT_INTERRUPTED, heeded_signals
+from safe_io import NOTES, InputError
 
 EXIT_LOST_RANK = 1
 LONG = timedelta(hours=12)  # one rank may check data or score a volume while the others wait
+JOIN = timedelta(minutes=5)  # all are there by then, or torchrun shall start them again
+STEP = timedelta(minutes=30)  # that one rank may be behind the others in a training step
+SAVED = "saved"  # a rank's word that it was asked to stop, and that its state is saved
+GONE = re.compile("peer|gloo|nccl|broken pipe", re.IGNORECASE)  # in errors of a rank that is gone
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Ranks:
     rank: int = 0
     count: int = 1
     control: dist.ProcessGroup | None = None  # on the CPU, so that agreeing waits for no GPU
+    memory: dist.Store | None = None  # torchrun's, which outlives ranks that it starts again
 
     @property
     def first(self) -> bool:
@@ -111,6 +118,18 @@ class Ranks:
         dist.broadcast_object_list(holder, src=0, group=self.control)
         return holder[0]
 
+    def remember(self, name: str, value: str) -> None:
+        """Leave word for the ranks that torchrun starts should one of these die."""
+        if self.memory is not None and self.first:
+            self.memory.set(f"samed/{name}", value)
+
+    def remembered(self, name: str) -> str | None:
+        """What the ranks before these left, the same on every rank."""
+        found = None
+        if self.memory is not None and self.first and self.memory.check([f"samed/{name}"]):
+            found = self.memory.get(f"samed/{name}").decode()
+        return self.from_first(found)
+
 
 ALONE = Ranks()
 
@@ -135,7 +154,7 @@ def under_torchrun() -> bool:
 
 
 def was_restarted() -> bool:
-    """Whether torchrun started this process again after a fault."""
+    """Whether torchrun's agent on this machine started its ranks again after a fault."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
@@ -160,19 +179,26 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONG)
+    memory, rank, count = next(dist.rendezvous("env://", timeout=JOIN))
+    # torchrun keeps one store for all attempts; in it ranks would find the addresses of dead ones
+    attempt = memory.add(f"samed/starts/{rank}", 1)
+    store = dist.PrefixStore(f"samed/attempt/{attempt}", memory)
+    store.set_timeout(JOIN)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=STEP)
     try:
         control = dist.new_group(backend="gloo", timeout=LONG)
-        yield Ranks(dist.get_rank(), dist.get_world_size(), control)
+        yield Ranks(rank, count, control, memory)
     except SystemExit as stop:
         if stop.code == EXIT_INTERRUPTED:  # as all ranks do at the same step
             dist.destroy_process_group()
         raise
     except RuntimeError as error:
-        if "peer" not in str(error).lower():  # gloo's and NCCL's word for a rank that is gone
+        if not GONE.search(str(error)):
             raise
-        print(f"error: rank {dist.get_rank()} lost another rank and ends", file=sys.stderr)
-        raise SystemExit(EXIT_LOST_RANK) from None
+        print(f"error: rank {rank} lost another rank and ends", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(EXIT_LOST_RANK)  # at an ordinary exit the threads of gloo abort the process
     # after a fault the group is not destroyed: that would wait for ranks that are elsewhere
     dist.destroy_process_group()
 
@@ -212,28 +238,39 @@ def launch(script: str, argv: Sequence[str], processes: int) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle=",".join(one.name for one in SIGNALS),
+        signals_to_handle=",".join(one.name for one in heeded_signals()),
     )
     # the ranks say what is wrong in a sentence; the agent would tell it again in its own terms
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    try:
-        with tempfile.TemporaryDirectory() as said:
-            os.environ[SAID] = said
-            try:
-                elastic_launch(config, sys.executable)(script, *argv)
-            finally:
-                del os.environ[SAID]
-    except SignalException:
-        return EXIT_INTERRUPTED
-    except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
-        if killed:
-            print(
-                f"error: rank {killed[0]} of {processes} was killed by signal "
-                f"{-codes[killed[0]]}, so the others were ended; continue with --resume auto",
-                file=sys.stderr,
-            )
-            return EXIT_LOST_RANK
-        return max(codes.values())
+    with tempfile.TemporaryDirectory() as notes:
+        os.environ[NOTES] = notes
+        try:
+            elastic_launch(config, sys.executable)(script, *argv)
+        except SignalException as stopped:
+            return EXIT_INTERRUPTED if (Path(notes) / SAVED).exists() else 128 + stopped.sigval
+        except ChildFailedError as error:
+            return _exit_code({r: failure.exitcode for r, failure in error.failures.items()})
+        finally:
+            del os.environ[NOTES]
     return 0
+
+
+def note_for_launcher(word: str) -> None:
+    """Leave word for `launch`, if it started this rank."""
+    if folder := os.environ.get(NOTES):
+        (Path(folder) / word).touch()
+
+
+def _exit_code(codes: dict[int, int]) -> int:
+    """One exit code for all ranks, of which some ended because another did."""
+    told = max((code for code in codes.values() if code > 0), default=0)
+    if told > EXIT_LOST_RANK:  # that rank said why in its own words
+        return told
+    killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
+    if killed:
+        print(
+            f"error: rank {killed[0]} was killed by signal {-codes[killed[0]]}, so the others were "
+            "ended; continue with --resume auto",
+            file=sys.stderr,
+        )
+    return EXIT_LOST_RANK

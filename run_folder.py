@@ -5,21 +5,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safe_io import InputError, atomic_path, cannot_write, make_folder, require_folder
+from datasets.samples import SampleFacts
+from safe_io import (
+    InputError,
+    atomic_path,
+    cannot_make,
+    cannot_write,
+    make_folder,
+    require_folder,
+    sha256_of,
+    warn,
+)
 
 SCRATCH = "none"  # --ckpt none: no base weights, every weight is trained
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
 AUTO = "auto"  # --resume auto
-# What a run may be continued with: nothing here changes what is computed, but for rounding.
+CONTENT = ("data", "weights")  # in config.json, no flags: what is in the files that were given
+# What a run may be continued with: nothing here changes what is computed, but for rounding. Files
+# may have moved: their content counts.
 FREE = {
     *("config", "resume", "check", "output", "root_path", "list_dir", "device", "num_workers"),
-    *("processes", "batch_size", "n_gpu", "compile", "checkpoint_blocks", "log_every"),
+    *("ckpt", "lora_ckpt", "processes", "batch_size", "n_gpu", "log_every"),
+    *("compile", "checkpoint_blocks"),
     *("save_minutes", "save_steps", "keep_states", "skip_nan", "patience"),
     *("stop_epoch", "max_iterations"),  # the rate's schedule does not depend on them
 }
@@ -52,11 +66,17 @@ def run_name(args: argparse.Namespace) -> str:
 def make_run_folder(args: argparse.Namespace) -> Path:
     """A new folder under `--output`; a second run of the same settings gets a number."""
     base = Path(args.output) / run_name(args)
+    make_folder(base.parent, flag="--output")
     folder, number = base, 1
-    while folder.exists():
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return make_folder(folder, flag="--output", exist_ok=False)
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:  # perhaps of a run that started in the same moment
+            number += 1
+            folder = base.with_name(f"{base.name}-{number}")
+        except OSError as error:
+            raise cannot_make(folder, error, flag="--output") from None
 
 
 def settings_that_matter(args: argparse.Namespace | dict[str, Any]) -> dict[str, Any]:
@@ -71,15 +91,27 @@ def settings_that_matter(args: argparse.Namespace | dict[str, Any]) -> dict[str,
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`--base_lr 0.005 → 0.001` for every setting that differs."""
     return [
-        f"--{key} {saved.get(key)} → {now.get(key)}"
+        f"{key if key in CONTENT else f'--{key}'} {saved.get(key)} → {now.get(key)}"
         for key in sorted(saved.keys() | now.keys())
         if saved.get(key) != now.get(key)
     ]
 
 
-def require_same_settings(folder: Path, saved: dict[str, Any], args: argparse.Namespace) -> None:
-    """Refuse to go on with settings that change what is computed."""
-    found = differences(saved, settings_that_matter(args))
+def find_run(args: argparse.Namespace) -> Path | None:
+    """The run that `--resume` means; None: start a new one.
+
+    Args:
+        args: with what `CONTENT` names once it is known.
+
+    Raises:
+        InputError: no run folder is given, or its settings differ.
+    """
+    if args.resume == AUTO:
+        return _newest_that_fits(args)
+    folder = require_folder(
+        args.resume, what="run folder", remedy="pass one that train.py made, or 'auto'"
+    )
+    found = _unlike(read_config_file(folder / CONFIG_FILE), args)
     if found:
         schedule = (
             " (the learning rate's schedule depends on --max_epochs; --stop_epoch may be raised)"
@@ -90,34 +122,43 @@ def require_same_settings(folder: Path, saved: dict[str, Any], args: argparse.Na
             f"{folder} cannot go on with other settings: {', '.join(found)}{schedule}; leave them "
             "as they were, or start a new run without --resume"
         )
-
-
-def find_run(args: argparse.Namespace) -> Path | None:
-    """The run that `--resume` means; None: start a new one.
-
-    Raises:
-        InputError: no run folder is given, or its settings differ.
-    """
-    if args.resume == AUTO:
-        runs = sorted(
-            Path(args.output).glob(f"*/{CONFIG_FILE}"), key=lambda path: path.stat().st_mtime_ns
-        )
-        now = settings_that_matter(args)
-        return next((path.parent for path in reversed(runs) if _fits(path, now)), None)
-    folder = require_folder(
-        args.resume, what="run folder", remedy="pass one that train.py made, or 'auto'"
-    )
-    saved = read_config_file(folder / CONFIG_FILE)
-    require_same_settings(folder, settings_that_matter(vars(args) | saved), args)
     return folder
 
 
-def _fits(config: Path, now: dict[str, Any]) -> bool:
-    try:
-        saved = settings_that_matter(read_config_file(config))
-    except (InputError, KeyError, TypeError):
-        return False  # of another program
-    return not differences(saved, now)
+def _newest_that_fits(args: argparse.Namespace) -> Path | None:
+    runs = sorted(
+        Path(args.output).glob(f"*/{CONFIG_FILE}"), key=lambda path: path.stat().st_mtime_ns
+    )
+    reasons = []
+    for config in reversed(runs):
+        try:
+            found = _unlike(read_config_file(config), args)
+        except (InputError, KeyError, TypeError):
+            continue  # of another program
+        if not found:
+            return config.parent
+        reasons.append(f"the newest, {config.parent.name}, differs in {', '.join(found)}")
+    if reasons:
+        warn(f"no run in {args.output} fits, so a new one is started: {reasons[0]}")
+    return None
+
+
+def _unlike(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """How a saved run differs from what is asked for; what either does not say is no difference."""
+    now = settings_that_matter(args)
+    before = settings_that_matter(vars(args) | saved)
+    return differences({key: before[key] for key in now}, now)
+
+
+def fingerprint_data(facts: Sequence[SampleFacts]) -> str:
+    """What tells one set of training slices from another: their number, and a hash of all."""
+    ordered = sorted((one.name, one.digest, one.voxels) for one in facts)
+    return f"{len(facts)} slices {hashlib.sha256(repr(ordered).encode()).hexdigest()[:12]}"
+
+
+def fingerprint_weights(base: str | None, adapter: str | None) -> str:
+    """What tells the weights that a run starts from: base weights and adapter, if any."""
+    return f"{base or SCRATCH}" + (f" and {sha256_of(Path(adapter))[:12]}" if adapter else "")
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -159,6 +200,8 @@ def only_writer(folder: Path, first: bool = True) -> Iterator[None]:
                 f"another process is training in {folder}; wait for it, or start a new run "
                 "without --resume"
             ) from None
+        except OSError as error:  # a file system that cannot lock, as some network ones
+            warn(f"{folder} cannot be locked ({error.strerror}); start no second run in it")
         yield
 
 

@@ -21,7 +21,8 @@ import safetensors
 import torch
 
 EXIT_BAD_INPUT = 2
-SAID = "SAMED_SAID"  # environment: a folder where the processes of one launch note what they said
+EXIT_KEYBOARD = 130  # as shells report Ctrl-C
+NOTES = "SAMED_NOTES"  # environment: the folder where the processes of one launch leave word
 NO_PLACE = {errno.EISDIR, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY}
 NOT_WRITABLE = NO_PLACE | {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full, or a limit is reached
@@ -48,6 +49,9 @@ def exit_on_bad_input() -> Iterator[None]:
     except InputError as error:
         _say_once(f"error: {error}")
         raise SystemExit(EXIT_BAD_INPUT) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(EXIT_KEYBOARD) from None
     except OSError as error:
         if error.errno not in NOT_WRITABLE or error.filename is None:
             raise
@@ -60,7 +64,7 @@ def exit_on_bad_input() -> Iterator[None]:
 
 def _say_once(text: str) -> None:
     """Print a line on stderr, unless another process of the same launch has said just that."""
-    if folder := os.environ.get(SAID):
+    if folder := os.environ.get(NOTES):
         try:
             (Path(folder) / hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
         except FileExistsError:
@@ -109,10 +113,13 @@ def make_folder(path: str | Path, *, flag: str, exist_ok: bool = True) -> Path:
     try:
         Path(path).mkdir(parents=True, exist_ok=exist_ok)
     except OSError as error:
-        raise InputError(
-            f"cannot make the folder {path} ({error.strerror}); pass another {flag}"
-        ) from None
+        raise cannot_make(path, error, flag=flag) from None
     return Path(path)
+
+
+def cannot_make(folder: str | Path, error: OSError, *, flag: str) -> InputError:
+    """What to say of a folder that cannot be made."""
+    return InputError(f"cannot make the folder {folder} ({error.strerror}); pass another {flag}")
 
 
 def safe_name(name: str, *, source: str | Path) -> str:

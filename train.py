@@ -17,7 +17,16 @@ from datasets.samples import SampleFacts
 from flags import train_parser
 from lora import LoRAModel
 from ranks import Ranks, joined, launch, local_device, processes_here, was_restarted
-from run_folder import AUTO, SCRATCH, find_run, make_run_folder, only_writer, save_config
+from run_folder import (
+    AUTO,
+    SCRATCH,
+    find_run,
+    fingerprint_data,
+    fingerprint_weights,
+    make_run_folder,
+    only_writer,
+    save_config,
+)
 from safe_io import InputError, atomic_path, exit_on_bad_input
 from trainer import freeze_unreached, trainer_synapse
 from training.data_check import Page, check_page
@@ -32,6 +41,8 @@ from utils import (
     start_logging,
 )
 
+RUN = "run"  # the name under which torchrun's store holds the run's folder
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check everything that was given, then train, on every GPU of the recipe that is here."""
@@ -39,10 +50,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes = 1 if args.check else processes_here(args.device, args.processes, args.n_gpu)
     if processes > 1:
         raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))
-    if args.check:
-        args.resume = None
-    elif was_restarted() and args.resume is None:
-        args.resume = AUTO
     device = local_device(choose_device(args.device))
     with joined(device) as ranks:
         train(args, device, ranks)
@@ -52,23 +59,34 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     """One run, or what is left of it, as one of its ranks."""
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     allow_tf32(args.tf32)
-    folder = ranks.from_first(find_run(args) if args.resume and ranks.first else None)
-    resumed = folder is not None
+    if args.check:
+        args.resume = None
+    elif args.resume is None:  # ranks that torchrun started again go on with what they began
+        args.resume = ranks.remembered(RUN) or (AUTO if was_restarted() else None)
+    if args.resume not in (None, AUTO) and ranks.first:
+        find_run(args)  # other settings are refused now rather than after the check
 
     dataset = Synapse_dataset(args.root_path, args.list_dir, "train", num_classes=args.num_classes)
     if args.val_every:
-        hold_out(dataset, args.val_cases, args.seed)  # refused now rather than after the check
+        hold_out(dataset, args.val_cases, args.seed)  # refused now as well
     facts = dataset.check() if ranks.first else []
     model, low_res = build_model(args, device, move_heads=True)
     freeze_unreached(model)
-    page = None
-    if ranks.first and not resumed:
-        page = describe(args, facts, model, device)
+    folder = page = None
+    if ranks.first:
+        args.data = fingerprint_data(facts)
+        args.weights = fingerprint_weights(model.sam.base_fingerprint, args.lora_ckpt)
+        folder = find_run(args) if args.resume else None
+        page = None if folder else describe(args, facts, model, device)
         if args.check:
             print(page)
-            return
+        elif folder is None:
+            folder = make_run_folder(args)
+    folder = ranks.from_first(folder)
+    if folder is None:  # --check
+        return
 
-    folder = ranks.from_first(folder or (make_run_folder(args) if ranks.first else None))
+    ranks.remember(RUN, str(folder))
     with only_writer(folder, ranks.first):
         start_logging(folder / "log.txt" if ranks.first else None)
         if ranks.first:

@@ -19,8 +19,8 @@ from config import class_names, complete
 from datasets.dataset_synapse import Synapse_dataset
 from interruption import Interruption
 from losses import SegmentationLoss
-from ranks import ALONE, Ranks
-from training.batches import augmented_batch, make_loader
+from ranks import ALONE, Ranks, under_torchrun
+from training.batches import augmented_batch, make_loader, read_batches, watched_workers
 from training.curves import draw_curves
 from training.run_log import RunLog
 from training.state import Checkpoint, Progress, newest_state, restore
@@ -99,7 +99,8 @@ def training_step(
             gradient is that of the whole batch, but for rounding, at the price of one more
             forward pass.
         clip_grad: largest norm of the whole gradient; None, as published, leaves it alone.
-        skip_not_finite: leave the weights alone if the loss is NaN or infinite; waits for it.
+        skip_not_finite: leave the weights alone if the loss or, without `scaler`, the gradient is
+            NaN or infinite; waits for both.
 
     Returns:
         The detached loss terms, of the batches of all ranks together, and this rank's logits
@@ -126,9 +127,9 @@ def training_step(
         logits = images.new_zeros(0, criterion.n_classes, *labels.shape[1:], requires_grad=True)
     terms = criterion(logits, labels)
     optimizer.zero_grad(set_to_none=True)
+    measure = clip_grad is not None or skip_not_finite
     if skip_not_finite and not math.isfinite(terms["loss"].item()):
-        if clip_grad is not None:
-            terms["grad_norm"] = terms["loss"]  # there is none, and every step has the same terms
+        terms["grad_norm"] = terms["loss"]  # there is none, and every step has the same terms
         return {name: value.detach() for name, value in terms.items()}, logits.detach()
 
     scaler = scaler or torch.amp.GradScaler(enabled=False)  # which passes everything through
@@ -139,11 +140,14 @@ def training_step(
             forward(part).backward(logits.grad[part])
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     ranks.add_gradients(parameters)
-    if clip_grad is not None:
+    if measure:
         scaler.unscale_(optimizer)
-        terms["grad_norm"] = nn.utils.clip_grad_norm_(parameters, clip_grad)
-    scaler.step(optimizer)
-    scaler.update()
+        terms["grad_norm"] = nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
+    # with a scaler an overflow is nothing out of the common: it leaves that step out by itself
+    left_out = skip_not_finite and not scaler.is_enabled() and not terms["grad_norm"].isfinite()
+    if not left_out:
+        scaler.step(optimizer)
+        scaler.update()
     return {name: value.detach() for name, value in terms.items()}, logits.detach()
 
 
@@ -214,6 +218,8 @@ def trainer_synapse(
         logging.info("going on after step %d", run.step)
     if held_out:
         logging.info("held out for validation: %s", ", ".join(held_out))
+        if last_step < args.val_every * steps_an_epoch:
+            logging.warning("it ends before the first validation, after --val_every epochs")
 
     def names_of(facts: dict[str, Any]) -> list[str]:
         of_step = batches.step(facts["epoch"], facts["step"] - facts["epoch"] * steps_an_epoch)
@@ -221,12 +227,14 @@ def trainer_synapse(
 
     model.train()
     with (
-        Interruption() as interruption,
+        watched_workers(loader),
+        Interruption(with_parent=under_torchrun()) as interruption,
         RunLog(
             folder if ranks.first else None,
             every=args.log_every,
             names_of=names_of,
             skip=args.skip_nan,
+            watched=("loss",) if scaler else ("loss", "grad_norm"),
             position=state["log"] if state else None,
             step=run.step,
         ) as log,
@@ -246,8 +254,8 @@ def trainer_synapse(
                 logging.info("no better score in %d validations: stopping", run.not_better)
                 break
             batches.enter(epoch, run.done)
-            started = time.perf_counter()
-            for slices in loader if run.step < last_step else ():
+            now = time.perf_counter()
+            for slices in read_batches(loader) if run.step < last_step else ():
                 lr = learning_rate(
                     run.step,
                     base_lr=args.base_lr,
@@ -270,6 +278,8 @@ def trainer_synapse(
                     log.pictures(run.step, batch["image"][0], logits[0], batch["low_res_label"][0])
                 run.step += 1
                 run.done += 1
+                before, now = now, time.perf_counter()
+                run.seconds += now - before
                 bar.update()
                 bar.set_postfix(epoch=epoch, loss=f"{log.last_loss:.4f}", refresh=False)
                 checkpoint.after_step(interruption)
@@ -277,18 +287,20 @@ def trainer_synapse(
                     break
 
             last = run.step >= last_step
-            if last:  # what follows can be done again, so that the run can go on to more epochs
-                checkpoint.save()
-            seconds = time.perf_counter() - started
-            loss = log.end_epoch(epoch, run.step, seconds)
-            logging.info("epoch %d: mean loss %.4f, %.0f s", epoch, loss, seconds)
-            if held_out and ((epoch + 1) % args.val_every == 0 or last):
+            whole = run.done == steps_an_epoch
+            due = bool(held_out) and whole and (epoch + 1) % args.val_every == 0
+            if last or due:  # what follows can be done again: by a run that was asked to stop
+                checkpoint.save()  # meanwhile, or that shall go on to more epochs
+            loss = log.end_epoch(epoch, run.step, run.seconds)
+            logging.info("epoch %d: mean loss %.4f, %.0f s", epoch, loss, run.seconds)
+            if due:
                 found = validate(
                     model,
                     held_out,
                     num_classes=args.num_classes,
                     img_size=args.img_size,
                     amp_dtype=dtype,
+                    between_cases=lambda: interruption.asked and checkpoint.stop(),
                     ranks=ranks,
                 )
                 if note_validation(run, found, epoch, names, log):
@@ -297,7 +309,7 @@ def trainer_synapse(
                 checkpoint.save_adapter(f"epoch_{epoch}.pth")
             if last:
                 break
-            run.epoch, run.done = epoch + 1, 0
+            run.epoch, run.done, run.seconds = epoch + 1, 0, 0.0
             checkpoint.save()
     if ranks.first:
         draw_curves(folder, names)

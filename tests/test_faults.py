@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -58,6 +59,46 @@ def test_a_full_disk_stops_with_a_message_and_room_lets_it_go_on(
     assert newest_state(folder_of(output))["progress"]["step"] >= 3
     assert processes.run([*argv, "--resume", "auto"], log) == [0]
     assert_equal_runs(output, whole)
+
+
+def test_a_disk_that_is_full_for_the_logs_stops_with_a_message_too(
+    data: Path, whole: Path, tmp_path: Path
+):
+    output, log = tmp_path / "out", tmp_path / "log"
+    argv = flags_of(data, output, "--stop_epoch", "3")
+    (process,) = processes.start([*argv, "--log_every", "1"], log)
+    wait_for_step(output, 3, process.is_alive)
+    (events,) = folder_of(output).glob("log/events*")
+    size = events.stat().st_size + 100
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+    process.join(timeout=60)
+    assert process.exitcode == 2, log.read_text()
+    assert "error: cannot write" in log.read_text() and "Traceback" not in log.read_text()
+    assert newest_state(folder_of(output))["progress"]["step"] >= 3
+    assert processes.run([*argv, "--resume", "auto"], log) == [0]
+    assert_equal_runs(output, whole)
+
+
+@pytest.mark.parametrize("what", ["killed", "slice gone"])
+def test_what_happens_to_loader_workers_ends_the_run_in_a_sentence(
+    what: str, data: Path, tmp_path: Path
+):
+    own = Path(shutil.copytree(data, tmp_path / "data"))
+    output, log = tmp_path / "out", tmp_path / "log"
+    (process,) = processes.start(flags_of(own, output, "--num_workers", "2"), log)
+    wait_for_step(output, 3, process.is_alive)
+    if what == "killed":
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+    else:
+        for path in (own / "train_npz").iterdir():
+            path.unlink()
+    process.join(timeout=60)
+    assert process.exitcode == 2, log.read_text()
+    said = {"killed": "a loader process was killed", "slice gone": "does not exist"}
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and said[what] in errors[0]
+    assert "Traceback" not in log.read_text()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
@@ -184,11 +225,20 @@ def test_weights_that_are_not_finite_are_never_saved(
 
     monkeypatch.setattr(trainer, "SegmentationLoss", NaNGradientAt)
     with pytest.raises(InputError, match=r"weights are NaN or infinite after step 3, first \w+"):
-        train.main(flags_of(data, tmp_path, "--max_iterations", "9"))
-    state = newest_state(folder_of(tmp_path))
+        train.main(flags_of(data, tmp_path / "stops", "--max_iterations", "9"))
+    state = newest_state(folder_of(tmp_path / "stops"))
     assert state["progress"]["step"] == 3
     assert all(torch.isfinite(value).all() for value in state["model"].values())
-    assert not list(folder_of(tmp_path).glob("*.pth"))
+    assert not list(folder_of(tmp_path / "stops").glob("*.pth"))
+
+    NaNGradientAt.calls = 0
+    flags = flags_of(data, tmp_path / "skips", "--max_iterations", "6", "--skip_nan", "1")
+    train.main(flags)
+    lines = (folder_of(tmp_path / "skips") / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "lr" in record]
+    assert [record["step"] for record in records if "skipped" in record] == [3]
+    adapter = safe_io.load_tensors(folder_of(tmp_path / "skips") / "epoch_1.pth")
+    assert all(value.isfinite().all() for value in adapter.values() if torch.is_tensor(value))
 
 
 CUDA_SAYS = (

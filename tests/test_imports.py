@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "segment_anything": {"safe_io"},
     "datasets": {"safe_io"},
     "adapter_file": {"safe_io"},
-    "run_folder": {"safe_io"},
+    "run_folder": {"datasets", "safe_io"},
     "ranks": {"interruption", "safe_io"},
     "lora": {"adapter_file", "safe_io"},
     "packing": {"lora", "segment_anything"},

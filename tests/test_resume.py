@@ -14,10 +14,10 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from conftest import TINY_FLAGS, write_slices
+from conftest import TINY_FLAGS, tiny_sam, write_slices
 
 import train
-from interruption import EXIT_INTERRUPTED
+from interruption import EXIT_INTERRUPTED, ONE_REQUEST
 from safe_io import InputError, sha256_of
 from training.state import STATES, newest_state, saved_states
 
@@ -108,7 +108,7 @@ def test_killed_at_random_steps_it_ends_as_if_never_killed(
     assert_equal_runs(killed, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_a_resumed_run_equals_an_uninterrupted_one(
     number: signal.Signals, data: Path, tmp_path: Path
 ):
@@ -134,6 +134,9 @@ def test_a_second_signal_ends_at_once(data: Path, tmp_path: Path):
     while "again to end at once" not in log.read_text():  # signals sent at once count as one
         assert process.is_alive(), log.read_text()
         time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)  # the same request, handed on by another
+    process.join(timeout=ONE_REQUEST + 1)
+    assert process.exitcode is None
     os.kill(process.pid, signal.SIGTERM)
     process.join(timeout=60)
     assert process.exitcode == -signal.SIGTERM
@@ -171,11 +174,14 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(
     assert_equal_runs(run_folder.parent, finished)
 
 
-def test_when_every_state_is_damaged_it_says_so(run_folder: Path):
+def test_when_every_state_is_damaged_it_says_so_every_time(run_folder: Path):
     for path in saved_states(run_folder):
         path.write_bytes(b"")
-    with pytest.raises(InputError, match="every saved state"):
-        train.main(["--resume", str(run_folder)])
+    measured = (run_folder / "metrics.jsonl").read_bytes()
+    for _ in range(2):  # as torchrun and SLURM try again by themselves
+        with pytest.raises(InputError, match="every saved state"):
+            train.main(["--resume", str(run_folder)])
+    assert (run_folder / "metrics.jsonl").read_bytes() == measured
 
 
 def test_only_the_newest_states_are_kept(run_folder: Path):
@@ -191,6 +197,18 @@ def test_a_raised_stop_epoch_goes_on_as_if_it_had_been_so_from_the_start(
     whole_hashes, whole_measured = what_it_left(tmp_path / "whole")
     assert measured == whole_measured
     assert hashes["epoch_2.pth"] == whole_hashes["epoch_2.pth"]
+
+
+def test_best_is_the_same_after_a_raised_stop_epoch(data: Path, tmp_path: Path):
+    more = ("--val_every", "2")
+    train.main(flags_of(data, tmp_path / "part", *more, "--stop_epoch", "3"))
+    folder = folder_of(tmp_path / "part")
+    train.main(["--resume", str(folder), "--stop_epoch", "5"])
+    train.main(flags_of(data, tmp_path / "whole", *more, "--stop_epoch", "5"))
+    hashes, measured = what_it_left(tmp_path / "part")
+    whole_hashes, whole_measured = what_it_left(tmp_path / "whole")
+    assert measured == whole_measured
+    assert hashes["best.pth"] == whole_hashes["best.pth"]
 
 
 def test_raised_iterations_go_on_in_the_middle_of_an_epoch(data: Path, tmp_path: Path):
@@ -219,6 +237,36 @@ def test_other_settings_are_refused(flags: list[str], message: str, run_folder: 
         train.main(["--resume", str(run_folder), *flags])
     assert message in str(caught.value)
     assert before == {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")}
+
+
+def test_other_data_or_weights_under_the_same_flags_are_another_run(
+    run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    moved = Path(shutil.copytree(data, tmp_path / "moved"))
+    flags = flags_of(moved, run_folder.parent, "--stop_epoch", "2", "--resume", "auto")
+    train.main(flags)
+    assert len(list(run_folder.parent.iterdir())) == 1  # the same slices elsewhere
+    names = (moved / "lists" / "train.txt").read_text().splitlines()
+    (moved / "lists" / "train.txt").write_text("\n".join(names[:-3]))
+    with pytest.raises(InputError, match=r"data 9 slices \w+ → 6 slices"):
+        train.main(["--resume", str(run_folder), "--root_path", str(moved)])
+    train.main([*flags, "--stop_epoch", "1"])
+    assert len(list(run_folder.parent.iterdir())) == 2
+    assert "differs in data 9 slices" in capsys.readouterr().err
+
+
+def test_base_weights_may_move_but_not_change(data: Path, tmp_path: Path):
+    for name, seed in (("base", 0), ("other", 1)):
+        torch.manual_seed(seed)
+        torch.save(tiny_sam(num_classes=8).state_dict(), tmp_path / f"{name}.pth")
+    output = tmp_path / "out"
+    flags = [*flags_of(data, output, "--max_iterations", "2"), "--ckpt"]
+    train.main([*flags, str(tmp_path / "base.pth")])
+    (tmp_path / "base.pth").rename(tmp_path / "moved.pth")
+    for resume in ("auto", str(folder_of(output))):
+        train.main([*flags, str(tmp_path / "moved.pth"), "--resume", resume])
+    with pytest.raises(InputError, match="weights "):
+        train.main([*flags, str(tmp_path / "other.pth"), "--resume", str(folder_of(output))])
 
 
 def test_auto_starts_afresh_where_nothing_fits(run_folder: Path, data: Path):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.augmentation import Augmentation, draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
 from interruption import ignore_in_worker
 from ranks import ALONE, Ranks
+from safe_io import InputError
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -55,8 +57,26 @@ class EpochBatches(Sampler[list[int]]):
         return -(-self.length // self.global_batch)
 
 
-def collate_slices(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+class Slices(Dataset):
+    """Samples by the batch; what is wrong with one is a value, which a worker can hand over."""
+
+    def __init__(self, dataset: Synapse_dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]] | InputError:
+        try:
+            return [self.dataset[index] for index in indices]
+        except InputError as error:
+            return error
+
+
+def collate_slices(samples: Sequence[dict[str, Any]] | InputError) -> dict[str, Any] | InputError:
     """Stack slices of one size into tensors (B, H, W); leave mixed sizes, or none, as lists."""
+    if isinstance(samples, InputError):
+        return samples
     batch: dict[str, Any] = {
         key: [sample[key] for sample in samples] for key in ("image", "label", "index")
     }
@@ -74,7 +94,7 @@ def make_loader(
     if workers is None:  # on a CPU a slice is read faster than a worker hands it over
         workers = 4 if device.type == "cuda" else 0
     return DataLoader(
-        dataset,
+        Slices(dataset),
         batch_sampler=EpochBatches(len(dataset), global_batch(args), args.seed, ranks),
         collate_fn=collate_slices,
         num_workers=workers,
@@ -83,6 +103,28 @@ def make_loader(
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # its own: PyTorch's must not depend on how often it starts
     )
+
+
+def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The batches of one epoch; raises an `InputError` if a slice cannot be read any more."""
+    for slices in loader:
+        if isinstance(slices, InputError):
+            raise slices
+        yield slices
+
+
+@contextlib.contextmanager
+def watched_workers(loader: DataLoader) -> Iterator[None]:
+    """Say in a sentence that a worker was killed, which PyTorch raises wherever the program is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            "a loader process was killed, most often for want of memory; go on by --resume with a "
+            f"smaller --num_workers (now {loader.num_workers})"
+        ) from None
 
 
 def global_batch(args: argparse.Namespace) -> int:

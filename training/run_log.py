@@ -7,17 +7,17 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tensorboardX import SummaryWriter
 
 from datasets.registry import label_colours
 from safe_io import EXIT_BAD_INPUT, InputError, cannot_write
+from training.tensorboard import Events
 
 METRICS = "metrics.jsonl"
 
@@ -29,7 +29,8 @@ class RunLog:
         folder: the run's; None on all ranks but the first: the losses are watched, nothing written.
         every: steps between fetches.
         names_of: the names of the slices of a step, given its facts.
-        skip: updates that may be left out because their loss is not finite.
+        skip: updates that may be left out because something watched is not finite.
+        watched: the terms that have to be finite.
         position: of an earlier log in this folder, which is cut there and continued.
         step: the next one.
     """
@@ -41,6 +42,7 @@ class RunLog:
         every: int,
         names_of: Callable[[dict[str, Any]], Sequence[str]] = lambda facts: (),
         skip: int = 0,
+        watched: Sequence[str] = ("loss", "grad_norm"),
         position: dict[str, Any] | None = None,
         step: int = 0,
     ) -> None:
@@ -49,15 +51,15 @@ class RunLog:
         self.every = every
         self.names_of = names_of
         self.skip = skip
+        self.watched = watched
         self.waiting: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
         self.epoch_losses: list[float] = list(position["epoch_losses"])
         self.last_loss: float = position["last_loss"]
         self.skipped: int = position["skipped"]
         self.bytes: int = position["bytes"]
         if folder is not None:
-            # events of steps that are trained again are hidden from TensorBoard
             try:
-                self.writer = SummaryWriter(str(folder / "log"), purge_step=step or None)
+                self.events = Events(folder / "log", step)
                 self.metrics = (folder / METRICS).open("ab")
             except OSError as error:
                 raise cannot_write(folder / METRICS, error) from None
@@ -74,7 +76,7 @@ class RunLog:
         """Fetch what is waiting with one copy and write it.
 
         Raises:
-            InputError: more losses than `skip` are NaN or infinite.
+            InputError: more than `skip` updates had a loss or a gradient that is not finite.
         """
         waiting, self.waiting = self.waiting, []
         if not waiting:
@@ -84,42 +86,45 @@ class RunLog:
         values = torch.stack(on_device).view(-1, len(names)).tolist()
         for (facts, _), row in zip(waiting, values, strict=True):
             scalars = dict(zip(names, row, strict=True))
-            if math.isfinite(scalars["loss"]):
-                self.epoch_losses.append(scalars["loss"])
-                self.last_loss = scalars["loss"]
-                self.write(facts | scalars)
-                self.scalars({f"info/{name}": v for name, v in scalars.items()}, facts["step"])
-                self.scalars({"info/lr": facts["lr"]}, facts["step"])
-            else:
-                self._not_finite(facts, scalars["loss"])
+            finite = {name: v if math.isfinite(v) else None for name, v in scalars.items()}
+            spoilt = next((name for name in self.watched if finite.get(name, 0) is None), None)
+            if spoilt is not None:
+                self._not_finite(facts, spoilt, scalars[spoilt])
+                continue
+            self.epoch_losses.append(scalars["loss"])
+            self.last_loss = scalars["loss"]
+            self.write(facts | finite)
+            shown = {f"info/{name}": v for name, v in finite.items() if v is not None}
+            self.scalars(shown | {"info/lr": facts["lr"]}, facts["step"])
         self._sync()
 
     def _sync(self, *, to_disk: bool = False) -> None:
         if self.folder is None:
             return
         try:
+            self.events.flush()
             self.metrics.flush()
             if to_disk:
                 os.fsync(self.metrics.fileno())
         except OSError as error:
             raise cannot_write(self.folder / METRICS, error) from None
 
-    def _not_finite(self, facts: dict[str, Any], loss: float) -> None:
+    def _not_finite(self, facts: dict[str, Any], name: str, value: float) -> None:
         self.skipped += 1
         slices = list(self.names_of(facts))
+        what = {"grad_norm": "gradient's norm"}.get(name, name)
         if self.skipped <= self.skip:
             self.write(facts | {"loss": None, "skipped": slices})
             if self.folder is not None:
                 logging.warning(
-                    "step %d: the loss is %s, the update was left out (%d of at most %d); slices "
-                    "%s",
-                    *(facts["step"], loss, self.skipped, self.skip, ", ".join(slices)),
+                    "step %d: the %s is %s, the update was left out (%d of at most %d); slices %s",
+                    *(facts["step"], what, value, self.skipped, self.skip, ", ".join(slices)),
                 )
             return
         if self.folder is None:  # the first rank says it
             raise SystemExit(EXIT_BAD_INPUT)
         raise InputError(
-            f"the loss is {loss} at step {facts['step']} (slices {', '.join(slices)}); look at "
+            f"the {what} is {value} at step {facts['step']} (slices {', '.join(slices)}); look at "
             "these slices, lower --base_lr, lengthen --warmup_period or pass --clip_grad; "
             "--skip_nan N leaves out up to N such updates"
         )
@@ -150,8 +155,9 @@ class RunLog:
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Show numbers in TensorBoard."""
         if self.folder is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+            with self._writing_events():
+                for name, value in values.items():
+                    self.events.scalar(name, value, step)
 
     def position(self) -> dict[str, Any]:
         """What another `RunLog` needs to go on from here, all lines before it being on disk."""
@@ -179,8 +185,16 @@ class RunLog:
             "Prediction": colours[logits.argmax(dim=0).cpu().numpy()],
             "GroundTruth": colours[label.cpu().numpy()],
         }
-        for name, picture in pictures.items():  # (H, W, 3) uint8
-            self.writer.add_image(f"train/{name}", picture, step, dataformats="HWC")
+        with self._writing_events():
+            for name, picture in pictures.items():  # (H, W, 3) uint8
+                self.events.picture(f"train/{name}", picture, step)
+
+    @contextlib.contextmanager
+    def _writing_events(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(self.folder / "log", error) from None
 
     def __enter__(self) -> RunLog:
         return self
@@ -191,6 +205,6 @@ class RunLog:
             self.flush()
         finally:
             if self.folder is not None:
-                with contextlib.suppress(OSError):  # of a full disk, which was reported
-                    self.metrics.close()
-                self.writer.close()
+                for file in (self.metrics, self.events):
+                    with contextlib.suppress(OSError):  # of a full disk, which was reported
+                        file.close()

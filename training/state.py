@@ -22,7 +22,7 @@ from torch import nn
 from config import adapter_settings
 from interruption import EXIT_INTERRUPTED, Interruption
 from lora import LoRAModel
-from ranks import Ranks
+from ranks import SAVED, Ranks, note_for_launcher
 from safe_io import (
     EXIT_BAD_INPUT,
     InputError,
@@ -45,6 +45,7 @@ class Progress:
     epoch: int = 0  # the one in progress
     done: int = 0  # its steps so far
     step: int = 0  # all steps so far
+    seconds: float = 0.0  # that the epoch in progress took so far
     best_score: float | None = None
     best_epoch: int | None = None
     not_better: int = 0  # validations since the best
@@ -90,8 +91,13 @@ class Checkpoint:
         if wish != GO_ON:
             self.save()
         if wish == STOP:
-            logging.info("stopped after step %d; go on by --resume %s", self.run.step, self.folder)
-            raise SystemExit(EXIT_INTERRUPTED)
+            self.stop()
+
+    def stop(self) -> None:
+        """End with the state that was just saved."""
+        note_for_launcher(SAVED)
+        logging.info("stopped after step %d; go on by --resume %s", self.run.step, self.folder)
+        raise SystemExit(EXIT_INTERRUPTED)
 
     def save(self) -> None:
         """Write the full state; older ones beyond `--keep_states` are deleted.
@@ -103,6 +109,7 @@ class Checkpoint:
         self.require_finite()
         if self.ranks.first:
             save_state(self.folder, state, keep=self.args.keep_states)
+        self.ranks.agree(SAVE)  # a rank that ended before the first has written would end it
         self.saved_at = time.monotonic()
 
     def capture(self) -> dict[str, Any]:
@@ -171,15 +178,19 @@ def restore(
 
 
 def save_state(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
-    """Write a state and delete all but the newest `keep`.
+    """Write a state and delete all but those of the newest `keep` steps.
 
     Raises:
         InputError: the disk is full or read-only; the states before are untouched.
     """
     name = f"step_{state['progress']['step']:07d}.pth"
     path, _ = save_tensors(state, folder / STATES / name, hash_in_name=True)
-    for old in [other for other in saved_states(folder) if other != path][keep - 1 :]:
-        old.unlink(missing_ok=True)
+    kept = {_step(path): path}
+    for other in saved_states(folder):
+        if len(kept) < keep:
+            kept.setdefault(_step(other), other)
+        if other not in kept.values():
+            other.unlink(missing_ok=True)
     return path
 
 
@@ -202,7 +213,7 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
             return load_tensors(path)
         logging.warning("%s is damaged; the state before it is used", path)
         path.rename(path.with_suffix(".damaged"))
-    if paths:
+    if paths or list((folder / STATES).glob("step_*.damaged")):
         raise InputError(
             f"every saved state in {folder / STATES} is damaged; start a new run, from the newest "
             "adapter by --lora_ckpt if there is one"

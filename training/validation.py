@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,18 +84,23 @@ def validate(
     num_classes: int,
     img_size: int,
     amp_dtype: torch.dtype | None = None,
+    between_cases: Callable[[], object] = lambda: None,
     ranks: Ranks = ALONE,
 ) -> Validation:
     """Segment the held-out cases, shared out over the ranks, and score them at the slices' size.
+
+    Args:
+        between_cases: called before each; may raise, to stop.
 
     Returns:
         The same on every rank.
     """
     own = list(cases)[ranks.rank :: ranks.count]
     model.eval()
-    found = {
-        name: dsc_of_case(model, cases[name], num_classes, img_size, amp_dtype) for name in own
-    }
+    found = {}
+    for name in own:
+        between_cases()
+        found[name] = dsc_of_case(model, cases[name], num_classes, img_size, amp_dtype)
     model.train()
     every = {name: scores for part in ranks.gather(found) for name, scores in part.items()}
     scores = {name: every[name] for name in cases}

@@ -7,6 +7,7 @@ only when it is whole, and a file that does not match its name is passed over fo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import random
@@ -190,7 +191,8 @@ def save_state(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
         if len(kept) < keep:
             kept.setdefault(_step(other), other)
         if other not in kept.values():
-            other.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # one too many does no harm
+                other.unlink()
     return path
 
 

@@ -23,7 +23,7 @@ from inference import predict_volume
 from metrics import compare_volume
 from packing import pack_encoder
 from ranks import Ranks, joined, launch, local_device, processes_here
-from report.figures import CasePanel, case_panel, save_pair, shown_slice, worst_slices, write_pages
+from report.figures import CasePanel, case_panel, save_row, shown_slice, worst_slices, write_pages
 from report.page import write_page
 from report.tables import CaseResult, WorstSlice, format_table, read_json, write_csv, write_json
 from safe_io import exit_on_bad_input, make_folder
@@ -194,11 +194,11 @@ def score_case(
     worst = []
     for index, wrong, foreground in worst_slices(case.label, prediction):
         name = f"slices/{case.name}_{index:03d}.png"
-        pictures = (
+        pictures = [
             shown_slice(case.image, labels, index, args.num_classes, direction)
-            for labels in (case.label, prediction)
-        )
-        save_pair(*pictures, panel.aspect, folder / name)
+            for labels in (None, case.label, prediction)
+        ]
+        save_row(pictures, panel.aspect, folder / name, panel.sides)
         worst.append(WorstSlice(index, wrong, foreground, name))
     return CaseResult(case.name, scores, counts.tolist(), worst), panel
 

@@ -1,4 +1,4 @@
-"""What a test run reports, as pictures: overlays of every case, and DSC and HD95 per organ."""
+"""What a test run reports, as pictures: overlays of every case, and the worst slices."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import binary_erosion
 
 from datasets.registry import label_colours
-from metrics import BOTH, FALSE_ORGAN, MISSED
-from report.tables import CaseResult, case_means, class_means, total_means
+from report.charts import add_legend, draw_scores, render
+from report.tables import CaseResult, case_means
 from safe_io import atomic_path
 
 if TYPE_CHECKING:
@@ -21,14 +22,13 @@ if TYPE_CHECKING:
 
 Slices = Any  # what `[start:stop]` gives (B, H, W) or (B, 3, H, W) float arrays of
 CASES_A_PAGE = 6
-SHOWN_HEIGHT = 300  # pixels, of the worst slices at least
+SHOWN_SIDE = (300, 1024)  # pixels, of the longer side of the worst slices
+MOST_RATIO = 4.0  # of a picture's sides: odd voxels must not make a picture of 100,000 pixels
 SLICES_A_CASE = 3
+WORST_A_CASE = 2
 OPACITY = 0.35  # of a label's colour over the image; its outline is opaque
-MARKS = {  # of a case among the scores of an organ, by its outcome
-    BOTH: {"s": 18, "color": "0.15", "alpha": 0.7, "marker": "o", "zorder": 3},
-    MISSED: {"s": 46, "color": "crimson", "marker": "x", "linewidths": 2, "zorder": 4},
-    FALSE_ORGAN: {"s": 46, "color": "black", "marker": "^", "zorder": 4},
-}
+SHADE = {"facecolor": "black", "alpha": 0.4, "pad": 1, "linewidth": 0}  # behind a letter
+OUTLINED = 256  # pixels of a picture for each pixel of an outline
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,12 @@ class CasePanel:
     """The few slices of a case that are shown; small, whatever the size of the volume."""
 
     case: str
+    depth: int  # slices of the case
     slices: tuple[int, ...]
     truth: tuple[np.ndarray, ...]  # each (H, W, 3) uint8; without labels the plain slice
     prediction: tuple[np.ndarray, ...]
     aspect: float  # height of a voxel over its width
+    sides: str | None  # what of the patient is at the left and right, as RL; None: not known
 
 
 def case_panel(
@@ -58,19 +60,43 @@ def case_panel(
         image: (D, H, W) or, in colour, (D, 3, H, W), about [0, 1]; sliced along D alone.
         label, prediction: (D, H, W), 0…num_classes; a label of None is not known.
         spacing: mm along (slice, row, column), for the shape of a voxel; None: square.
-        direction: the array's 3 × 3 cosines, row-major, to show it as radiologists do: the
-            patient's front at the top, right at the left; None: as the array lies.
+        direction: the array's 3 × 3 cosines, row-major, to show it as radiologists do; None: as
+            the array lies. See `view`.
     """
     chosen = choose_slices(label if label is not None and label.any() else prediction)
     return CasePanel(
         case,
+        len(prediction),
         chosen,
         *(
             tuple(shown_slice(image, labels, index, num_classes, direction) for index in chosen)
             for labels in (label, prediction)
         ),
         1.0 if spacing is None else spacing[1] / spacing[2],
+        view(direction)[1],
     )
+
+
+def view(direction: Sequence[float] | None) -> tuple[list[int], str | None]:
+    """How a radiologist looks at slices: right or front at the left, front or head at the top.
+
+    Args:
+        direction: cosines of the axes x, y, z of (z, y, x) arrays, 3 × 3 row-major.
+
+    Returns:
+        Which of the axes (row, column) to flip, and what is then at the left and right, as RL.
+    """
+    if direction is None:
+        return [], None
+    flips, sides = [], ""
+    for axis in (0, 1):
+        cosines = np.reshape(direction, (3, 3))[:, 1 - axis]
+        nearest = int(np.argmax(np.abs(cosines)))
+        wanted = -1 if nearest == 2 else 1  # the patient's axes run left, backwards and up
+        if cosines[nearest] * wanted < 0:
+            flips.append(axis)
+        sides = ("RL", "AP", "SI")[nearest]
+    return flips, sides
 
 
 def shown_slice(
@@ -80,18 +106,14 @@ def shown_slice(
     num_classes: int,
     direction: Sequence[float] | None,
 ) -> np.ndarray:  # (H, W, 3) uint8
-    """One slice with its labels, if any, the way round that `case_panel` says."""
+    """One slice with its labels, if any, the way round that `view` says."""
     picture = image[index : index + 1][0]
     plane = np.zeros(picture.shape[-2:], np.uint8) if labels is None else labels[index]
-    shown = overlay(picture, plane, label_colours(num_classes))
-    if direction is not None:  # an axis that runs against x (to the left) or y (backwards)
-        flips = [axis for axis, cosine in ((0, direction[4]), (1, direction[0])) if cosine < 0]
-        shown = np.flip(shown, flips)
-    return shown
+    return np.flip(overlay(picture, plane, label_colours(num_classes)), view(direction)[0])
 
 
 def worst_slices(
-    label: np.ndarray, prediction: np.ndarray, count: int = 2
+    label: np.ndarray, prediction: np.ndarray, count: int = WORST_A_CASE
 ) -> list[tuple[int, int, int]]:  # (D, H, W) both
     """Index, wrong and foreground voxels of the slices with most wrong voxels, the worst first."""
     wrong = np.array([np.count_nonzero(a != b) for a, b in zip(label, prediction, strict=True)])
@@ -103,14 +125,41 @@ def worst_slices(
     ]
 
 
-def save_pair(truth: np.ndarray, prediction: np.ndarray, aspect: float, path: Path) -> None:
-    """Write two pictures (H, W, 3) uint8 side by side, in the shape that their voxels have."""
-    gap = np.full((len(truth), max(1, truth.shape[1] // 40), 3), 255, np.uint8)
-    both = np.hstack([truth, gap, prediction])
-    scale = max(1.0, SHOWN_HEIGHT / (len(truth) * aspect))
-    size = (round(both.shape[1] * scale), max(1, round(len(truth) * aspect * scale)))
+def shown_ratio(picture: np.ndarray, aspect: float) -> float:  # (H, W, 3)
+    """Height over width of a picture in the shape that its voxels have, but for odd ones."""
+    height, width = picture.shape[:2]
+    return min(max(height * aspect / width, 1 / MOST_RATIO), MOST_RATIO)
+
+
+def save_row(
+    pictures: Sequence[np.ndarray], aspect: float, path: Path, sides: str | None = None
+) -> None:
+    """Write pictures (H, W, 3) uint8 of one size side by side, in the shape their voxels have."""
+    ratio = shown_ratio(pictures[0], aspect)
+    width = max(pictures[0].shape[1], len(pictures[0]) / ratio)  # no row or column is lost
+    longer = width * max(1.0, ratio)
+    width *= min(max(longer, SHOWN_SIDE[0]), SHOWN_SIDE[1]) / longer
+    size = (round(width), round(width * ratio))
+    gap = 1 + size[0] // 40
+    row = Image.new("RGB", (len(pictures) * (size[0] + gap) - gap, size[1]), "white")
+    for index, picture in enumerate(pictures):  # BOX: as NEAREST where it grows
+        shown = Image.fromarray(picture).resize(size, Image.Resampling.BOX)
+        mark_sides(shown, sides)
+        row.paste(shown, (index * (size[0] + gap), 0))
     with atomic_path(path) as temporary:
-        Image.fromarray(both).resize(size, Image.Resampling.NEAREST).save(temporary)
+        row.save(temporary)
+
+
+def mark_sides(picture: Image.Image, sides: str | None) -> None:
+    """Write at the left and right edge what of the patient lies there."""
+    width, height = picture.size
+    font = ImageFont.load_default(max(12, min(width, height) // 16))
+    for letter, at, anchor in zip(sides or "", (0.02, 0.98), "lr", strict=False):
+        ImageDraw.Draw(picture).text(
+            *((at * width, height / 2), letter),
+            **{"font": font, "anchor": f"{anchor}m", "fill": "white"},
+            **{"stroke_width": 1, "stroke_fill": "black"},
+        )
 
 
 def choose_slices(label: np.ndarray) -> tuple[int, ...]:  # (D, H, W) -> ascending indices
@@ -130,7 +179,7 @@ def choose_slices(label: np.ndarray) -> tuple[int, ...]:  # (D, H, W) -> ascendi
 
 
 def overlay(image: np.ndarray, label: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """A slice with its labels tinted and outlined: (H, W, 3) uint8.
+    """A slice with its labels tinted and outlined, wider in large pictures: (H, W, 3) uint8.
 
     Args:
         image: (H, W) or, in colour, (3, H, W), about [0, 1].
@@ -143,6 +192,9 @@ def overlay(image: np.ndarray, label: np.ndarray, colours: np.ndarray) -> np.nda
     for rows, columns in ((0, 1), (2, 1), (1, 0), (1, 2)):
         neighbour = padded[rows : rows + label.shape[0], columns : columns + label.shape[1]]
         inside &= neighbour == label
+    width = max(label.shape) // OUTLINED
+    if width > 1:
+        inside = binary_erosion(inside, iterations=width - 1, border_value=1)
     strength = np.where(label > 0, np.where(inside, OPACITY, 1.0), 0.0)[..., None]
     return ((1 - strength) * plain + strength * tint).round().astype(np.uint8)
 
@@ -179,7 +231,7 @@ def draw_overlays(
 
     columns = 2 * max(len(panel.slices) for panel in panels)
     side, heading, name_width = 2.6, 0.6, 0.65 + 0.09 * max(map(len, class_names))  # inches
-    heights = [p.truth[0].shape[0] * p.aspect / p.truth[0].shape[1] for p in panels]
+    heights = [shown_ratio(panel.truth[0], panel.aspect) for panel in panels]
     width = side * columns
     entries = max(1, min(len(class_names), int(width / name_width)))  # in a row of the legend
     below = 0.25 * -(-len(class_names) // entries) + 0.25
@@ -196,8 +248,7 @@ def draw_overlays(
     for row, panel, caption in zip(grid, panels, captions, strict=True):
         draw_case(row, panel, caption, kinds)
     colours = label_colours(len(class_names)) / 255
-    patches = [Patch(color=colours[i], label=n) for i, n in enumerate(class_names, start=1)]
-    figure.legend(handles=patches, ncols=entries, loc="lower center", frameon=False)
+    add_legend(figure, [Patch(color=colour) for colour in colours[1:]], class_names, entries)
     return figure
 
 
@@ -205,13 +256,24 @@ def draw_case(row: Sequence[Axes], panel: CasePanel, caption: str, kinds: tuple[
     """The slices of one case in a row of axes, its name and caption above them."""
     for axes in row:
         axes.axis("off")
+    ratio = shown_ratio(panel.truth[0], panel.aspect)
     for index, number in enumerate(panel.slices):
+        slice_name = f"slice {number}, " if panel.depth > 1 else ""
         for offset, (name, pictures) in enumerate(
             zip(kinds, (panel.truth, panel.prediction), strict=True)
         ):
             axes = row[2 * index + offset]
-            axes.imshow(pictures[index], aspect=panel.aspect, interpolation="nearest")
-            axes.set_title(f"slice {number}, {name}", fontsize=9, color="0.3", pad=3)
+            height, width = pictures[index].shape[:2]
+            axes.imshow(pictures[index], aspect=ratio * width / height, interpolation="nearest")
+            axes.set_title(f"{slice_name}{name}", fontsize=9, color="0.3", pad=3)
+            for letter, at, side in zip(
+                panel.sides or "", (0.02, 0.98), ("left", "right"), strict=False
+            ):
+                axes.text(
+                    *(at, 0.5, letter),
+                    **{"transform": axes.transAxes, "ha": side, "va": "center"},
+                    **{"color": "white", "fontsize": 8, "bbox": SHADE},
+                )
     row[0].annotate(
         *(f"{panel.case}   {caption}", (0, 1)),
         **{"xycoords": "axes fraction", "xytext": (0, 19), "textcoords": "offset points"},
@@ -219,96 +281,7 @@ def draw_case(row: Sequence[Axes], panel: CasePanel, caption: str, kinds: tuple[
     )
 
 
-def draw_scores(results: Sequence[CaseResult], class_names: Sequence[str]) -> Figure:
-    """DSC and HD95 of every organ: a bar for the mean, a mark for each case."""
-    from matplotlib.figure import Figure
-
-    crowded = len(class_names) > 10
-    figure = Figure(figsize=(min(14.0, max(8.0, 1.2 * len(class_names) + 3.4)), 7.2))
-    upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 2)})
-    total = total_means(results)
-    in_mm = total["hd95_mm"] is not None
-    draw_bars(upper, results, "dsc", 100)
-    upper.set(ylabel="DSC %", ylim=(0, 102))
-    draw_bars(lower, results, "hd95_mm" if in_mm else "hd95_voxels", 1)
-    lower.set(ylabel=f"HD95 {'mm' if in_mm else 'voxels'}", ylim=(0, None))
-    mean_dsc = "-" if total["dsc"] is None else f"{100 * total['dsc']:.2f} %"
-    cases = "1 case" if len(results) == 1 else f"{len(results)} cases"
-    title = f"{cases}, mean DSC {mean_dsc} (a false or missed organ scores 0)"
-    upper.set_title(title, loc="left", pad=24)
-    shown = [upper.scatter([], [], label=name, **style) for name, style in MARKS.items()]
-    figure.legend(handles=shown, loc="lower center", ncols=len(shown), frameon=False)
-    lower.set_xticks(
-        range(len(class_names)),
-        class_names if crowded else [name.replace(" ", "\n") for name in class_names],
-        **({"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}),
-    )
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    return figure
-
-
-def draw_bars(axes: Axes, results: Sequence[CaseResult], score: str, factor: float) -> None:
-    """The mean of a score per organ as a bar, with every case that defines it as a mark."""
-    colours = label_colours(len(results[0].scores)) / 255
-    spread = np.linspace(-0.25, 0.25, len(results)) if len(results) > 1 else [0.0]
-    for index, row in enumerate(class_means(results)):
-        if row[score] is None:
-            continue
-        height = factor * row[score]
-        axes.bar(index, height, color=colours[index + 1], alpha=0.55, width=0.7)
-        axes.annotate(
-            f"{height:.1f}",
-            (index, 1),
-            **{"xycoords": ("data", "axes fraction"), "ha": "center", "weight": "bold"},
-            **{"xytext": (0, 4), "textcoords": "offset points", "annotation_clip": False},
-        )
-        for result, shift in zip(results, spread, strict=True):  # a case keeps its place
-            value, outcome = getattr(result.scores[index], score), result.scores[index].outcome
-            if value is not None:
-                axes.scatter(index + shift, factor * value, clip_on=False, **MARKS[outcome])
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.set_xlim(-0.6, len(results[0].scores) - 0.4)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def draw_boxes(
-    results: Sequence[CaseResult], class_names: Sequence[str], score: str, unit: str, factor: float
-) -> Figure:
-    """How a score spreads over the cases, a box an organ, with every case as a dot."""
-    from matplotlib.figure import Figure
-
-    colours = label_colours(len(class_names)) / 255
-    figure = Figure(figsize=(max(4.5, 0.85 * len(class_names) + 1.6), 3.4))
-    axes = figure.subplots()
-    for index in range(len(class_names)):
-        values = [getattr(result.scores[index], score) for result in results]
-        shown = np.array([factor * value for value in values if value is not None])
-        if not shown.size:
-            continue
-        axes.boxplot(
-            shown,
-            positions=[index],
-            widths=0.55,
-            showfliers=False,
-            patch_artist=True,
-            boxprops={"facecolor": (*colours[index + 1], 0.45), "edgecolor": "0.3"},
-            medianprops={"color": "black"},
-        )
-        spread = np.linspace(-0.17, 0.17, shown.size) if shown.size > 1 else np.zeros(1)
-        axes.scatter(index + spread, shown, s=9, color="0.15", zorder=3)
-    axes.set_xticks(range(len(class_names)), class_names, rotation=30, ha="right")
-    axes.set(ylabel=unit, xlim=(-0.6, len(class_names) - 0.4))
-    axes.set_ylim(0, 103 if unit.endswith("%") else None)
-    axes.grid(axis="y", alpha=0.3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.tight_layout()
-    return figure
-
-
 def save(figure: Figure, path: Path) -> None:
     """Write a picture, whole or not at all."""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+        render(figure, temporary, dpi=110)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
@@ -15,7 +14,7 @@ from scipy.stats import bootstrap
 
 from datasets.registry import label_colours
 from metrics import mean
-from report.figures import draw_boxes
+from report.charts import as_data, draw_boxes
 from report.tables import (
     OUTCOMES,
     CaseResult,
@@ -26,9 +25,6 @@ from report.tables import (
     total_means,
 )
 from safe_io import InputError, atomic_path
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_SLICES = 12  # of the worst ones shown
@@ -120,7 +116,7 @@ def describe(run: TestRun, name: str) -> dict[str, Any]:
         ],
         "definitions": run.definitions,
         "boxes": [
-            _as_data(draw_boxes(run.results, run.class_names, *what))
+            as_data(draw_boxes(run.results, run.class_names, *what))
             for what in (("dsc", "DSC %", 100), (*distance, 1))
             if len(run.results) > 1  # one case has no spread
         ],
@@ -242,9 +238,3 @@ def number(value: float | None, factor: float = 1, sign: bool = False) -> str:
     if value is None:
         return "–"
     return f"{value * factor:+.2f}" if sign else f"{value * factor:.2f}"
-
-
-def _as_data(figure: Figure) -> str:
-    content = io.BytesIO()
-    figure.savefig(content, format="svg", metadata={"Date": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,18 @@ import pytest
 from PIL import Image
 
 from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore
-from report.figures import CASES_A_PAGE, SLICES_A_CASE, CasePanel, case_panel, write_pages
+from report.charts import as_data, draw_boxes
+from report.figures import (
+    CASES_A_PAGE,
+    SLICES_A_CASE,
+    CasePanel,
+    case_panel,
+    draw_overlays,
+    overlay,
+    save,
+    save_row,
+    write_pages,
+)
 from report.tables import (
     DEFINITIONS,
     OUTCOMES,
@@ -159,3 +171,72 @@ def test_pages_hold_pictures(tmp_path: Path):
         picture = np.asarray(Image.open(page).convert("RGB"))
         assert picture.shape[0] > 150 and picture.shape[1] > 500
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing"), [((3, 20, 24), (1, 100, 0.01)), ((3, 20, 24), (1, 0.01, 100)),
+                           ((3, 512, 1), None), ((3, 1, 512), None)],
+)  # fmt: skip
+def test_odd_voxels_give_pictures_of_bounded_shape(
+    tmp_path: Path, shape: tuple[int, ...], spacing: tuple[float, ...] | None
+):
+    label = np.ones(shape, np.uint8)
+    panel = case_panel("a", np.full(shape, 0.5), label, label, 1, spacing=spacing)
+    save(draw_overlays([panel], ["x"], ["liver"]), tmp_path / "page.png")
+    save_row([panel.truth[0]] * 3, panel.aspect, tmp_path / "row.png")
+    for path, pictures in (("page.png", 6), ("row.png", 3)):
+        width, height = Image.open(tmp_path / path).size
+        assert 1 / 5 < height / (width / pictures) < 5 and max(width, height) < 4000
+
+
+ODD_NAMES = [r"cost $\frac$ x", "_hidden", "<script>", "肝臓"]
+
+
+@pytest.mark.parametrize("count", [4, 16])  # 16: crowded
+def test_names_are_shown_as_they_are(tmp_path: Path, count: int):
+    names = (ODD_NAMES * 4)[:count]
+    label = np.arange(1, 1 + count, dtype=np.uint8).reshape(1, 1, count).repeat(8, axis=1)
+    panel = case_panel("case $x^", np.full(label.shape, 0.5), label, label, count)
+    results = [CaseResult("case $x^", [found(0.5, 1.0)] * count)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of glyphs that the font lacks, of labels left out
+        write_pages(tmp_path, [panel], results, names)
+        as_data(draw_boxes(results * 2, names, "dsc", "DSC %", 100))
+    legend = draw_overlays([panel], [""], names).legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == names
+
+
+def test_sides_are_marked_where_they_are_known(tmp_path: Path):
+    label = np.zeros((2, 40, 40), np.uint8)
+    label[:, 3:8, 3:8] = 1
+
+    def shown(direction: tuple[float, ...] | None) -> tuple[str | None, set[str]]:
+        panel = case_panel("a", label * 0.1, label, label, 1, direction=direction)
+        axes = draw_overlays([panel], [""], ["liver"]).axes[0]
+        return panel.sides, {text.get_text() for text in axes.texts} & set("RLAPSI")
+
+    axial = (1, 0, 0, 0, 1, 0, 0, 0, 1)
+    assert shown(axial) == shown((-1, *axial[1:])) == ("RL", {"R", "L"})
+    assert shown(None) == (None, set())
+    sagittal = (0, 0, 1, 1, 0, 0, 0, -1, 0)  # columns run backwards, rows down, slices to the left
+    assert shown(sagittal) == ("AP", {"A", "P"})
+    picture = np.zeros((40, 40, 3), np.uint8)
+    for sides in (None, "RL"):
+        save_row([picture] * 3, 1.0, tmp_path / f"{sides}.png", sides)
+    plain, marked = (np.asarray(Image.open(tmp_path / f"{s}.png")) for s in (None, "RL"))
+    assert plain.shape == marked.shape and (plain != marked).any()
+
+
+def test_a_case_of_one_slice_has_no_number():
+    for depth, told in ((1, "truth"), (2, "slice 0, truth")):
+        axes = draw_overlays([make_panel(depth)], [""], NAMES).axes[0]
+        assert axes.get_title() == told
+
+
+@pytest.mark.parametrize(("side", "width"), [(224, 1), (512, 2), (1024, 4)])
+def test_outlines_stay_visible_in_large_pictures(side: int, width: int):
+    label = np.zeros((side, side), np.uint8)
+    label[50:150, 50:150] = 1
+    colours = np.array([[0, 0, 0], [200, 0, 0]], np.uint8)
+    row = overlay(np.full(label.shape, 0.5), label, colours)[100]
+    assert (row[50:150] == colours[1]).all(axis=1).sum() == 2 * width

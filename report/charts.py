@@ -1,0 +1,144 @@
+"""Scores as charts: bars and boxes of every organ. Names are drawn as they are."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from datasets.registry import label_colours
+from metrics import BOTH, FALSE_ORGAN, MISSED
+from report.tables import CaseResult, class_means, total_means
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKS = {  # of a case among the scores of an organ, by its outcome
+    BOTH: {"s": 18, "color": "0.15", "alpha": 0.7, "marker": "o", "zorder": 3},
+    MISSED: {"s": 46, "color": "crimson", "marker": "x", "linewidths": 2, "zorder": 4},
+    FALSE_ORGAN: {"s": 46, "color": "black", "marker": "^", "zorder": 4},
+}
+
+
+def render(figure: Figure, file: Path | IO[bytes], **options: Any) -> None:
+    """Draw a figure with every name as it is: `$` starts no formula, missing glyphs are boxes."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(file, **options)
+
+
+def as_data(figure: Figure) -> str:
+    """A figure as the address of an SVG picture that holds it."""
+    content = io.BytesIO()
+    render(figure, content, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def add_legend(
+    figure: Figure, handles: Sequence[Artist], names: Sequence[str], columns: int
+) -> None:
+    """A legend below; matplotlib would leave out names that start with `_` if it were told them."""
+    legend = figure.legend(
+        handles, ["x"] * len(handles), ncols=columns, loc="lower center", frameon=False
+    )
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(name)
+
+
+def draw_scores(results: Sequence[CaseResult], class_names: Sequence[str]) -> Figure:
+    """DSC and HD95 of every organ: a bar for the mean, a mark for each case."""
+    from matplotlib.figure import Figure
+
+    crowded = len(class_names) > 10
+    figure = Figure(figsize=(min(14.0, max(8.0, 1.2 * len(class_names) + 3.4)), 7.2))
+    upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 2)})
+    total = total_means(results)
+    in_mm = total["hd95_mm"] is not None
+    draw_bars(upper, results, "dsc", 100)
+    upper.set(ylabel="DSC %", ylim=(0, 102))
+    draw_bars(lower, results, "hd95_mm" if in_mm else "hd95_voxels", 1)
+    lower.set(ylabel=f"HD95 {'mm' if in_mm else 'voxels'}", ylim=(0, None))
+    mean_dsc = "-" if total["dsc"] is None else f"{100 * total['dsc']:.2f} %"
+    cases = "1 case" if len(results) == 1 else f"{len(results)} cases"
+    title = f"{cases}, mean DSC {mean_dsc} (a false or missed organ scores 0)"
+    upper.set_title(title, loc="left", pad=24)
+    add_legend(figure, [upper.scatter([], [], **style) for style in MARKS.values()], list(MARKS), 3)
+    lower.set_xticks(
+        range(len(class_names)),
+        class_names if crowded else [name.replace(" ", "\n") for name in class_names],
+        **({"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}),
+    )
+    figure.set_layout_engine("tight", rect=(0, 0.05, 1, 1))  # when drawn: see `render`
+    return figure
+
+
+def draw_bars(axes: Axes, results: Sequence[CaseResult], score: str, factor: float) -> None:
+    """The mean of a score per organ as a bar, with every case that defines it as a mark."""
+    colours = label_colours(len(results[0].scores)) / 255
+    spread = np.linspace(-0.25, 0.25, len(results)) if len(results) > 1 else [0.0]
+    for index, row in enumerate(class_means(results)):
+        if row[score] is None:
+            continue
+        height = factor * row[score]
+        axes.bar(index, height, color=colours[index + 1], alpha=0.55, width=0.7)
+        axes.annotate(
+            f"{height:.1f}",
+            (index, 1),
+            **{"xycoords": ("data", "axes fraction"), "ha": "center", "weight": "bold"},
+            **{"xytext": (0, 4), "textcoords": "offset points", "annotation_clip": False},
+        )
+        for result, shift in zip(results, spread, strict=True):  # a case keeps its place
+            value, outcome = getattr(result.scores[index], score), result.scores[index].outcome
+            if value is not None:
+                axes.scatter(index + shift, factor * value, clip_on=False, **MARKS[outcome])
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.set_xlim(-0.6, len(results[0].scores) - 0.4)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def draw_boxes(
+    results: Sequence[CaseResult], class_names: Sequence[str], score: str, unit: str, factor: float
+) -> Figure:
+    """How a score spreads over the cases, a box an organ, with every case as a dot."""
+    from matplotlib.figure import Figure
+
+    colours = label_colours(len(class_names)) / 255
+    figure = Figure(figsize=(max(4.5, 0.85 * len(class_names) + 1.6), 3.4))
+    axes = figure.subplots()
+    for index in range(len(class_names)):
+        values = [getattr(result.scores[index], score) for result in results]
+        shown = np.array([factor * value for value in values if value is not None])
+        if not shown.size:
+            continue
+        axes.boxplot(
+            shown,
+            positions=[index],
+            widths=0.55,
+            showfliers=False,
+            patch_artist=True,
+            boxprops={"facecolor": (*colours[index + 1], 0.45), "edgecolor": "0.3"},
+            medianprops={"color": "black"},
+        )
+        spread = np.linspace(-0.17, 0.17, shown.size) if shown.size > 1 else np.zeros(1)
+        axes.scatter(index + spread, shown, s=9, color="0.15", zorder=3)
+    axes.set_xticks(range(len(class_names)), class_names, rotation=30, ha="right")
+    axes.set(ylabel=unit, xlim=(-0.6, len(class_names) - 0.4))
+    axes.set_ylim(0, 103 if unit.endswith("%") else None)
+    axes.grid(axis="y", alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.set_layout_engine("tight")  # when drawn: see `render`
+    return figure

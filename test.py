@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,17 @@ from metrics import compare_volume
 from packing import pack_encoder
 from ranks import Ranks, joined, launch, local_device, processes_here
 from report.figures import CasePanel, case_panel, save_row, shown_slice, worst_slices, write_pages
+from report.groups import with_groups
 from report.page import write_page
-from report.tables import CaseResult, WorstSlice, format_table, read_json, write_csv, write_json
+from report.tables import (
+    CaseResult,
+    WorstSlice,
+    format_table,
+    nsd_caveat,
+    read_json,
+    write_csv,
+    write_json,
+)
 from safe_io import exit_on_bad_input, make_folder
 from scans.orientation import orientation_of, turned, turned_geometry
 from scans.volumes import Geometry, write_volume
@@ -85,7 +95,8 @@ def test(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
         result.case: (result, panel) for part in ranks.gather(finished) for result, panel in part
     }
     if ranks.first:
-        report(args, folder, *zip(*(by_case[case] for case in dataset.sample_list), strict=True))
+        results, panels = zip(*(by_case[case] for case in dataset.sample_list), strict=True)
+        report(args, folder, with_groups(results, dataset.data_dir), panels)
 
 
 def report(
@@ -96,12 +107,16 @@ def report(
 ) -> None:
     """Write tables and pictures of all cases."""
     names = class_names(args)
-    settings = {"flags": vars(args), "environment": environment()}
+    tested = {"tested": f"{datetime.now():%Y-%m-%d %H:%M}"}
+    settings = {"flags": vars(args), "environment": tested | environment()}
     write_csv(folder / "results.csv", results, names)
     write_json(folder / "results.json", results, names, settings, args.nsd_tolerance)
     pages = write_pages(folder, panels, results, names)
     write_page(folder / "report.html", [read_json(folder / "results.json")])
     logging.info("\n%s", format_table(results, names))
+    caveat = nsd_caveat(results, args.nsd_tolerance)
+    if caveat:
+        logging.warning("%s", caveat)
     written = ", ".join(
         ["report.html", "results.csv", "results.json", *(page.name for page in pages)]
     )
@@ -200,7 +215,8 @@ def score_case(
         ]
         save_row(pictures, panel.aspect, folder / name, panel.sides)
         worst.append(WorstSlice(index, wrong, foreground, name))
-    return CaseResult(case.name, scores, counts.tolist(), worst), panel
+    facts = {"slices": len(case.label), "spacing": spacing, "sides": panel.sides}
+    return CaseResult(case.name, scores, counts.tolist(), worst, **facts), panel
 
 
 def write_case(case: Case, prediction: np.ndarray, folder: Path | None) -> None:

@@ -20,6 +20,7 @@ from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, NSD_TOLERANCE, ClassScore
 from safe_io import InputError, atomic_path, require_file, safe_name
 
 SCORES = tuple(field.name for field in fields(ClassScore) if field.name != "outcome")
+FACTS = ("slices", "spacing", "sides", "group")  # of a case
 OUTCOMES = (BOTH, FALSE_ORGAN, MISSED, ABSENT)
 DEFINITIONS = {
     "dsc": "Dice similarity coefficient, 0…1 (100 %); a false or missed organ scores 0, an "
@@ -48,7 +49,7 @@ class WorstSlice:
     index: int
     wrong: int  # voxels of another class than the label's
     foreground: int  # voxels that are of a class in label or prediction
-    picture: str  # path beside results.json: truth and prediction side by side
+    picture: str  # path beside results.json: the plain slice, truth and prediction side by side
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,15 @@ class CaseResult:
     scores: list[ClassScore]  # of the classes 1…N in order
     confusion: list[list[int]] | None = None  # voxels of every predicted (row) and true class
     worst: list[WorstSlice] = field(default_factory=list)  # the worst first
+    slices: int | None = None  # None, here and below: not known
+    spacing: tuple[float, ...] | None = None  # mm along (slice, row, column)
+    sides: str | None = None  # what of the patient is at the left and right of pictures, as RL
+    group: str | None = None  # the scan that the case is a slice of, or the case itself
+
+    @property
+    def independent(self) -> str:
+        """What tells cases apart that are separate evidence."""
+        return self.group or self.case
 
 
 Means = dict[str, float | None]  # by the names of SCORES; None where no case defines it
@@ -87,6 +97,19 @@ def outcome_counts(results: Sequence[CaseResult]) -> list[dict[str, int]]:
         for column in zip(*(result.scores for result in results), strict=True)
     ]
     return [{outcome: count[outcome] for outcome in OUTCOMES} for count in counts]
+
+
+def nsd_caveat(results: Sequence[CaseResult], tolerance: float | None) -> str | None:
+    """What to say where NSD cannot tell near from exact; None: nothing."""
+    spacings = [max(result.spacing) for result in results if result.spacing]
+    coarse = [spacing for spacing in spacings if tolerance is not None and spacing > tolerance]
+    if not coarse:
+        return None
+    return (
+        f"NSD's tolerance of {tolerance:g} mm is below the largest voxel spacing (up to "
+        f"{max(coarse):g} mm) of {len(coarse)} of {len(results)} case(s): along that axis only "
+        "surfaces that meet exactly count as near"
+    )
 
 
 def format_table(results: Sequence[CaseResult], class_names: Sequence[str]) -> str:
@@ -150,6 +173,7 @@ def write_json(
     cases = zip(results, case_means(results), strict=True)
     content = {
         "definitions": {k: text.format(tolerance=tolerance) for k, text in DEFINITIONS.items()},
+        "nsd_tolerance": tolerance,
         "total": total_means(results),
         "classes": [
             {"class": index, "name": name, "mean": row, "outcomes": counts}
@@ -162,6 +186,7 @@ def write_json(
                 "scores": dict(zip(class_names, map(asdict, result.scores), strict=True)),
                 "confusion": result.confusion,
                 "worst": [asdict(one) for one in result.worst],
+                **{name: getattr(result, name) for name in FACTS},
             }
             for result, row in cases
         ],
@@ -181,6 +206,7 @@ class TestRun:
     results: list[CaseResult]
     definitions: dict[str, str]
     settings: dict[str, Any]  # flags and environment
+    tolerance: float | None  # of NSD, mm; None: not known
 
 
 def read_json(path: Path) -> TestRun:
@@ -196,6 +222,9 @@ def read_json(path: Path) -> TestRun:
         results = [_case_result(row, names) for row in content["cases"]]
         definitions = {str(key): str(text) for key, text in content["definitions"].items()}
         settings = {key: dict(content.get(key) or {}) for key in ("flags", "environment")}
+        tolerance = content.get("nsd_tolerance")
+        if tolerance is not None:
+            tolerance = float(tolerance)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path} is not a results.json that test.py wrote ({type(error).__name__}: "
@@ -203,7 +232,7 @@ def read_json(path: Path) -> TestRun:
         ) from None
     if not results or not names:
         raise InputError(f"{path} holds no case; run test.py again")
-    return TestRun(path, names, results, definitions, settings)
+    return TestRun(path, names, results, definitions, settings, tolerance)
 
 
 def _case_result(row: dict[str, Any], names: Sequence[str]) -> CaseResult:
@@ -224,7 +253,20 @@ def _case_result(row: dict[str, Any], names: Sequence[str]) -> CaseResult:
     for one in worst:
         for part in str(one.picture).split("/"):
             safe_name(part, source="worst slices")
-    return CaseResult(str(row["case"]), scores, confusion, worst)
+    return CaseResult(str(row["case"]), scores, confusion, worst, **_case_facts(row))
+
+
+def _case_facts(row: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a case, checked; older files know nothing."""
+    facts = {name: row.get(name) for name in FACTS}
+    kinds = {"slices": int, "spacing": list, "sides": str, "group": str}
+    wrong = [n for n, kind in kinds.items() if facts[n] is not None and type(facts[n]) is not kind]
+    if facts["spacing"] is not None and not wrong:
+        facts["spacing"] = tuple(map(float, facts["spacing"]))
+        wrong = [] if len(facts["spacing"]) == 3 else ["spacing"]
+    if wrong:
+        raise ValueError(f"the {', '.join(wrong)} of {row['case']} cannot be")
+    return facts
 
 
 def _means(scores: Iterable[ClassScore]) -> Means:

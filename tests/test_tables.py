@@ -24,6 +24,7 @@ from report.figures import (
     save_row,
     write_pages,
 )
+from report.groups import with_groups
 from report.tables import (
     DEFINITIONS,
     OUTCOMES,
@@ -32,6 +33,7 @@ from report.tables import (
     case_means,
     class_means,
     format_table,
+    nsd_caveat,
     outcome_counts,
     read_json,
     total_means,
@@ -240,3 +242,47 @@ def test_outlines_stay_visible_in_large_pictures(side: int, width: int):
     colours = np.array([[0, 0, 0], [200, 0, 0]], np.uint8)
     row = overlay(np.full(label.shape, 0.5), label, colours)[100]
     assert (row[50:150] == colours[1]).all(axis=1).sum() == 2 * width
+
+
+def test_facts_of_cases_are_kept_and_may_be_missing(tmp_path: Path):
+    known = CaseResult("a", RESULTS[0].scores, None, [], 5, (3.0, 1.0, 1.5), "RL", "scan")
+    write_json(tmp_path / "r.json", [known, RESULTS[1]], NAMES, {}, 1.5)
+    run = read_json(tmp_path / "r.json")
+    assert run.results == [known, RESULTS[1]] and run.tolerance == 1.5
+    assert [result.independent for result in run.results] == ["scan", "case0002"]
+    content = json.loads((tmp_path / "r.json").read_text())
+    del content["nsd_tolerance"]
+    for row in content["cases"]:  # as older versions wrote them
+        for name in ("slices", "spacing", "sides", "group"):
+            del row[name]
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    run = read_json(tmp_path / "r.json")
+    assert run.results[0] == CaseResult("a", RESULTS[0].scores) and run.tolerance is None
+
+
+@pytest.mark.parametrize(
+    ("cases", "slices", "groups"),
+    [
+        (["10004_slice16", "10004_slice19"], 1, ["10004"] * 2),  # of one patient
+        (["p1_1", "p1_2", "p2_1"], 1, ["p1", "p1", "p2"]),
+        (["image_1", "image_2"], 1, ["image_1", "image_2"]),  # preprocessing would not join them
+        (["p1_1", "p1_2", "other"], 1, ["p1_1", "p1_2", "other"]),
+        (["p1_1", "p1_2", "p2_1"], 9, ["p1_1", "p1_2", "p2_1"]),  # volumes
+    ],
+)
+def test_slices_of_a_scan_are_grouped(
+    tmp_path: Path, cases: list[str], slices: int, groups: list[str]
+):
+    results = [CaseResult(case, RESULTS[0].scores, slices=slices) for case in cases]
+    assert [result.group for result in with_groups(results, tmp_path / "data")] == groups
+    told = {"cases": [{"case": case, "group": "told"} for case in cases]}
+    (tmp_path / "preprocess.json").write_text(json.dumps(told))
+    assert {result.group for result in with_groups(results, tmp_path / "data")} == {"told"}
+    (tmp_path / "preprocess.json").write_text('{"cases": 3}')
+    assert [result.group for result in with_groups(results, tmp_path / "data")] == groups
+
+
+def test_a_tolerance_below_the_spacing_is_told():
+    results = [CaseResult(str(s), RESULTS[0].scores, spacing=(s, 1.0, 1.0)) for s in (1.5, 3.0)]
+    assert "of 2 mm" in nsd_caveat(results, 2.0) and "1 of 2 case(s)" in nsd_caveat(results, 2.0)
+    assert nsd_caveat(results, 3.0) is None and nsd_caveat(RESULTS, 2.0) is None

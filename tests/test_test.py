@@ -79,6 +79,10 @@ def test_it_writes_every_result(tested):
         assert min(Image.open(run / "test" / page).size) > 200
     assert "samed DSC %" in done.stdout and "right kidney" in done.stdout
     assert "case0001: slices of 20×24 are squashed" in done.stdout
+    assert (
+        "NSD's tolerance of 2 mm is below" in done.stdout
+        and "(up to 3 mm) of 1 of 2" in done.stdout
+    )
 
 
 def test_its_numbers_are_those_of_the_files(tested):
@@ -92,6 +96,10 @@ def test_its_numbers_are_those_of_the_files(tested):
     content = json.loads((run / "test" / "results.json").read_text())
     found = list(content["cases"][0]["scores"].values())
     assert found == [vars(score) for score in scores]
+    facts = [{k: row[k] for k in ("slices", "spacing", "sides")} for row in content["cases"]]
+    assert facts[0] == {"slices": 5, "spacing": [3.0, 0.7, 0.8], "sides": "AP"}  # turned by 53°
+    assert facts[1] == {"slices": 1, "spacing": None, "sides": None}
+    assert content["nsd_tolerance"] == 2 and content["environment"]["tested"].startswith("20")
     assert content["flags"]["img_size"] == 64 and content["environment"]["torch"]
     with (run / "test" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))

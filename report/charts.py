@@ -142,3 +142,33 @@ def draw_boxes(
         axes.spines[side].set_visible(False)
     figure.set_layout_engine("tight")  # when drawn: see `render`
     return figure
+
+
+def draw_differences(
+    rows: Sequence[dict[str, Any]], score: str, unit: str, factor: float
+) -> Figure:
+    """The paired difference of every row of `compare`: its mean, its interval, each case."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.2, 0.3 * len(rows) + 0.9))
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        one = row["scores"][score]
+        if one.difference is None:
+            continue
+        each = factor * np.array(one.each)
+        axes.scatter(each, np.full(each.size, place), s=12, color="0.6", alpha=0.5, linewidths=0)
+        if one.interval is not None:
+            ends = factor * np.array(one.interval)
+            axes.plot(ends, (place, place), color="#1f5f99", linewidth=2.5, solid_capstyle="butt")
+        axes.scatter(factor * one.difference, place, s=34, color="#1f5f99", zorder=3)
+    axes.axvline(0, color="0.3", linewidth=0.8, zorder=0)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel(unit)
+    axes.grid(axis="x", alpha=0.3)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.set_layout_engine("tight")  # when drawn: see `render`
+    return figure

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
-from scipy.stats import bootstrap
+from markupsafe import Markup, escape
 
 from datasets.registry import label_colours
-from metrics import mean
-from report.charts import as_data, draw_boxes
+from report.charts import as_data, draw_boxes, draw_differences
+from report.compare import FEWEST_GROUPS, compare, overview
+from report.figures import WORST_A_CASE
 from report.tables import (
+    COLUMNS,
     OUTCOMES,
+    SAMED,
     CaseResult,
     TestRun,
     case_means,
     class_means,
+    nsd_caveat,
     outcome_counts,
     total_means,
 )
@@ -28,31 +31,7 @@ from safe_io import InputError, atomic_path
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_SLICES = 12  # of the worst ones shown
-FEWEST_PAIRS = 5  # cases for a confidence interval to mean anything
-COLUMNS = {  # score -> heading, factor, whether more is better; honest ones first
-    "dsc": ("DSC %", 100, True),
-    "nsd": ("NSD %", 100, True),
-    "hd95_mm": ("HD95 mm", 1, False),
-    "hd95_to_label_mm": ("HD95 mm to truth", 1, False),
-    "hd95_to_prediction_mm": ("HD95 mm to predicted", 1, False),
-    "assd_mm": ("ASSD mm", 1, False),
-    "hd95_voxels": ("HD95 voxels", 1, False),
-    "samed_dsc": ("DSC %", 100, True),
-    "samed_hd95": ("HD95 voxels", 1, False),
-}
-SAMED = ("samed_dsc", "samed_hd95")
-COMPARED = ("dsc", "nsd", "hd95_mm", "hd95_voxels", *SAMED)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A score of two runs over the cases that define it in both."""
-
-    first: float | None
-    second: float | None
-    difference: float | None  # second - first, mean over the pairs
-    interval: tuple[float, float] | None  # 95 %; None: too few pairs
-    pairs: int
+SIDES = {"RL": "R right, L left", "AP": "A front, P back", "SI": "S head, I feet"}
 
 
 def write_page(path: Path, runs: Sequence[TestRun]) -> None:
@@ -67,24 +46,29 @@ def write_page(path: Path, runs: Sequence[TestRun]) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters |= {"number": number, "breakable": breakable}
+    names = run_names(runs)
+    short = short_names(names)
     page = environment.get_template(TEMPLATE.name).render(
-        runs=[describe(run, name) for run, name in zip(runs, run_names(runs), strict=True)],
+        runs=[describe(run, name) for run, name in zip(runs, names, strict=True)],
+        names=short,
+        overview=overview(runs),
         comparisons=[
-            {"first": run_names(runs)[0], "second": name, **compare(runs[0], run)}
-            for run, name in zip(runs[1:], run_names(runs)[1:], strict=True)
+            described(compare(runs[0], run), short[0], name)
+            for run, name in zip(runs[1:], short[1:], strict=True)
         ],
         columns=COLUMNS,
         samed=SAMED,
         outcomes=OUTCOMES,
-        fewest_pairs=FEWEST_PAIRS,
+        fewest_groups=FEWEST_GROUPS,
+        worst_a_case=WORST_A_CASE,
     )
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
 def run_names(runs: Sequence[TestRun]) -> list[str]:
-    """What tells the runs apart: their folders, without what all have in common."""
+    """The folders of the runs, numbered where they are called alike."""
     folders = [run.path.resolve().parent for run in runs]
     parts = [
         folder.parent.name if folder.name == "test" and folder.parent.name else folder.name
@@ -95,18 +79,29 @@ def run_names(runs: Sequence[TestRun]) -> list[str]:
     return [f"{index}: {part}" for index, part in enumerate(parts, start=1)]
 
 
+def short_names(names: Sequence[str]) -> list[str]:
+    """What tells the runs apart: their names without the settings that all have in common."""
+    parts = [name.split("_") for name in names]
+    common = set.intersection(*map(set, parts))
+    short = ["_".join(part for part in own if part not in common) for own in parts]
+    return short if all(short) and len(set(short)) == len(short) else list(names)
+
+
 def describe(run: TestRun, name: str) -> dict[str, Any]:
     """Everything of one run that the page shows."""
     colours = [f"#{bytes(rgb).hex()}" for rgb in label_colours(len(run.class_names))[1:]]
     rows = zip(run.class_names, colours, class_means(run.results), outcome_counts(run.results),
                strict=True)  # fmt: skip
-    in_mm = total_means(run.results)["hd95_mm"] is not None
-    distance = ("hd95_mm", "HD95 mm") if in_mm else ("hd95_voxels", "HD95 voxels")
+    total = total_means(run.results)
+    distance = "hd95_voxels" if total["hd95_mm"] is None else "hd95_mm"
+    # what no case defines, as mm of pictures, has no column and no definition
+    shown = [score for score in COLUMNS if score in SAMED or total[score] is not None]
+    spec = run.settings["flags"].get("spec")
     return {
         "name": name,
-        "total": total_means(run.results),
-        # what no case defines, as mm of pictures, has no column
-        "shown": [n for n in COLUMNS if n in SAMED or total_means(run.results)[n] is not None],
+        "data": spec.get("name") if isinstance(spec, dict) else None,
+        "total": total,
+        "shown": shown,
         "classes": [
             {"name": n, "colour": c, "mean": row, "outcomes": counts} for n, c, row, counts in rows
         ],
@@ -114,24 +109,50 @@ def describe(run: TestRun, name: str) -> dict[str, Any]:
             {"name": result.case, "mean": row, "scores": result.scores}
             for result, row in zip(run.results, case_means(run.results), strict=True)
         ],
-        "definitions": run.definitions,
+        "groups": len({result.independent for result in run.results}),
+        "spacing": spacing_range(run.results),
+        "caveat": nsd_caveat(run.results, run.tolerance),
+        "definitions": {
+            key: text for key, text in run.definitions.items() if key not in COLUMNS or key in shown
+        },
         "boxes": [
-            as_data(draw_boxes(run.results, run.class_names, *what))
-            for what in (("dsc", "DSC %", 100), (*distance, 1))
+            as_data(draw_boxes(run.results, run.class_names, score, *COLUMNS[score][:2]))
+            for score in ("dsc", distance)
             if len(run.results) > 1  # one case has no spread
         ],
         "worst": worst(run),
+        "sides": [SIDES[one] for one in SIDES if one in {r.sides for r in run.results}],
+        "numbered": any(result.slices != 1 for result in run.results),
         "confusion": confused(run),
         "settings": run.settings,
     }
 
 
+def described(comparison: dict[str, Any], first: str, second: str) -> dict[str, Any]:
+    """A comparison with what the page adds: names and a chart."""
+    heading, factor, _ = COLUMNS["dsc"]
+    unit = f"difference in {heading}: {second} − {first}"
+    chart = draw_differences(comparison["rows"], "dsc", unit, factor)
+    return {"first": first, "second": second, "chart": as_data(chart), **comparison}
+
+
+def spacing_range(results: Sequence[CaseResult]) -> str | None:
+    """`0.8 × 0.8 × 3…5 mm` of the voxels along column, row and slice; None: not known."""
+    known = [result.spacing[::-1] for result in results if result.spacing]
+    if not known:
+        return None
+    axes = [dict.fromkeys(f"{ends:.3g}" for ends in (min(axis), max(axis)))
+            for axis in zip(*known, strict=True)]  # fmt: skip
+    unknown = f" ({len(results) - len(known)} without)" if len(known) < len(results) else ""
+    return f"{' × '.join('…'.join(ends) for ends in axes)} mm{unknown}"
+
+
 def worst(run: TestRun) -> list[dict[str, Any]]:
     """The slices of all cases with the most wrong voxels, their pictures as data."""
-    every = [(one, result.case) for result in run.results for one in result.worst]
+    every = [(one, result) for result in run.results for one in result.worst]
     every.sort(key=lambda pair: -pair[0].wrong)
     shown = []
-    for one, case in every[:MOST_SLICES]:
+    for one, result in every[:MOST_SLICES]:
         try:
             picture = (run.path.parent / one.picture).read_bytes()
         except OSError as error:
@@ -140,7 +161,9 @@ def worst(run: TestRun) -> list[dict[str, Any]]:
                 f"({error.strerror}); run test.py again"
             ) from None
         data = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-        shown.append({"case": case, "slice": one, "data": data})
+        # older pictures are of truth and prediction alone
+        kinds = ("image", "truth", "prediction")[result.slices is None :]
+        shown.append({"case": result, "slice": one, "data": data, "kinds": kinds})
     return shown
 
 
@@ -152,89 +175,14 @@ def confused(run: TestRun) -> list[list[float | None]] | None:
     return [[100 * v / sum(row) if sum(row) else None for v in row] for row in counts.tolist()]
 
 
-def compare(first: TestRun, second: TestRun) -> dict[str, Any]:
-    """Paired differences, second - first, of every class that both runs have.
-
-    Raises:
-        InputError: no class or no case in common, or other labels.
-    """
-    names = [name for name in first.class_names if name in second.class_names]
-    cases = [result.case for result in first.results]
-    others = {result.case: result for result in second.results}
-    both = [case for case in cases if case in others]
-    if not names or not both:
-        raise InputError(
-            f"{first.path} and {second.path} have no {'case' if names else 'class'} in common; "
-            "compare runs on the same test data"
-        )
-    firsts = {result.case: result for result in first.results}
-    pairs = [(firsts[case], others[case]) for case in both]
-    for one, other in pairs:
-        if _voxels(first, one, names) != _voxels(second, other, names):
-            raise InputError(
-                f"{first.path} and {second.path} were tested on different labels of {one.case}; "
-                "compare runs on the same test data"
-            )
-
-    def of_class(score: str, name: str) -> Difference:
-        places = first.class_names.index(name), second.class_names.index(name)
-        return paired(
-            [
-                tuple(getattr(r.scores[i], score) for r, i in zip(pair, places, strict=True))
-                for pair in pairs
-            ]
-        )
-
-    def of_case(run: TestRun, result: CaseResult, score: str) -> float | None:
-        indices = [run.class_names.index(name) for name in names]
-        return mean(getattr(result.scores[index], score) for index in indices)
-
-    same_tolerance = first.definitions.get("nsd") == second.definitions.get("nsd")
-    compared = [score for score in COMPARED if score != "nsd" or same_tolerance]
-    rows = [{"name": n, "scores": {s: of_class(s, n) for s in compared}} for n in names]
-    overall = {
-        s: paired([(of_case(first, a, s), of_case(second, b, s)) for a, b in pairs])
-        for s in compared
-    }
-    return {
-        "rows": rows,
-        "overall": overall,
-        "scores": [score for score in compared if overall[score].pairs],
-        "same_tolerance": same_tolerance,
-        "pairs": len(both),
-        "alone": sorted(set(cases) ^ others.keys()),
-    }
-
-
-def _voxels(run: TestRun, result: CaseResult, names: Sequence[str]) -> list[int] | None:
-    """How many voxels of each class the labels have; None: not known."""
-    if result.confusion is None:
-        return None
-    real = np.sum(result.confusion, axis=0)
-    return [int(real[1 + run.class_names.index(name)]) for name in names]
-
-
-def paired(values: Sequence[tuple[float | None, float | None]]) -> Difference:
-    """Means over the cases where both are defined, and what the mean difference may be.
-
-    The interval is the percentile bootstrap's over cases, with a fixed seed.
-    """
-    known = np.array([pair for pair in values if None not in pair], dtype=float).reshape(-1, 2)
-    if not len(known):
-        return Difference(None, None, None, None, 0)
-    one, other = known.mean(axis=0).tolist()
-    differences = known[:, 1] - known[:, 0]
-    interval = None
-    if len(known) >= FEWEST_PAIRS:
-        found = bootstrap(
-            (differences,), np.mean, method="percentile", n_resamples=9999, rng=0
-        ).confidence_interval
-        interval = (float(found.low), float(found.high))
-    return Difference(one, other, float(differences.mean()), interval, len(known))
-
-
 def number(value: float | None, factor: float = 1, sign: bool = False) -> str:
     """`87.59`, with a sign for differences; – where it is not defined."""
     if value is None:
         return "–"
-    return f"{value * factor:+.2f}" if sign else f"{value * factor:.2f}"
+    text = f"{value * factor:+.2f}" if sign else f"{value * factor:.2f}"
+    return text.replace("-", "−")
+
+
+def breakable(name: str) -> Markup:
+    """A long name that may go on in the next line after `_`."""
+    return escape(name).replace("_", Markup("_<wbr>"))

@@ -22,6 +22,18 @@ from safe_io import InputError, atomic_path, require_file, safe_name
 SCORES = tuple(field.name for field in fields(ClassScore) if field.name != "outcome")
 FACTS = ("slices", "spacing", "sides", "group")  # of a case
 OUTCOMES = (BOTH, FALSE_ORGAN, MISSED, ABSENT)
+COLUMNS = {  # score -> heading, factor, whether more is better; honest ones first
+    "dsc": ("DSC %", 100, True),
+    "nsd": ("NSD %", 100, True),
+    "hd95_mm": ("HD95 mm", 1, False),
+    "hd95_to_label_mm": ("HD95 mm to truth", 1, False),
+    "hd95_to_prediction_mm": ("HD95 mm to predicted", 1, False),
+    "assd_mm": ("ASSD mm", 1, False),
+    "hd95_voxels": ("HD95 voxels", 1, False),
+    "samed_dsc": ("DSC %", 100, True),
+    "samed_hd95": ("HD95 voxels", 1, False),
+}
+SAMED = ("samed_dsc", "samed_hd95")
 DEFINITIONS = {
     "dsc": "Dice similarity coefficient, 0…1 (100 %); a false or missed organ scores 0, an "
     "absent one is left out of the means",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,8 +15,17 @@ from PIL import Image
 
 from metrics import compare_volume
 from report import __main__ as report
-from report.page import COLUMNS, FEWEST_PAIRS, compare, paired
-from report.tables import CaseResult, WorstSlice, class_means, read_json, total_means, write_json
+from report.compare import FEWEST_GROUPS, compare, overview, paired
+from report.page import short_names
+from report.tables import (
+    COLUMNS,
+    CaseResult,
+    WorstSlice,
+    class_means,
+    read_json,
+    total_means,
+    write_json,
+)
 
 NAMES = ["liver", "<b>spleen</b>", "never there"]
 SPACING = (3.0, 1.0, 1.5)
@@ -152,9 +162,99 @@ def test_too_few_pairs_give_no_interval():
     values = [(0.5, 0.6), (None, 0.7), (0.4, None)]
     found = paired(values)
     assert (found.pairs, found.interval) == (1, None) and found.difference == pytest.approx(0.1)
-    known = [(index / 10, index / 9) for index in range(FEWEST_PAIRS)]
+    known = [(index / 10, index / 9) for index in range(FEWEST_GROUPS)]
     assert paired(known).interval is not None and paired(known[:-1]).interval is None
     assert paired([(None, 1.0)]).difference is None
+
+
+def test_slices_of_one_scan_are_no_separate_evidence():
+    values = [(0.5, 0.5 + 0.1 * (index // 2)) for index in range(2 * FEWEST_GROUPS)]
+    assert paired(values, ["p1"] * len(values)).interval is None
+    scans = [f"p{index // 2}" for index in range(len(values))]
+    assert paired(values[:-2], scans[:-2]).interval is None
+    low, high = paired(values, scans).interval
+    alone = paired(values).interval
+    assert high - low > 1.2 * (alone[1] - alone[0])  # half as many scans: wider by the root of 2
+    # unequal scans: the mean is still that of the cases
+    uneven = paired(values, ["p0"] * 5 + [f"p{index}" for index in range(5)])
+    assert uneven.difference == pytest.approx(np.mean([b - a for a, b in values]))
+
+
+def boxes(name: str, organs: dict[int, int], *, truth: dict[int, int], group: str) -> CaseResult:
+    """A case whose classes are boxes of so many columns, in the truth and in a prediction."""
+    label, prediction = np.zeros((2, 3, 12, 40), np.uint8)
+    for array, found in ((label, truth), (prediction, organs)):
+        for index, columns in found.items():
+            array[:, 4 * index : 4 * index + 3, :columns] = index
+    scores, counts = compare_volume(prediction, label, 2, (1.0, 1.0, 1.0))
+    return CaseResult(name, scores, counts.tolist(), [], 3, (1.0, 1.0, 1.0), "RL", group)
+
+
+def test_a_run_does_not_win_by_missing_the_hard_organ(tmp_path: Path):
+    truth = {1: 10, 2: 10}
+    good = [boxes(f"c{i}", {1: 12, 2: 30}, truth=truth, group=f"c{i}") for i in range(6)]
+    poor = [boxes(f"c{i}", {1: 12}, truth=truth, group=f"c{i}") for i in range(6)]
+    for name, results in (("good", good), ("poor", poor)):
+        save_run(tmp_path / name, results, ["liver", "tumour"])
+    runs = [read_json(tmp_path / name / "results.json") for name in ("good", "poor")]
+    found = compare(*runs)
+    assert found["rows"][1]["scores"]["hd95_mm"].pairs == 0
+    assert found["overall"]["hd95_mm"].difference == 0  # of the liver alone, in both
+    assert found["overall"]["dsc"].better == -1
+    rows = overview(runs)["rows"]
+    assert [row["name"] for row in rows] == ["liver", "tumour", "mean"]
+    assert [best for _, best in rows[0]["scores"]["dsc"]] == [False, False]  # equal
+    assert [best for _, best in rows[1]["scores"]["dsc"]] == [True, False]
+    assert rows[1]["counts"] == [[0, 6], [0, 0]]
+
+
+def test_a_removed_false_organ_is_told(tmp_path: Path):
+    first = [boxes("a", {1: 9, 2: 5}, truth={1: 10}, group="a")]
+    second = [boxes("a", {1: 9}, truth={1: 10}, group="a")]
+    for name, results in (("x", first), ("y", second)):
+        save_run(tmp_path / name, results, ["liver", "tumour"])
+    found = compare(*(read_json(tmp_path / name / "results.json") for name in "xy"))
+    assert found["rows"][1]["scores"]["dsc"].pairs == 0
+    assert (found["removed"], found["added"]) == (1, 0)
+    assert make_page(tmp_path / "x", tmp_path / "y", output=tmp_path / "page.html") == 0
+    assert "1 in x, 0 in y" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_runs_stand_side_by_side(tmp_path: Path):
+    for name, shift in (("run_lr1_x", 0), ("run_lr2_x", 9), ("run_lr3_x", 5)):
+        results = [
+            boxes(f"s{i}", {1: 10 + shift}, truth={1: 10}, group=f"p{i // 2}") for i in range(6)
+        ]
+        save_run(tmp_path / name, results, ["liver", "tumour"])
+    runs = sorted(tmp_path.iterdir())
+    assert make_page(*runs, output=tmp_path / "page.html") == 0
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    cells = Page(text).cells
+    assert cells[1] == "DSC %" and cells[6:9] == ["lr1", "lr2", "lr3"] and "first" not in cells
+    assert cells.index("liver") < cells.index("95 % interval")  # the overview comes first
+    assert "the 3 scan(s)" in text
+    assert not re.search(r"\w\s+[.,]", re.sub(r"<[^>]*>", "", text.split("</style>")[1]))
+    assert short_names(["a_b", "a"]) == ["a_b", "a"] and short_names(["a"]) == ["a"]
+
+
+def test_the_page_says_what_was_tested(tmp_path: Path):
+    results = [boxes(f"s{i}", {1: 9}, truth={1: 10}, group="p") for i in range(3)]
+    results = [replace(one, spacing=(2.0 + i, 0.8, 0.8)) for i, one in enumerate(results)]
+    picture = replace(case("p", 1, None), slices=1)
+    settings = {"flags": {"spec": {"name": "My <data>"}}, "environment": {"tested": "2026-11-25"}}
+    texts = []
+    for name, cases in (("scans", results), ("pictures", [picture])):
+        run = save_run(tmp_path / name, cases, NAMES[: len(cases[0].scores)])
+        write_json(run / "results.json", cases, NAMES[: len(cases[0].scores)], settings, 2.5)
+        assert make_page(run, output=tmp_path / "page.html") == 0
+        text = (tmp_path / "page.html").read_text(encoding="utf-8")
+        texts.append(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", text)))
+    scans, pictures = texts
+    assert "My &lt;data&gt;" in scans and "tested 2026-11-25" in scans
+    assert "3 case(s), slices of 1 scan(s)" in scans and "0.8 × 0.8 × 2…4 mm" in scans
+    assert "tolerance of 2.5 mm is below" in scans and "2 of 3 case(s)" in scans
+    assert "in mm" in scans and "mm" not in pictures.split("What the numbers mean")[1]
+    assert "slice 2" not in pictures and "R right" not in pictures and "feet" not in pictures
 
 
 def test_directed_distances_and_surface_dice():

@@ -13,13 +13,14 @@ import numpy as np
 
 from datasets.registry import label_colours
 from metrics import BOTH, FALSE_ORGAN, MISSED
-from report.tables import CaseResult, class_means, total_means
+from report.tables import CaseResult, class_means, counted, total_means
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+CROWDED = 10  # organs, beyond which names are turned and numbers small
 MARKS = {  # of a case among the scores of an organ, by its outcome
     BOTH: {"s": 18, "color": "0.15", "alpha": 0.7, "marker": "o", "zorder": 3},
     MISSED: {"s": 46, "color": "crimson", "marker": "x", "linewidths": 2, "zorder": 4},
@@ -60,7 +61,7 @@ def draw_scores(results: Sequence[CaseResult], class_names: Sequence[str]) -> Fi
     """DSC and HD95 of every organ: a bar for the mean, a mark for each case."""
     from matplotlib.figure import Figure
 
-    crowded = len(class_names) > 10
+    crowded = len(class_names) > CROWDED
     figure = Figure(figsize=(min(14.0, max(8.0, 1.2 * len(class_names) + 3.4)), 7.2))
     upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 2)})
     total = total_means(results)
@@ -70,8 +71,9 @@ def draw_scores(results: Sequence[CaseResult], class_names: Sequence[str]) -> Fi
     draw_bars(lower, results, "hd95_mm" if in_mm else "hd95_voxels", 1)
     lower.set(ylabel=f"HD95 {'mm' if in_mm else 'voxels'}", ylim=(0, None))
     mean_dsc = "-" if total["dsc"] is None else f"{100 * total['dsc']:.2f} %"
-    cases = "1 case" if len(results) == 1 else f"{len(results)} cases"
-    title = f"{cases}, mean DSC {mean_dsc} (a false or missed organ scores 0)"
+    title = (
+        f"{counted(len(results), 'case')}, mean DSC {mean_dsc} (a false or missed organ scores 0)"
+    )
     upper.set_title(title, loc="left", pad=24)
     add_legend(figure, [upper.scatter([], [], **style) for style in MARKS.values()], list(MARKS), 3)
     lower.set_xticks(
@@ -96,6 +98,7 @@ def draw_bars(axes: Axes, results: Sequence[CaseResult], score: str, factor: flo
             f"{height:.1f}",
             (index, 1),
             **{"xycoords": ("data", "axes fraction"), "ha": "center", "weight": "bold"},
+            fontsize=10 if len(results[0].scores) <= CROWDED else 7,
             **{"xytext": (0, 4), "textcoords": "offset points", "annotation_clip": False},
         )
         for result, shift in zip(results, spread, strict=True):  # a case keeps its place

@@ -153,12 +153,12 @@ def save_row(
 def mark_sides(picture: Image.Image, sides: str | None) -> None:
     """Write at the left and right edge what of the patient lies there."""
     width, height = picture.size
-    font = ImageFont.load_default(max(12, min(width, height) // 16))
+    font = ImageFont.load_default(max(14, min(width, height) // 16))
     for letter, at, anchor in zip(sides or "", (0.02, 0.98), "lr", strict=False):
         ImageDraw.Draw(picture).text(
             *((at * width, height / 2), letter),
             **{"font": font, "anchor": f"{anchor}m", "fill": "white"},
-            **{"stroke_width": 1, "stroke_fill": "black"},
+            **{"stroke_width": 2, "stroke_fill": "black"},
         )
 
 

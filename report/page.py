@@ -23,6 +23,7 @@ from report.tables import (
     TestRun,
     case_means,
     class_means,
+    counted,
     nsd_caveat,
     outcome_counts,
     total_means,
@@ -46,7 +47,7 @@ def write_page(path: Path, runs: Sequence[TestRun]) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "breakable": breakable}
+    environment.filters |= {"number": number, "breakable": breakable, "counted": counted}
     names = run_names(runs)
     short = short_names(names)
     page = environment.get_template(TEMPLATE.name).render(

@@ -118,10 +118,15 @@ def nsd_caveat(results: Sequence[CaseResult], tolerance: float | None) -> str | 
     if not coarse:
         return None
     return (
-        f"NSD's tolerance of {tolerance:g} mm is below the largest voxel spacing (up to "
-        f"{max(coarse):g} mm) of {len(coarse)} of {len(results)} case(s): along that axis only "
-        "surfaces that meet exactly count as near"
+        f"NSD's tolerance of {tolerance:g} mm is below the largest voxel spacing of {len(coarse)} "
+        f"of {counted(len(results), 'case')} (up to {max(coarse):g} mm): along so coarse an axis "
+        "only surfaces that meet exactly count as near"
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 case`, `2 cases`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def format_table(results: Sequence[CaseResult], class_names: Sequence[str]) -> str:

@@ -232,8 +232,10 @@ def test_runs_stand_side_by_side(tmp_path: Path):
     cells = Page(text).cells
     assert cells[1] == "DSC %" and cells[6:9] == ["lr1", "lr2", "lr3"] and "first" not in cells
     assert cells.index("liver") < cells.index("95 % interval")  # the overview comes first
-    assert "the 3 scan(s)" in text
-    assert not re.search(r"\w\s+[.,]", re.sub(r"<[^>]*>", "", text.split("</style>")[1]))
+    assert "the 3 scans that" in text
+    assert not re.search(
+        r"\w\s+[.,]|[.,](?=[A-Z])", re.sub(r"<[^>]*>", "", text.split("</style>")[1])
+    )
     assert short_names(["a_b", "a"]) == ["a_b", "a"] and short_names(["a"]) == ["a"]
 
 
@@ -251,8 +253,8 @@ def test_the_page_says_what_was_tested(tmp_path: Path):
         texts.append(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", text)))
     scans, pictures = texts
     assert "My &lt;data&gt;" in scans and "tested 2026-11-25" in scans
-    assert "3 case(s), slices of 1 scan(s)" in scans and "0.8 × 0.8 × 2…4 mm" in scans
-    assert "tolerance of 2.5 mm is below" in scans and "2 of 3 case(s)" in scans
+    assert "3 cases, slices of 1 scan" in scans and "0.8 × 0.8 × 2…4 mm" in scans
+    assert "tolerance of 2.5 mm is below" in scans and "2 of 3 cases" in scans
     assert "in mm" in scans and "mm" not in pictures.split("What the numbers mean")[1]
     assert "slice 2" not in pictures and "R right" not in pictures and "feet" not in pictures
 

@@ -284,5 +284,5 @@ def test_slices_of_a_scan_are_grouped(
 
 def test_a_tolerance_below_the_spacing_is_told():
     results = [CaseResult(str(s), RESULTS[0].scores, spacing=(s, 1.0, 1.0)) for s in (1.5, 3.0)]
-    assert "of 2 mm" in nsd_caveat(results, 2.0) and "1 of 2 case(s)" in nsd_caveat(results, 2.0)
+    assert "of 2 mm" in nsd_caveat(results, 2.0) and "1 of 2 cases" in nsd_caveat(results, 2.0)
     assert nsd_caveat(results, 3.0) is None and nsd_caveat(RESULTS, 2.0) is None

@@ -81,7 +81,7 @@ def test_it_writes_every_result(tested):
     assert "case0001: slices of 20×24 are squashed" in done.stdout
     assert (
         "NSD's tolerance of 2 mm is below" in done.stdout
-        and "(up to 3 mm) of 1 of 2" in done.stdout
+        and "of 1 of 2 cases (up to 3 mm)" in done.stdout
     )
 
 

@@ -280,7 +280,8 @@ def _case_facts(row: dict[str, Any]) -> dict[str, Any]:
     wrong = [n for n, kind in kinds.items() if facts[n] is not None and type(facts[n]) is not kind]
     if facts["spacing"] is not None and not wrong:
         facts["spacing"] = tuple(map(float, facts["spacing"]))
-        wrong = [] if len(facts["spacing"]) == 3 else ["spacing"]
+        good = len(facts["spacing"]) == 3 and np.isfinite(facts["spacing"]).all()
+        wrong = [] if good and min(facts["spacing"]) > 0 else ["spacing"]
     if wrong:
         raise ValueError(f"the {', '.join(wrong)} of {row['case']} cannot be")
     return facts

@@ -259,26 +259,6 @@ def test_the_page_says_what_was_tested(tmp_path: Path):
     assert "slice 2" not in pictures and "R right" not in pictures and "feet" not in pictures
 
 
-def test_directed_distances_and_surface_dice():
-    label = np.zeros((1, 9, 30), np.uint8)
-    prediction = label.copy()
-    label[0, 2:7, 2:7] = 1
-    prediction[0, 2:7, 2:27] = 1  # 20 columns too many
-    (score,), counts = compare_volume(prediction, label, 1, (1.0, 1.0, 1.0), tolerance=2.0)
-    border = [(r, c) for r in range(2, 7) for c in range(2, 27)]  # one slice: all are surface
-    real = [(r, c) for r in range(2, 7) for c in range(2, 7)]
-    out = [min(np.hypot(r - a, c - b) for a, b in real) for r, c in border]
-    assert score.hd95_to_label_mm == pytest.approx(np.percentile(out, 95))
-    assert score.hd95_to_prediction_mm == 0
-    near = sum(distance <= 2 for distance in out) + len(real)
-    assert score.nsd == pytest.approx(near / (len(border) + len(real)))
-    assert counts.tolist() == [[270 - 125, 0], [100, 25]]
-    (missed,), _ = compare_volume(np.zeros_like(label), label, 1, (1.0, 1.0, 1.0))
-    assert missed.nsd == 0 and missed.hd95_to_label_mm is None
-    (unknown,), _ = compare_volume(prediction, label, 1)
-    assert unknown.nsd is None
-
-
 def spoil(change: Callable[[dict], None]) -> Callable[[Path], None]:
     """Change the content of a results.json."""
 
@@ -308,6 +288,10 @@ BAD = {
     "a picture lost": (
         spoil(lambda content: content["cases"][0]["worst"][0].update(picture="slices/b.png")),
         "cannot be read",
+    ),
+    "a spacing that is none": (
+        spoil(lambda content: content["cases"][0].update(spacing=[1, 1, 0])),
+        "the spacing of a cannot be",
     ),
     "wrong confusion": (
         spoil(lambda content: content["cases"][0].update(confusion=[[1]])),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore
+from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, compare_volume
 from report.charts import as_data, draw_boxes
 from report.figures import (
     CASES_A_PAGE,
@@ -286,3 +286,23 @@ def test_a_tolerance_below_the_spacing_is_told():
     results = [CaseResult(str(s), RESULTS[0].scores, spacing=(s, 1.0, 1.0)) for s in (1.5, 3.0)]
     assert "of 2 mm" in nsd_caveat(results, 2.0) and "1 of 2 cases" in nsd_caveat(results, 2.0)
     assert nsd_caveat(results, 3.0) is None and nsd_caveat(RESULTS, 2.0) is None
+
+
+def test_directed_distances_and_surface_dice():
+    label = np.zeros((1, 9, 30), np.uint8)
+    prediction = label.copy()
+    label[0, 2:7, 2:7] = 1
+    prediction[0, 2:7, 2:27] = 1  # 20 columns too many
+    (score,), counts = compare_volume(prediction, label, 1, (1.0, 1.0, 1.0), tolerance=2.0)
+    border = [(r, c) for r in range(2, 7) for c in range(2, 27)]  # one slice: all are surface
+    real = [(r, c) for r in range(2, 7) for c in range(2, 7)]
+    out = [min(np.hypot(r - a, c - b) for a, b in real) for r, c in border]
+    assert score.hd95_to_label_mm == pytest.approx(np.percentile(out, 95))
+    assert score.hd95_to_prediction_mm == 0
+    near = sum(distance <= 2 for distance in out) + len(real)
+    assert score.nsd == pytest.approx(near / (len(border) + len(real)))
+    assert counts.tolist() == [[270 - 125, 0], [100, 25]]
+    (missed,), _ = compare_volume(np.zeros_like(label), label, 1, (1.0, 1.0, 1.0))
+    assert missed.nsd == 0 and missed.hd95_to_label_mm is None
+    (unknown,), _ = compare_volume(prediction, label, 1)
+    assert unknown.nsd is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -63,15 +62,11 @@ class Job:
 
     def leftovers(self) -> Iterator[Path]:
         """All that earlier runs left of the case, unfinished files of a killed run included."""
-        own = self.case.group == self.name
-        slices = glob.escape(self.name) + ("_slice[0-9]*.npz" if own else ".npz")
-        for folder, pattern in (
-            (SLICES, slices),
-            (VOLUMES, glob.escape(f"{self.name}.npy.h5")),
-            (RECORDS, glob.escape(f"{self.name}.json")),
-        ):
-            for prefix in ("", ".*.partial."):
-                yield from (self.output / folder).glob(prefix + pattern)
+        number = r"_slice\d+" if self.case.group == self.name else ""
+        for folder, ending in ((SLICES, rf"{number}\.npz"), (VOLUMES, r"\.npy\.h5"),
+                               (RECORDS, r"\.json")):  # fmt: skip
+            own = re.compile(rf"(\.\d+\.partial\.)?{re.escape(self.name)}{ending}")
+            yield from (p for p in (self.output / folder).iterdir() if own.fullmatch(p.name))
 
     def key(self) -> dict[str, Any]:
         """What a record must hold for its case to be up to date, in plain JSON."""

@@ -17,90 +17,14 @@ import numpy as np
 
 from safe_io import InputError
 
+from .intensity import CT, PERCENTILES, RANGE, WINDOW, Intensity
+from .intensity import MR as MR  # these are imported from here
+from .intensity import PICTURE as PICTURE
+from .intensity import to_unit as to_unit
+from .intensity import with_channels as with_channels
+
 SPEC_FILE = "dataset_spec.json"  # beside train_npz/ and test_vol_h5/
-WINDOW, PERCENTILES, RANGE = "window", "percentiles", "range"
 AXIS_PAIRS = ("RL", "AP", "IS")  # what the letters of an orientation are chosen from
-
-
-@dataclass(frozen=True)
-class Intensity:
-    """How the values of a scan become an image in [0, 1]: `low` and `high` go to 0 and 1."""
-
-    rule: str  # WINDOW: HU; PERCENTILES: of each scan's own values; RANGE: of a picture's type
-    low: float
-    high: float
-
-    def limits(self, image: np.ndarray, source: object) -> tuple[float, float]:
-        """The values of this scan that become 0 and 1.
-
-        Args:
-            image: its voxels, any shape.
-            source: its path, for messages.
-
-        Raises:
-            InputError: the values cannot be what the rule is for.
-        """
-        smallest, largest = float(image.min()), float(image.max())
-        if self.rule == PERCENTILES:
-            low, high = np.percentile(image, (self.low, self.high)).tolist()
-            if low < high:
-                return low, high
-            if smallest < largest:  # nearly all voxels have one value, as in a mask
-                return smallest, largest
-            raise InputError(f"{source} holds {smallest:g} everywhere, expected an image")
-        if self.rule == WINDOW and not smallest <= self.low < largest:
-            raise InputError(
-                f"{source} holds intensities from {smallest:g} to {largest:g}, which do not look "
-                "like Hounsfield units (expected air near -1000 and values within "
-                f"{self.low:g}…{self.high:g}); give the scan as the scanner wrote it"
-            )
-        if self.rule == RANGE and self.high > 255 and image.dtype == np.uint8:
-            raise InputError(
-                f"{source} holds 8 bits a pixel, the data set is of 16; convert it to 16 bits"
-            )
-        if self.rule == RANGE and (smallest < self.low or largest > self.high):
-            raise InputError(
-                f"{source} holds values from {smallest:g} to {largest:g}, expected "
-                f"{self.low:g}…{self.high:g} as in the data that were trained on; convert it"
-            )
-        return self.low, self.high
-
-    def __str__(self) -> str:
-        what = {
-            WINDOW: "HU {low:g}…{high:g} to [0, 1]",
-            PERCENTILES: "percentiles {low:g}…{high:g} of each scan to [0, 1]",
-            RANGE: "values {low:g}…{high:g} to [0, 1]",
-        }[self.rule]
-        return what.format(low=self.low, high=self.high)
-
-
-def to_unit(image: np.ndarray, low: float, high: float) -> np.ndarray:  # (…) -> (…) float32
-    """Clip to `low`…`high` and map them to 0 and 1."""
-    unit = image.astype(np.float32)
-    np.clip(unit, low, high, out=unit)
-    unit -= low
-    unit /= high - low
-    return unit
-
-
-def with_channels(
-    unit: np.ndarray, channels: int, source: object
-) -> np.ndarray:  # (D, H, W) or (D, 3, H, W) -> (D, H, W), or (D, 3, H, W) for 3 channels
-    """Repeat grey where the data set is in colour.
-
-    Raises:
-        InputError: colour where the data set is grey.
-    """
-    if channels == 1 and unit.ndim == 4:
-        raise InputError(f"{source} is in colour, the data set is grey; convert it to grey")
-    if channels == 3 and unit.ndim == 3:
-        return np.repeat(unit[:, None], 3, axis=1)
-    return unit
-
-
-CT = Intensity(WINDOW, -125.0, 275.0)
-MR = Intensity(PERCENTILES, 0.5, 99.5)
-PICTURE = Intensity(RANGE, 0.0, 255.0)
 
 
 @dataclass(frozen=True)
@@ -119,6 +43,7 @@ class DatasetSpec:
     size: int | None = None  # side of the training slices; None: the scan's own
     train_cases: tuple[str, ...] = ()  # in the order of the published list
     test_cases: tuple[str, ...] = ()
+    pictures: bool | None = None  # whether the images are 2-D files; None: as the rule says
 
     @property
     def num_classes(self) -> int:
@@ -128,7 +53,7 @@ class DatasetSpec:
     @property
     def is_pictures(self) -> bool:
         """Whether its images are 2-D files."""
-        return self.intensity.rule == RANGE
+        return self.intensity.rule == RANGE if self.pictures is None else self.pictures
 
     def of_plain_classes(self, count: int) -> DatasetSpec:
         """The same with other classes, of which only the number is known: `class 1` …"""
@@ -142,8 +67,16 @@ class DatasetSpec:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values that `spec_from_json` reads back."""
+        """Plain values that `spec_from_json` reads back.
+
+        What a spec of before does not have is left out where it says nothing, so that its runs can
+        go on.
+        """
         values = asdict(self)
+        if self.pictures is None:
+            del values["pictures"]
+        if not self.intensity.sure:
+            del values["intensity"]["sure"]
         values["raw_labels"] = {str(raw): index for raw, index in self.raw_labels.items()}
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
@@ -230,6 +163,8 @@ def spec_from_json(values: Any, source: object) -> DatasetSpec:
             and len(spec.predicted_values) == spec.num_classes > 0
             and rule.rule in (WINDOW, PERCENTILES, RANGE)
             and float(rule.low) < float(rule.high)
+            and isinstance(rule.sure, bool)
+            and (spec.pictures is None or isinstance(spec.pictures, bool))
             and spec.channels in (1, 3)
             and (spec.channel is None or 0 <= spec.channel < 65536)
             and (spec.size is None or 0 < spec.size < 65536)

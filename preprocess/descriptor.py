@@ -23,7 +23,7 @@ from datasets.registry import (
     DatasetSpec,
     Intensity,
 )
-from safe_io import InputError, first_few
+from safe_io import InputError, first_few, warn
 from scans.files import ScanFile, read_scan
 from scans.orientation import CANONICAL
 from scans.pictures import read_index_picture, read_picture
@@ -31,6 +31,7 @@ from scans.volumes import Geometry
 
 DESCRIPTOR = "dataset.json"
 AIR = -200  # a scan with values below it is taken as CT where nothing says what it is
+SMALL_PART = 0.25  # of the range of 16 bits, below which pictures are dark
 RULES = {"ct": CT, "mr": MR, "picture": PICTURE}
 
 
@@ -195,7 +196,7 @@ def make_spec(
         raise InputError(f"{name} mixes pictures and volumes: {first_few(mixed)}; separate them")
     channels = 1
     if pictures:
-        channels, rule = _picture_kind(images)
+        channels, rule = _picture_kind(images, args)
     elif modality:
         rule = CT if re.search(r"(?<![a-z])ct(?![a-z])", modality.lower()) else MR
     else:
@@ -211,39 +212,57 @@ def make_spec(
         orientation=None if pictures else CANONICAL,
         channels=channels,
         channel=args.channel,
+        pictures=pictures,
     )
 
 
 def choose_intensity(args: argparse.Namespace, otherwise: Intensity) -> Intensity:
-    """The rule that the flags name; `otherwise` if they name none.
+    """The rule that the flags name; `otherwise` if they name none, or one of its kind.
 
     Raises:
         InputError: limits in the wrong order.
     """
-    rule = RULES[args.intensity] if args.intensity else otherwise
-    if args.window is None:
-        return rule
-    low, high = args.window
+    rule = RULES.get(args.intensity, otherwise)
+    if rule.rule == otherwise.rule:
+        rule = otherwise  # pictures of 16 bits have other limits than those of 8
+    low, high = args.window or (rule.low, rule.high)
     if not low < high or (rule.rule == PERCENTILES and not 0 <= low < high <= 100):
         raise InputError(f"--window is {low:g} {high:g}, expected the lower limit first")
-    return Intensity(WINDOW if rule.rule == RANGE else rule.rule, low, high)
+    said = args.intensity is not None or args.window is not None
+    return Intensity(rule.rule, low, high, sure=said and rule.rule == WINDOW)
 
 
-def _picture_kind(images: Sequence[ScanFile]) -> tuple[int, Intensity]:
+def _picture_kind(images: Sequence[ScanFile], args: argparse.Namespace) -> tuple[int, Intensity]:
     """Channels and range of a set of pictures: colour if one of them is in colour.
 
     Raises:
-        InputError: pictures of 8 and of 16 bits, of which one kind would become black.
+        InputError: pictures of 8 and of 16 bits, or of fractions, which would become black.
     """
-    channels = 1
-    of_bits: dict[int, list[str]] = {8: [], 16: []}
+    channels, largest = 1, 0
+    of_bits: dict[int, list[str]] = {8: [], 16: [], 0: []}
     for image in tqdm(images, desc="reading pictures", unit="case", leave=False, disable=None):
         array = read_picture(image.path)
         channels = max(channels, array.shape[1] if array.ndim == 4 else 1)
-        of_bits[8 if array.dtype == np.uint8 else 16].append(image.path.name)
+        kind = 8 * array.dtype.itemsize if array.dtype in (np.uint8, np.uint16) else 0
+        of_bits[kind].append(image.path.name)
+        largest = max(largest, int(array.max()))
+    folder = images[0].path.parent
+    if RULES.get(args.intensity, PICTURE) != PICTURE:  # a rule that does not look at the type
+        return channels, PICTURE
+    if of_bits[0]:
+        raise InputError(
+            f"{folder} holds pictures of neither 8 nor 16 bits ({first_few(of_bits[0])}); export "
+            "them with 8 or 16 bits, or pass --intensity mr to scale each by its own values"
+        )
     if of_bits[8] and of_bits[16]:
         raise InputError(
-            f"{images[0].path.parent} holds pictures of 8 bits ({first_few(of_bits[8])}) and of 16 "
+            f"{folder} holds pictures of 8 bits ({first_few(of_bits[8])}) and of 16 "
             f"({first_few(of_bits[16])}); convert them to one kind"
+        )
+    if of_bits[16] and args.window is None and largest < SMALL_PART * 65535:
+        fitting = max(1, 2 ** largest.bit_length() - 1)
+        warn(
+            f"the largest value in {folder} is {largest} of 65535, so that the network sees dark "
+            f"pictures; --window 0 {fitting} would fit"
         )
     return channels, Intensity(RANGE, 0.0, 65535.0) if of_bits[16] else PICTURE

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_own_data import NNUNET, cases_of, run_prepare, write_set
+from test_own_data import NNUNET, run_prepare, write_set
 
-from datasets.registry import stored_spec
+from datasets.registry import (
+    CT,
+    MR,
+    PICTURE,
+    RANGE,
+    SYNAPSE,
+    WINDOW,
+    Intensity,
+    spec_from_json,
+    stored_spec,
+)
+from safe_io import InputError, load_arrays
 
 ERRORS = pytest.CaptureFixture[str]
 
@@ -51,3 +61,92 @@ def test_a_case_whose_name_begins_as_anothers_keeps_its_slices(tmp_path: Path):
     assert run_prepare(root, output, *cases) == 0
     left = sorted(path.name for path in (output / "train_npz").iterdir())
     assert left == [".7.partial.pat1_slice2_slice000.npz", *slices] and len(slices) == 8
+
+
+def gradient(largest: float, kind: type = np.uint16, side: int = 16) -> np.ndarray:
+    """A picture of values 0…largest."""
+    return np.linspace(0, largest, side * side).reshape(side, side).astype(kind)
+
+
+def test_pictures_of_fractions_are_refused_unless_scaled_by_their_own_values(
+    tmp_path: Path, capfd: ERRORS
+):
+    pictures = {name: gradient(1, np.float32) for name in "abc"}
+    root, output = write_pictures(tmp_path / "raw", pictures, ".tif"), tmp_path / "data"
+    told = refused(root, output, capfd)
+    assert "a.tif, b.tif, c.tif" in told and "export them with 8 or 16 bits" in told
+    assert run_prepare(root, output, "--intensity", "mr") == 0
+    spec = stored_spec(output)
+    assert spec.is_pictures and spec.intensity == MR
+    with pytest.raises(InputError, match="fractions"):
+        PICTURE.limits(gradient(1, np.float32), "new.tif")
+
+
+def test_twelve_bits_in_sixteen(tmp_path: Path, capfd: ERRORS):
+    root = write_pictures(tmp_path / "raw", {name: gradient(4095) for name in "abc"})
+    assert run_prepare(root, tmp_path / "dark") == 0
+    assert "is 4095 of 65535" in (told := capfd.readouterr().err) and "--window 0 4095" in told
+    assert run_prepare(root, tmp_path / "data", "--window", "0", "4095", "--test_cases", "c") == 0
+    assert "of 65535" not in capfd.readouterr().err
+    spec = stored_spec(tmp_path / "data")
+    assert spec.is_pictures and spec.intensity == Intensity(RANGE, 0, 4095)
+    slices = load_arrays(tmp_path / "data" / "train_npz" / "a_slice000.npz", ("image",))
+    assert slices["image"].max() == 1
+    assert spec.intensity.limits(gradient(5000), "brighter.png") == (0, 4095)  # is clipped
+    with pytest.raises(InputError, match="8 bits"):
+        spec.intensity.limits(gradient(255, np.uint8), "other.png")
+
+
+def test_a_window_of_pictures_is_one_of_grey_values(tmp_path: Path):
+    root = write_pictures(tmp_path / "raw", {name: gradient(255, np.uint8) for name in "abc"})
+    assert run_prepare(root, tmp_path / "data", "--window", "30", "200") == 0
+    spec = stored_spec(tmp_path / "data")
+    assert spec.is_pictures and spec.intensity == Intensity(RANGE, 30, 200)
+    with pytest.raises(InputError, match=r"expected 0…255"):
+        spec.intensity.limits(gradient(4095), "other.png")
+
+
+def test_specs_of_before_say_by_their_rule_whether_they_are_of_pictures():
+    spec = replace(SYNAPSE, intensity=PICTURE)
+    assert spec.is_pictures and not SYNAPSE.is_pictures and "pictures" not in spec.to_json()
+    assert not spec_from_json(replace(spec, pictures=False).to_json(), "spec").is_pictures
+
+
+NOT_HU = {
+    "fractions": gradient(1, np.float32),
+    "8 bits": gradient(255, np.uint8),
+    "an offset of 1024": gradient(3000),
+    "MR": gradient(900) - 40.0,
+    "thousandths": gradient(4, np.float32) - 1,
+}
+
+
+@pytest.mark.parametrize("name", NOT_HU)
+def test_what_is_surely_not_hu_is_refused_unless_the_user_says_it_is(name: str, capfd: ERRORS):
+    with pytest.raises(InputError, match="do not look like Hounsfield units"):
+        CT.limits(NOT_HU[name], name)
+    sure = replace(CT, sure=True)
+    assert sure.limits(NOT_HU[name], name) == (-125, 275)
+    assert f"warning: {name} holds" in capfd.readouterr().err
+    assert spec_from_json(replace(SYNAPSE, intensity=sure).to_json(), "spec").intensity == sure
+
+
+def test_ct_that_is_cropped_or_seen_through_a_wide_window_is_taken(capfd: ERRORS):
+    assert CT.limits(gradient(400) - 100.0, "crop") == (-125, 275)
+    wide = Intensity(WINDOW, -1024, 300)
+    assert wide.limits(gradient(2000) - 1000.0, "scan") == (-1024, 300)
+    assert capfd.readouterr().err == ""
+    for values in (gradient(100) - 1000.0, gradient(100) + 300.0):
+        with pytest.raises(InputError):  # nothing could be seen
+            replace(CT, sure=True).limits(values, "scan")
+
+
+def test_flags_say_that_values_are_hu(tmp_path: Path, capfd: ERRORS):
+    told = NNUNET | {"channel_names": {"0": "CT"}}
+    root = write_set(tmp_path / "raw", told, low=-20)
+    assert run_prepare(root, tmp_path / "no") == 2
+    assert "--intensity ct" in capfd.readouterr().err
+    for flags in (("--intensity", "ct"), ("--window", "-125", "275")):
+        output = tmp_path / flags[0]
+        assert run_prepare(root, output, *flags) == 0
+        assert stored_spec(output).intensity == replace(CT, sure=True)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import colorsys
 import json
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from safe_io import InputError
+from safe_io import InputError, first_few
 
 from .intensity import CT, PERCENTILES, RANGE, WINDOW, Intensity
 from .intensity import MR as MR  # these are imported from here
@@ -25,6 +26,7 @@ from .intensity import with_channels as with_channels
 
 SPEC_FILE = "dataset_spec.json"  # beside train_npz/ and test_vol_h5/
 AXIS_PAIRS = ("RL", "AP", "IS")  # what the letters of an orientation are chosen from
+LONGEST_NAME = 80  # bytes of a class name, which becomes part of file names
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,36 @@ def stored_spec(folder: str | Path) -> DatasetSpec | None:
     folder = Path(folder)
     for path in (folder / SPEC_FILE, folder.parent / SPEC_FILE):
         if path.is_file():
-            try:
-                values = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
-                raise InputError(f"{path} is not JSON ({error}); prepare the data again") from None
-            return spec_from_json(values, path)
+            return spec_from_json(read_json(path, remedy="prepare the data again"), path)
     return None
+
+
+def read_json(path: Path, *, remedy: str) -> Any:
+    """What a JSON file holds that a user may have edited; a byte order mark is no fault.
+
+    Raises:
+        InputError: it may not be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}); give the right to") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({str(error)[:160]}); {remedy}") from None
+
+
+def check_class_names(names: Sequence[str], source: object) -> None:
+    """Raise an `InputError` unless tables, colour files and file names can hold all of them."""
+    for name in names:
+        fits = name.isprintable() and 0 < len(name.encode()) <= LONGEST_NAME
+        if not fits or name != name.strip() or '"' in name:
+            raise InputError(
+                f"{source} has the class name {name!r:.60}, expected 1…{LONGEST_NAME} printable "
+                "characters, without quotes and without blanks at its ends; rename it"
+            )
+    twice = [repr(name) for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise InputError(f"{source} has the class name {first_few(twice)} twice; rename one")
 
 
 def spec_from_json(values: Any, source: object) -> DatasetSpec:
@@ -170,13 +196,14 @@ def spec_from_json(values: Any, source: object) -> DatasetSpec:
             and (spec.size is None or 0 < spec.size < 65536)
             and (spec.orientation is None or is_orientation(spec.orientation))
         )
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         sound = False
     if not sound:
         raise InputError(
             f"{source} does not describe a data set as this program writes it; prepare the data "
             "again"
         )
+    check_class_names(spec.class_names, source)
     return spec
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from datasets.registry import (
     WINDOW,
     DatasetSpec,
     Intensity,
+    check_class_names,
+    read_json,
 )
 from safe_io import InputError, first_few, warn
 from scans.files import ScanFile, read_scan
@@ -55,10 +56,7 @@ def read_descriptor(path: Path, channel: int | None) -> Descriptor:
     Raises:
         InputError: no JSON object, labels or channels that make no sense, or a choice to make.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({str(error)[:160]}); correct it") from None
+    content = read_json(path, remedy="correct it")
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     names = content.get("channel_names", content.get("modality", {}))
@@ -94,8 +92,8 @@ def label_values(labels: Any, path: Path) -> dict[str, int]:
         labels: `{"liver": 1}` as nnU-Net has it, or `{"1": "liver"}` as the Decathlon has.
 
     Raises:
-        InputError: neither, values that are doubled or lists (regions), an ignore label, or
-            nothing but background.
+        InputError: neither, values that are doubled or lists (regions), an ignore label, nothing
+            but background, or a name that no table can hold.
     """
     expected = f'{path} needs "labels" as {{"background": 0, "liver": 1}} or {{"1": "liver"}}'
     if not isinstance(labels, dict) or not labels:
@@ -111,7 +109,7 @@ def label_values(labels: Any, path: Path) -> dict[str, int]:
             )
         try:
             number = int(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError(f"{expected}; the value of {name!r} is {value!r:.40}") from None
         if isinstance(value, (float, bool)) or not 0 <= number < 65536:
             raise InputError(f"{expected}; the value of {name!r} is {value!r}, expected 0…65535")
@@ -126,6 +124,7 @@ def label_values(labels: Any, path: Path) -> dict[str, int]:
     classes = {n: v for n, v in sorted(found.items(), key=lambda item: item[1]) if v}
     if not classes:
         raise InputError(f"{expected}; it has no class but background")
+    check_class_names(list(classes), path)
     return classes
 
 
@@ -138,6 +137,7 @@ def values_in_use(labels: Sequence[ScanFile], names: Sequence[str] | None) -> di
     Raises:
         InputError: a faulty label, nothing but background, or names of another number.
     """
+    check_class_names(names or [], "--class_names")
     found: set[float] = set()
     for label in tqdm(labels, desc="reading labels", unit="case", leave=False, disable=None):
         found.update(distinct(read_label(label)[0]))
@@ -155,7 +155,7 @@ def values_in_use(labels: Sequence[ScanFile], names: Sequence[str] | None) -> di
             f"--class_names has {len(names)} names, the labels hold the values "
             f"{first_few([f'{v:g}' for v in values], 20)}; name each of these, in this order"
         )
-    return label_values({name: int(v) for name, v in zip(names, values, strict=True)}, "labels")
+    return {name: int(value) for name, value in zip(names, values, strict=True)}
 
 
 def read_label(label: ScanFile) -> tuple[np.ndarray, Geometry | None]:  # (D, H, W)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets.registry import DatasetSpec, get_dataset
 from safe_io import InputError, MissingFileError, first_few, require_folder, warn
-from scans.files import ScanFile, find_scans
+from scans.files import ScanFile, find_scans, read_scan_header
 
 from .descriptor import DESCRIPTOR, choose_intensity, make_spec, read_descriptor, values_in_use
 
@@ -54,11 +55,13 @@ def read_layout(args: argparse.Namespace) -> RawData:
     folder = require_folder(args.input, what="--input", remedy=f"expected {LAYOUTS}")
     described = (folder / DESCRIPTOR).is_file()
     btcv = folder / "Training" if (folder / "Training").is_dir() else folder
-    if not described and (args.dataset is not None or (btcv / "img").is_dir()):
-        spec, cases = get_dataset(args.dataset or "Synapse"), find_btcv(folder, btcv)
-        return RawData(replace(spec, intensity=choose_intensity(args, spec.intensity)), cases)
     if described:
         return _described(folder, args)
+    if args.dataset is not None or (btcv / "img").is_dir():
+        spec, cases = get_dataset(args.dataset or "Synapse"), find_btcv(folder, btcv)
+        why = f"classes and channel of {spec.name} are known"
+        _refuse_flags(args, ("class_names", "channel", "name"), why)
+        return RawData(replace(spec, intensity=choose_intensity(args, spec.intensity)), cases)
     for images, labels in PLAIN:
         if (folder / images).is_dir() and (folder / labels).is_dir():
             cases = pair(folder / images, folder / labels, args.channel, args.group)
@@ -66,6 +69,13 @@ def read_layout(args: argparse.Namespace) -> RawData:
             scans = [case.image for case in cases.values()]
             return RawData(make_spec(folder.resolve().name, values, scans, args), cases)
     raise MissingFileError(f"--input {folder} holds no data set that is known; expected {LAYOUTS}")
+
+
+def _refuse_flags(args: argparse.Namespace, flags: Sequence[str], why: str) -> None:
+    """Raise an `InputError` for a flag that would be ignored."""
+    for flag in flags:
+        if getattr(args, flag) is not None:
+            raise InputError(f"--{flag} is of no use here: {why}; leave it out")
 
 
 def find_btcv(folder: Path, base: Path) -> dict[str, RawCase]:
@@ -122,6 +132,7 @@ def pair(
 
     Raises:
         MissingFileError: a label without its image. Images without a label are warned of.
+        InputError: a channel has to be named, or there is none of that number.
     """
     by_name = {scan.name: scan for scan in find_scans(images)}
     cases: dict[str, RawCase] = {}
@@ -137,6 +148,7 @@ def pair(
                 "network takes one; pass --channel N"
             )
         image = replace(image, channel=channel)
+        _refuse_lost_channel(image)
         cases[label.name] = RawCase(label.name, image, label, label.name)
     if lonely:
         raise MissingFileError(
@@ -153,25 +165,51 @@ def pair(
     return dict(sorted((_grouped(cases) if grouped else cases).items()))
 
 
+def _refuse_lost_channel(image: ScanFile) -> None:
+    """Raise an `InputError` if a channel is asked for that neither a name nor the file has."""
+    if not image.channel or image.name.endswith(f"_{image.channel:04d}"):
+        return
+    try:
+        read_scan_header(replace(image, channel=None))
+    except InputError:
+        return  # 4-D, or damaged: both show when it is read
+    raise InputError(f"--channel is {image.channel}, {image.path} holds one channel, 0")
+
+
 def _grouped(cases: dict[str, RawCase]) -> dict[str, RawCase]:
-    """Pictures named SCAN_NUMBER as slices of their scans, if there are several scans so."""
+    """Pictures named SCAN_NUMBER as slices of their scans, if there are several scans so.
+
+    Raises:
+        InputError: two of them would have one name.
+    """
     parts = {name: re.fullmatch(r"(.+)_(\d+)", name) for name in cases}
     scans = {match[1] for match in parts.values() if match}
-    if not all(parts.values()) or not 1 < len(scans) < len(cases):
+    # a picture that is named as a scan is one of its slices
+    slices = {name: match.groups() if match else (name, "") for name, match in parts.items()
+              if match or name in scans}  # fmt: skip
+    if not 1 < len(scans) < len(slices):
         return cases
     print(
-        f"{len(cases)} pictures of {len(scans)} scans, by what stands before the last _ of their "
+        f"{len(slices)} pictures of {len(scans)} scans, by what stands before the last _ of their "
         "names; a scan is never split (--group none: every picture by itself)"
     )
-    renamed = {}
+    alone = [name for name in cases if name not in slices]
+    if alone:
+        warn(f"{len(alone)} pictures end by no number and stay by themselves: {first_few(alone)}")
+    renamed: dict[str, RawCase] = {}
     for name, case in cases.items():
-        scan, number = parts[name].groups()
-        own = f"{scan}_slice{number}"
+        scan, number = slices.get(name, (name, None))
+        own = name if number is None else f"{scan}_slice{number}"
+        if own in renamed:
+            both = f"{renamed[own].image.path.name} and {case.image.path.name}"
+            raise InputError(f"{both} would both become {own}; rename one, or pass --group none")
         renamed[own] = replace(case, name=own, group=scan)
     return renamed
 
 
 def _described(folder: Path, args: argparse.Namespace) -> RawData:
+    why = f"{folder / DESCRIPTOR} says what the classes are"
+    _refuse_flags(args, ("dataset", "class_names"), why)
     told = read_descriptor(folder / DESCRIPTOR, args.channel)
     for kind in ("imagesTr", "labelsTr"):
         require_folder(folder / kind, what="folder", remedy=f"{DESCRIPTOR} beside it needs it")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_own_data import NNUNET, run_prepare, write_set
+from test_own_data import NNUNET, cases_of, run_prepare, write_set
 
+from datasets.dataset_synapse import Synapse_dataset
 from datasets.registry import (
     CT,
     MR,
@@ -150,3 +152,92 @@ def test_flags_say_that_values_are_hu(tmp_path: Path, capfd: ERRORS):
         output = tmp_path / flags[0]
         assert run_prepare(root, output, *flags) == 0
         assert stored_spec(output).intensity == replace(CT, sure=True)
+
+
+def test_one_odd_name_does_not_split_scans(tmp_path: Path, capfd: ERRORS):
+    names = [f"{scan}_{number}" for scan in "abc" for number in (1, 2)]
+    pictures = {name: gradient(255, np.uint8) for name in (*names, "cover", "a")}
+    root, output = write_pictures(tmp_path / "raw", pictures), tmp_path / "data"
+    assert run_prepare(root, output, "--test_cases", "c", "cover") == 0
+    assert "by no number and stay by themselves: cover" in capfd.readouterr().err
+    assert cases_of(output, "train") == {"a", "b"}
+    assert cases_of(output, "test_vol") == {"c", "cover"}
+    slices = {path.stem for path in (output / "train_npz").iterdir()}
+    assert slices == {"a_slice", "a_slice1", "a_slice2", "b_slice1", "b_slice2"}
+    write_pictures(root, {"b_slice1": gradient(255, np.uint8)})
+    assert "b_1.png and b_slice1.png" in refused(root, tmp_path / "new", capfd)
+
+
+BAD_NAMES = {
+    "empty": "",
+    "zero byte": "a\0",
+    "half a character": "\ud800",
+    "quotes": 'the "liver"',
+    "two lines": "a\nb",
+    "long": 300 * "a",
+    "blank at the end": "liver ",
+}
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_class_names_that_no_table_can_hold(tmp_path: Path, capfd: ERRORS, name: str):
+    wrong = BAD_NAMES[name]
+    labels = {"background": 0, wrong: 1, "tumour": 5}
+    root = write_set(tmp_path / "raw", NNUNET | {"labels": labels})
+    assert "dataset.json has the class name" in refused(root, tmp_path / "data", capfd)
+    (root / "dataset.json").unlink()
+    told = refused(root, tmp_path / "data", capfd, "--class_names", "liver", wrong)
+    assert "--class_names has the class name" in told
+    spec = replace(SYNAPSE, class_names=(wrong, *SYNAPSE.class_names[1:]))
+    with pytest.raises(InputError, match="adapter has the class name"):
+        spec_from_json(spec.to_json(), "adapter")
+
+
+def test_a_class_name_that_is_there_twice(tmp_path: Path, capfd: ERRORS):
+    root = write_set(tmp_path / "raw", None)
+    told = refused(root, tmp_path / "data", capfd, "--class_names", "a", "a")
+    assert "--class_names has the class name 'a' twice" in told
+
+
+def test_a_label_value_beyond_all_numbers(tmp_path: Path, capfd: ERRORS):
+    root = write_set(tmp_path / "raw", NNUNET)
+    text = json.dumps(NNUNET).replace('"liver": 1', '"liver": 1e999')
+    (root / "dataset.json").write_text(text)
+    assert "the value of 'liver' is inf" in refused(root, tmp_path / "data", capfd)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path):
+    root, output = write_set(tmp_path / "raw", None), tmp_path / "data"
+    (root / "dataset.json").write_text(json.dumps(NNUNET), encoding="utf-8-sig")
+    assert run_prepare(root, output) == 0
+    for path in (output / "dataset_spec.json", output / "lists" / "train.txt"):
+        path.write_text(path.read_text("utf-8"), encoding="utf-8-sig")
+    assert stored_spec(output).class_names == ("liver", "tumour")
+    Synapse_dataset(output, None, "train", num_classes=2).check()
+
+
+IN_VAIN = {
+    "class names": ("described", ("--class_names", "a", "b"), "dataset.json says"),
+    "a data set": ("described", ("--dataset", "bogus"), "dataset.json says"),
+    "BTCV's class names": ("btcv", ("--class_names", "a"), "are known"),
+    "BTCV's channel": ("btcv", ("--channel", "1"), "are known"),
+    "BTCV's name": ("btcv", ("--name", "mine"), "are known"),
+    "a channel of 3-D files": ("plain", ("--channel", "1"), "holds one channel, 0"),
+    "a channel of pictures": ("pictures", ("--channel", "1"), "holds one channel, 0"),
+}
+
+
+@pytest.mark.parametrize("name", IN_VAIN)
+def test_flags_are_never_ignored_in_silence(tmp_path: Path, capfd: ERRORS, name: str):
+    layout, flags, told = IN_VAIN[name]
+    root = tmp_path / "raw"
+    if layout == "pictures":
+        write_pictures(root, {"a": gradient(255, np.uint8), "b": gradient(255, np.uint8)})
+    elif layout == "btcv":
+        write_set(root, None, ("img", "label"), channel="", cases=2)
+        for path in list(root.glob("*/*")):
+            path.rename(path.with_name(path.name.replace("pat", path.parent.name)))
+    else:
+        write_set(root, NNUNET if layout == "described" else None, channel="", cases=2)
+    problems = refused(root, tmp_path / "data", capfd, *flags)
+    assert told in problems and flags[0] in problems

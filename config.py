@@ -72,7 +72,7 @@ def _choose_spec(
     """The data set: named, else for training what the data say, else what was trained on.
 
     Raises:
-        InputError: test data of other classes than the adapter's.
+        InputError: test data of other classes than the adapter's, or prepared otherwise.
     """
     folder = getattr(args, "root_path" if training else "volume_path", None)
     data = stored_spec(folder) if folder else None
@@ -88,7 +88,27 @@ def _choose_spec(
             f"{folder} holds the classes {', '.join(data.class_names)}; {args.lora_ckpt} was "
             f"trained on {', '.join(chosen.class_names)}; pass the data or the adapter that fits"
         )
+    if data is not None and trained_on and (found := _seen_otherwise(data, chosen)):
+        raise InputError(
+            f"{folder} and what {args.lora_ckpt} was trained on differ in {', '.join(found)}; "
+            "prepare the data as those were, or pass the adapter that fits"
+        )
     return chosen
+
+
+def _seen_otherwise(data: DatasetSpec, trained: DatasetSpec) -> list[str]:
+    """How the network would see data otherwise than those it was trained on; None is not known."""
+    pairs = {
+        "intensities": (str(data.intensity), str(trained.intensity)),
+        "orientation": (data.orientation, trained.orientation),
+        "channels": (data.channels, trained.channels),
+        "channel": (data.channel, trained.channel),
+    }
+    return [
+        f"{what} {own} and {other}"
+        for what, (own, other) in pairs.items()
+        if None not in (own, other) and own != other
+    ]
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:

@@ -13,6 +13,7 @@ import numpy as np
 from datasets.registry import DatasetSpec, case_names, slice_name
 from safe_io import InputError, MissingFileError, first_few
 from scans.files import read_scan_header
+from scans.orientation import orientation_of, turned, turned_geometry
 from scans.volumes import Geometry
 
 from .layouts import RawCase, RawData
@@ -180,26 +181,41 @@ def check_headers(
     for job in jobs:
         try:
             shape, geometry = read_scan_header(job.case.image)
-            check_pair(job, shape, geometry, *read_scan_header(job.case.label))
+            label_shape, label_geometry = read_scan_header(job.case.label)
+            voxels = np.broadcast_to(np.uint8(0), label_shape)  # they are not read yet
+            laid_on_image(job, shape, geometry, voxels, label_geometry)
             headers.append((shape, geometry))
         except InputError as error:
             problems.append(str(error))
     return headers, problems
 
 
-def check_pair(
+def laid_on_image(
     job: Job,
     shape: tuple[int, ...],
     geometry: Geometry | None,
-    label_shape: tuple[int, ...],
+    label: np.ndarray,
     label_geometry: Geometry | None,
-) -> None:
-    """Raise an `InputError` unless image and label cover the same voxels."""
-    differences = geometry.differences(label_geometry) if geometry and label_geometry else []
-    if shape != label_shape:
-        differences.insert(0, f"shape (D, H, W) {shape} and {label_shape}")
+) -> np.ndarray:  # (D, H, W) of the image
+    """The label, its axes turned to the image's if it then covers the same voxels.
+
+    Raises:
+        InputError: it does not lie on the image's grid.
+    """
+    differences = []
+    if geometry and label_geometry:
+        differences = geometry.differences(label_geometry)
+        letters = orientation_of(label_geometry), orientation_of(geometry)
+        if letters[0] != letters[1]:
+            laid = turned(label, *letters)
+            there = turned_geometry(label_geometry, label.shape, letters[1])
+            if laid.shape == shape and geometry.matches(there):
+                return laid
+    if shape != label.shape:
+        differences.insert(0, f"shape (D, H, W) {shape} and {label.shape}")
     if differences:
         raise InputError(
             f"{job.case.image.path} and {job.case.label.path} differ in "
             f"{'; '.join(differences)}; export the label on the image's grid"
         )
+    return label

@@ -17,7 +17,7 @@ from safe_io import InputError, atomic_path, first_few
 from scans.files import read_scan
 from scans.orientation import orientation_of, turned
 
-from .cases import TEST, TRAIN, Job, check_pair
+from .cases import TEST, TRAIN, Job, laid_on_image
 from .descriptor import distinct, read_label
 
 
@@ -38,7 +38,8 @@ def convert_case(job: Job) -> dict[str, Any]:
     spec, source = job.spec, job.case.image.path
     image, geometry = read_scan(job.case.image)  # (D, H, W), or (1, 3, H, W)
     values, label_geometry = read_label(job.case.label)  # (D, H, W)
-    check_pair(job, (len(image), *image.shape[-2:]), geometry, values.shape, label_geometry)
+    shape = (len(image), *image.shape[-2:])
+    values = laid_on_image(job, shape, geometry, values, label_geometry)
     if geometry and spec.orientation:
         before = orientation_of(geometry)
         image, values = (turned(array, before, spec.orientation) for array in (image, values))

@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _stop_if(problems, len(jobs), "nothing was converted")
         if args.size and any(shape[1] != shape[2] for shape, _ in headers):
             warn(f"some slices are not square; --size {args.size} changes their proportions")
+        refuse_input_folders(args.output, jobs)
         open_output(args.output, args.overwrite)
 
         results = {} if args.overwrite else dict(finished_results(jobs))
@@ -123,6 +124,16 @@ def as_it_lies(spec: DatasetSpec, geometries: Sequence[Geometry | None]) -> Data
     if len(found) > 1:
         warn(f"the scans lie in several orientations ({first_few(sorted(found))}) and stay so")
     return replace(spec, orientation=found.pop() if len(found) == 1 else None)
+
+
+def refuse_input_folders(output: Path, jobs: Sequence[Job]) -> None:
+    """Raise an `InputError` where results would lie among the scans and be read with them."""
+    read = {scan.path.resolve().parent for job in jobs for scan in (job.case.image, job.case.label)}
+    inside = output.resolve()
+    if found := read & {inside, *inside.parents}:
+        raise InputError(
+            f"--output {output} lies in a folder that is read, {min(found)}; choose another"
+        )
 
 
 def open_output(output: Path, overwrite: bool) -> None:

@@ -6,11 +6,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
+from conftest import TINY_FLAGS, tiny_model
 from PIL import Image
-from test_own_data import NNUNET, cases_of, run_prepare, write_set
+from test_own_data import NNUNET, cases_of, run_prepare, scan, write_set
+from test_scans import placed, write_dicom
 
+from config import dataset_spec, parse_args
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.registry import (
     CT,
@@ -23,7 +27,10 @@ from datasets.registry import (
     spec_from_json,
     stored_spec,
 )
+from flags import test_parser as evaluation_parser
 from safe_io import InputError, load_arrays
+from scans.orientation import turned, turned_geometry
+from scans.volumes import write_volume
 
 ERRORS = pytest.CaptureFixture[str]
 
@@ -241,3 +248,80 @@ def test_flags_are_never_ignored_in_silence(tmp_path: Path, capfd: ERRORS, name:
         write_set(root, NNUNET if layout == "described" else None, channel="", cases=2)
     problems = refused(root, tmp_path / "data", capfd, *flags)
     assert told in problems and flags[0] in problems
+
+
+def test_a_label_on_the_images_grid_with_other_axes_is_turned(tmp_path: Path):
+    """As of DICOM with a label that dcm2niix made: the same voxels, listed in another order."""
+    image, label = scan(0)
+    root = tmp_path / "raw"
+    for index, letters in enumerate(("LPS", "RAS", "SAL", "AIR")):
+        geometry = placed("LPS")
+        there = turned_geometry(geometry, label.shape, letters)
+        own = np.ascontiguousarray(turned(label, "LPS", letters))
+        write_dicom(root / "images" / f"a{index}", image, geometry)
+        write_volume(root / "labels" / f"a{index}.nii.gz", own, there)
+    flags = ("--train_cases", "a0", "--test_cases", "a0", "a1", "a2", "a3")
+    assert run_prepare(root, tmp_path / "data", *flags) == 0
+    for path in (tmp_path / "data" / "test_vol_h5").iterdir():
+        with h5py.File(path) as file:
+            assert np.array_equal(file["label"][()], np.searchsorted([0, 1, 5], label))
+
+
+def test_a_label_beside_the_images_grid_is_refused_whatever_its_axes(tmp_path: Path, capfd: ERRORS):
+    image, label = scan(0)
+    geometry = placed("LPS")
+    there = turned_geometry(geometry, label.shape, "RAS")
+    there = replace(there, origin=(there.origin[0] + 1, *there.origin[1:]))
+    write_volume(tmp_path / "raw" / "images" / "a.nii.gz", image, geometry)
+    write_volume(tmp_path / "raw" / "labels" / "a.nii.gz", label, there)
+    flags = ("--train_cases", "a", "--test_cases", "a")
+    told = refused(tmp_path / "raw", tmp_path / "data", capfd, *flags)
+    assert "differ in origin" in told and "on the image's grid" in told
+
+
+@pytest.mark.parametrize("inside", ["imagesTr", "labelsTr/new"])
+def test_the_output_may_not_lie_in_a_folder_that_is_read(
+    tmp_path: Path, capfd: ERRORS, inside: str
+):
+    root = write_set(tmp_path / "raw", NNUNET)
+    before = sorted(root.rglob("*"))
+    assert "lies in a folder that is read" in refused(root, root / inside, capfd)
+    assert sorted(root.rglob("*")) == before
+    assert run_prepare(root, root / "prepared") == 0
+
+
+PREPARED_OTHERWISE = {
+    "limits": ({"intensity": Intensity(WINDOW, -100, 200)}, "HU -100…200"),
+    "rule": ({"intensity": MR}, "percentiles"),
+    "orientation": ({"orientation": "RAS"}, "orientation RAS and LPS"),
+    "colour": ({"channels": 3}, "channels 3 and 1"),
+    "channel": ({"channel": 2}, "channel 2 and 1"),
+    "unknown": ({"orientation": None, "channel": None}, ""),
+    "vouched for": ({"intensity": replace(CT, sure=True), "size": 64, "name": "other"}, ""),
+}
+
+
+@pytest.mark.parametrize("name", PREPARED_OTHERWISE)
+def test_data_prepared_otherwise_than_what_was_trained_on(tmp_path: Path, name: str):
+    changes, told = PREPARED_OTHERWISE[name]
+    trained = replace(SYNAPSE, orientation="LPS", channel=1)
+    settings = {"num_classes": 8, "class_names": list(trained.class_names)}
+    model = tiny_model(num_classes=8)
+    model.save_lora_parameters(tmp_path / "own.pth", settings | {"spec": trained.to_json()})
+    model.save_lora_parameters(tmp_path / "published.pth", settings)
+    (tmp_path / "data").mkdir()
+    prepared = replace(trained, **changes)
+    (tmp_path / "data" / "dataset_spec.json").write_text(json.dumps(prepared.to_json()))
+    flags = ["--volume_path", str(tmp_path / "data"), *TINY_FLAGS[:2]]
+    own = [*flags, "--lora_ckpt", str(tmp_path / "own.pth")]
+    if told:
+        with pytest.raises(InputError, match="differ in") as caught:
+            parse_args(evaluation_parser(), own)
+        assert told in str(caught.value)
+    else:
+        assert dataset_spec(parse_args(evaluation_parser(), own)) == trained
+    (tmp_path / "elsewhere").mkdir()  # prepared without a spec
+    elsewhere = [*own, "--volume_path", str(tmp_path / "elsewhere")]
+    assert dataset_spec(parse_args(evaluation_parser(), elsewhere)) == trained
+    published = [*flags, "--lora_ckpt", str(tmp_path / "published.pth")]
+    assert dataset_spec(parse_args(evaluation_parser(), published)) == prepared

@@ -203,10 +203,7 @@ def find_list(data_dir: Path, list_dir: str | Path | None, split: str) -> Path:
 
 def read_list(path: Path) -> list[str]:
     """The names in a list file, one a line; none may leave the data folder."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read list {path} ({error.strerror}); give the right to") from None
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     names = [safe_name(line.strip(), source=path) for line in lines if line.strip()]
     if not names:
         raise InputError(f"list {path} is empty; expected one case or slice name a line")

@@ -140,12 +140,10 @@ def read_json(path: Path, *, remedy: str) -> Any:
     """What a JSON file holds that a user may have edited; a byte order mark is no fault.
 
     Raises:
-        InputError: it may not be read, or is no JSON.
+        InputError: it is no JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}); give the right to") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({str(error)[:160]}); {remedy}") from None
 

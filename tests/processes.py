@@ -69,14 +69,14 @@ def on_two_threads() -> None:
 
 
 def bound_by_permissions() -> None:
-    """Root gives up its right to write where the mode bits say that nobody may."""
+    """Root gives up its right to read and write where the mode bits say that nobody may."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of Linux capabilities, this process
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then capabilities from 32
-    dac_override = 1 << 1
+    dac_override, dac_read_search = 1 << 1, 1 << 2
     if libc.capget(header, sets):
         raise OSError(ctypes.get_errno(), "capget")
-    sets[0] &= ~dac_override
+    sets[0] &= ~(dac_override | dac_read_search)
     if libc.capset(header, sets):
         raise OSError(ctypes.get_errno(), "capset")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
+import processes
 import pytest
 from conftest import TINY_FLAGS
 from PIL import Image
@@ -20,7 +23,7 @@ from datasets.registry import MR, PERCENTILES, PICTURE, RANGE, WINDOW, stored_sp
 from preprocess.prepare import main as prepare
 from report import __main__ as report
 from report.tables import read_json
-from safe_io import load_arrays
+from safe_io import exit_on_bad_input, load_arrays
 from scans.orientation import orientation_of, turned
 from scans.volumes import Geometry, read_volume, write_volume
 
@@ -227,6 +230,35 @@ def test_results_go_back_to_the_scans_orientation(tmp_path: Path):
     tested, _ = read_volume(run / "test" / "predictions" / "pat2_pred.nii.gz")
     segmented, _ = read_volume(tmp_path / "seg" / "pat2_0000.nii.gz")
     assert np.array_equal(np.array([0, 1, 5])[tested], segmented)
+
+
+UNREADABLE = ["raw/dataset.json", "raw/labelsTr", "raw/imagesTr",
+              "data/dataset_spec.json", "data/lists/train.txt", "data/train_npz"]  # fmt: skip
+
+
+def bound(program: Callable[[list[str]], None], argv: list[str], log: Path) -> None:
+    """Run a program as a user whom mode bits bind; what it says on stderr goes to `log`."""
+    processes.bound_by_permissions()
+    with log.open("w") as told, contextlib.redirect_stderr(told), exit_on_bad_input():
+        program(argv)
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_may_not_be_read_is_named_in_one_sentence(tmp_path: Path, name: str):
+    root, data, log = write_set(tmp_path / "raw", NNUNET), tmp_path / "data", tmp_path / "log"
+    assert run_prepare(root, data) == 0
+    program, argv = train.main, ["--root_path", str(data), "--check", *TINY_FLAGS]
+    if name.startswith("raw"):
+        program = prepare
+        argv = ["--input", str(root), "--output", str(tmp_path / "new"), "--workers", "1"]
+    (tmp_path / name).chmod(0)
+    process = processes.CONTEXT.Process(target=bound, args=(program, argv, log))
+    process.start()
+    process.join(timeout=60)
+    (tmp_path / name).chmod(0o700)
+    (line,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert process.exitcode == 2 and str(tmp_path / name) in line, log.read_text()
+    assert "ermission denied" in line and "Traceback" not in log.read_text()
 
 
 def real_set(folder: Path, name: str) -> tuple[Path, list[str]]:

@@ -101,7 +101,7 @@ def _seen_otherwise(data: DatasetSpec, trained: DatasetSpec) -> list[str]:
     pairs = {
         "intensities": (str(data.intensity), str(trained.intensity)),
         "orientation": (data.orientation, trained.orientation),
-        "channels": (data.channels, trained.channels),
+        "colour channels": (data.channels, trained.channels),
         "channel": (data.channel, trained.channel),
     }
     return [

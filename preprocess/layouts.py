@@ -59,7 +59,7 @@ def read_layout(args: argparse.Namespace) -> RawData:
         return _described(folder, args)
     if args.dataset is not None or (btcv / "img").is_dir():
         spec, cases = get_dataset(args.dataset or "Synapse"), find_btcv(folder, btcv)
-        why = f"classes and channel of {spec.name} are known"
+        why = f"name, classes and channel of {spec.name} are known"
         _refuse_flags(args, ("class_names", "channel", "name"), why)
         return RawData(replace(spec, intensity=choose_intensity(args, spec.intensity)), cases)
     for images, labels in PLAIN:

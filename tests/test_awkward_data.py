@@ -294,7 +294,7 @@ PREPARED_OTHERWISE = {
     "limits": ({"intensity": Intensity(WINDOW, -100, 200)}, "HU -100…200"),
     "rule": ({"intensity": MR}, "percentiles"),
     "orientation": ({"orientation": "RAS"}, "orientation RAS and LPS"),
-    "colour": ({"channels": 3}, "channels 3 and 1"),
+    "colour": ({"channels": 3}, "colour channels 3 and 1"),
     "channel": ({"channel": 2}, "channel 2 and 1"),
     "unknown": ({"orientation": None, "channel": None}, ""),
     "vouched for": ({"intensity": replace(CT, sure=True), "size": 64, "name": "other"}, ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import wrong_input
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_scans import placed, volume, write_dicom
-from wrong_input import PROGRAMS, REPOSITORY, ROWS, Wrong, arguments, error_line, make_good, run
+from wrong_input import PROGRAMS, REPOSITORY, ROWS, Wrong, arguments, make_good, page_row, run
 
 import adapter
 from scans.files import read_scan, scan_file, suffix_of
@@ -55,8 +56,12 @@ def test_it_is_told_in_one_sentence(folder: Path, row: Wrong):
     assert outputs(folder) == before and not list(folder.rglob("*.partial.*"))
     assert not (folder / "pwned").exists()
     page = (REPOSITORY / "docs" / "errors.md").read_text("utf-8")
-    assert f"| {row.what} | " in page and row.told in page
-    assert error_line(told, folder)
+    assert by_us(page_row(row, told, folder)) in by_us(page)
+
+
+def by_us(text: str) -> str:
+    """A text without what stands in brackets: libraries word that, each version its own way."""
+    return re.sub(r" \(.*\)", "", text)
 
 
 def test_the_good_folder_is_good(folder: Path):

@@ -264,6 +264,23 @@ def jpeg_labels(folder: Path) -> None:
         path.unlink()
 
 
+def fractions(folder: Path) -> None:
+    """Pictures of floating-point numbers."""
+    for path in list((folder / "pictures" / "images").iterdir()):
+        fraction = np.asarray(Image.open(path), np.float32) / 2
+        Image.fromarray(fraction).save(path.with_suffix(".tif"))
+        path.unlink()
+
+
+def one_name_for_two(folder: Path) -> None:
+    """a_1 is slice 1 of scan a; a_slice1 is named so already."""
+    for kind in ("images", "labels"):
+        for name in ("a_1", "a_2", "b_1", "a_slice1"):
+            shutil.copy(
+                folder / "pictures" / kind / "p0.png", folder / "pictures" / kind / f"{name}.png"
+            )
+
+
 def mixed_bits(folder: Path) -> None:
     """One picture of 16 bits among those of 8."""
     Image.fromarray(np.full((12, 14), 30_000, np.uint16)).save(
@@ -280,6 +297,8 @@ ROWS = [
           ("--input", "data")),
     Wrong(P, "input and output are one folder", nothing, "is the --input folder",
           ("--output", "raw")),
+    Wrong(P, "the output is among the images", nothing, "lies in a folder that is read",
+          ("--output", "raw/imagesTr")),
     Wrong(P, "dataset.json is cut short", cut("raw/dataset.json"), "is not JSON"),
     Wrong(P, "dataset.json holds a list", lambda f: (f / "raw/dataset.json").write_text("[]"),
           "expected a JSON object"),
@@ -289,9 +308,21 @@ ROWS = [
           "that nobody labelled"),
     Wrong(P, "one value for two classes", described(labels={"a": 1, "b": 1}), "twice"),
     Wrong(P, "a label value that is no number", described(labels={"a": None}), "the value of 'a'"),
+    Wrong(P, "a label value beyond all numbers", described(labels={"a": float("inf")}),
+          "the value of 'a' is inf"),
+    Wrong(P, "a class without name", described(labels={"": 1}), "has the class name ''"),
+    Wrong(P, "a class name of two lines", described(labels={"a\nb": 1}), "printable characters"),
+    Wrong(P, "a class name that is there twice", nothing, "has the class name 'a' twice",
+          ("--input", "pictures", "--class_names", "a", "a")),
+    Wrong(P, "class names beside dataset.json", nothing, "--class_names is of no use here",
+          ("--class_names", "a", "b")),
+    Wrong(P, "a data set's name beside dataset.json", nothing, "--dataset is of no use here",
+          ("--dataset", "Synapse")),
     Wrong(P, "only background", described(labels={"background": 0}), "no class but background"),
     Wrong(P, "several channels", described(channel_names={"0": "T1", "1": "T2"}), "pass --channel"),
     Wrong(P, "a channel that is not there", nothing, "--channel is 4", ("--channel", "4")),
+    Wrong(P, "a channel of pictures that have one", nothing, "holds one channel",
+          ("--input", "pictures", "--channel", "1")),
     Wrong(P, "a label without its image", lost("raw/imagesTr/s1_0000.nii.gz"),
           "have no image of their name"),
     Wrong(P, "an image cut short", cut("raw/imagesTr/s0_0000.nii.gz"), "damaged or cut short"),
@@ -303,6 +334,7 @@ ROWS = [
     Wrong(P, "label values that are not whole", raw("label", ONES * np.float32(0.5)),
           "holds label values 0.5"),
     Wrong(P, "CT that is not in HU", raw("image", ONES), "do not look like Hounsfield units"),
+    Wrong(P, "CT of air alone", raw("image", np.int16(-1000) * ONES), "shows nothing"),
     Wrong(P, "NaN in an image", raw("image", np.where(ONES, np.float32("nan"), 0)), "NaN"),
     Wrong(P, "a window the wrong way round", nothing, "the lower limit first",
           ("--window", "200", "-100")),
@@ -317,6 +349,9 @@ ROWS = [
           ("--input", "pictures", "--class_names", "a")),
     Wrong(P, "labels as JPEG", jpeg_labels, "is a JPEG", ("--input", "pictures")),
     Wrong(P, "pictures of 8 and of 16 bits", mixed_bits, "convert them to one kind",
+          ("--input", "pictures")),
+    Wrong(P, "pictures of fractions", fractions, "neither 8 nor 16 bits", ("--input", "pictures")),
+    Wrong(P, "two pictures that would have one name", one_name_for_two, "would both become",
           ("--input", "pictures")),
     Wrong(P, "several files a picture", two_channels, "pass --channel", ("--input", "pictures")),
     Wrong(P, "channels that have no number", described(channel_names={"CT": "0"}),
@@ -342,6 +377,8 @@ ROWS = [
     Wrong(T, "a list of other data", list_of("s8_slice000\n"), "are not in"),
     Wrong(T, "a spec that is no JSON", cut("data/dataset_spec.json"), "is not JSON"),
     Wrong(T, "a spec of nonsense", spec_of(raw_labels={"1": 7}), "does not describe a data set"),
+    Wrong(T, "a spec whose class names no table can hold", spec_of(class_names=["liver", "a\0"]),
+          "has the class name 'a\\x00'"),
     Wrong(T, "an image size that is no multiple of 16", nothing, "multiple of 16",
           ("--img_size", "100")),
     Wrong(T, "a batch of nothing", nothing, "--batch_size is 0", ("--batch_size", "0")),
@@ -361,6 +398,9 @@ ROWS = [
     Wrong(E, "an adapter of another rank", nothing, "LoRA rank 2", ("--rank", "4")),
     Wrong(E, "data of other classes", spec_of(class_names=["liver", "vessel"]),
           "holds the classes liver, vessel"),
+    Wrong(E, "data of another window", spec_of(
+        intensity={"rule": "window", "low": -160.0, "high": 240.0}), "differ in intensities",),
+    Wrong(E, "data turned another way", spec_of(orientation="RAS"), "differ in orientation"),
     Wrong(E, "a volume cut short", lambda f: cut(str(next((f / "data/test_vol_h5").iterdir())))(f),
           "not a readable h5 file"),
     Wrong(E, "a volume without label", stored(label=None), "no data set named label"),
@@ -408,6 +448,12 @@ def error_line(told: str, folder: Path) -> str:
     return lines[0].removeprefix("error: ").replace(f"{folder}/", "") if lines else ""
 
 
+def page_row(row: Wrong, told: str, folder: Path) -> str:
+    """What the page says of a mistake."""
+    sentence = error_line(told, folder).replace(f"{REPOSITORY}/", "").replace("|", "/")
+    return f"| {row.what} | {sentence} |"
+
+
 def main() -> None:
     """Write docs/errors.md."""
     lines = [
@@ -430,8 +476,7 @@ def main() -> None:
                     row.spoil(folder)
                     with contextlib.chdir(folder):
                         _, told = run(program, arguments(row, folder))
-                sentence = error_line(told, folder).replace(f"{REPOSITORY}/", "").replace("|", "/")
-                lines.append(f"| {row.what} | {sentence} |")
+                lines.append(page_row(row, told, folder))
     (REPOSITORY / "docs" / "errors.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -128,7 +128,12 @@ def describe(
                 raise
             faults.append(f"the test data cannot be used: {error}")  # training can go on
     memory = estimate_training_memory(
-        model, batch_size=args.batch_size, img_size=args.img_size, adamw=args.AdamW
+        model,
+        batch_size=args.batch_size,
+        img_size=args.img_size,
+        adamw=args.AdamW,
+        device_type=device.type,
+        checkpoint_blocks=args.checkpoint_blocks,
     )
     capacity = None
     if device.type == "cuda":

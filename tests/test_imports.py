@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "training": {
         *("config", "datasets", "inference", "interruption", "lora", "metrics", "ranks"),
-        "safe_io",
+        *("safe_io", "segment_anything"),
     },
     "trainer": {
         *("config", "datasets", "interruption", "losses", "ranks", "training", "utils"),

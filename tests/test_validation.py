@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ import trainer
 from adapter_file import read_adapter
 from datasets.dataset_synapse import Synapse_dataset
 from inference import predict_volume
+from lora import LoRAModel
 from metrics import score_volume
 from safe_io import InputError
-from training.memory import estimate_training_memory
+from segment_anything.modeling.relative_attention import folded_attention
+from training.memory import GIB, estimate_training_memory, kept_for_gradient
 from training.validation import Validation, case_of, hold_out, validate
 
 FLAGS = ["--batch_size", "4", "--AdamW", "--base_lr", "1e-3", "--max_epochs", "9"]
@@ -182,16 +185,59 @@ def test_check_stops_on_errors(fault: str, data: Path, tmp_path: Path):
     assert "the test data cannot be used" in (folder / "check.txt").read_text()
 
 
+def estimate(model: LoRAModel, batch: int, **kwargs: object) -> dict[str, float]:
+    return estimate_training_memory(
+        model, batch_size=batch, img_size=64, adamw=True, **{"device_type": "cpu"} | kwargs
+    )
+
+
 def test_memory_is_counted_without_computing():
     model = tiny_model()
-    few, many = (
-        estimate_training_memory(model, batch_size=batch, img_size=64, adamw=True)
-        for batch in (1, 8)
-    )
+    few, many = estimate(model, 1), estimate(model, 8)
     assert few["weights"] == many["weights"]
     one, eight = few["activations of 1 slices"], many["activations of 8 slices"]
     assert 5 * one < eight < 8.5 * one
-    model.sam.image_encoder.checkpoint_blocks = True
-    less = estimate_training_memory(model, batch_size=8, img_size=64, adamw=True)
+    less = estimate(model, 8, checkpoint_blocks=True)
     assert less["activations of 8 slices"] < 0.7 * eight
+    assert 0 < less["a block computed again"] < 0.5 * eight
     assert next(model.parameters()).device == torch.device("cpu")
+    assert model.sam.image_encoder.checkpoint_blocks is False
+
+
+def bytes_kept(compute: Callable[[], object], own: Iterable[torch.Tensor]) -> int:
+    """What autograd keeps of a computation on real tensors."""
+    kept: dict[int, int] = {}
+    places = {tensor.data_ptr() for tensor in own}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = compute()
+    assert result is not None  # what it keeps was held until here
+    return sum(size for place, size in kept.items() if place not in places)
+
+
+def test_memory_is_that_of_the_device_in_use():
+    model = tiny_model()
+    images = torch.rand(8, 3, 64, 64)
+    real = bytes_kept(lambda: model(images, full_size_masks=False), model.parameters()) / GIB
+    on_cpu = estimate(model, 8)["activations of 8 slices"]
+    assert on_cpu == pytest.approx(real, rel=0.01)
+
+    # a GPU's fused kernel keeps folded queries, keys and values, the output and a sum per query
+    q, k, v = (torch.rand(2, 3, 64, 16, device="meta", requires_grad=True) for _ in range(3))
+    rows, columns = (torch.rand(2, 3, 8, 8, 8, device="meta", requires_grad=True) for _ in range(2))
+    folded, sums = 2 * 3 * 64 * (16 + 8 + 8) * 4, 2 * 3 * 64 * 4
+    found = kept_for_gradient(lambda: folded_attention(q, k, v, rows, columns), set())
+    assert found == pytest.approx(4 * folded + sums, abs=64)
+    assert estimate(model, 8, device_type="cuda")["activations of 8 slices"] > on_cpu
+
+
+@pytest.mark.parametrize("flags", [[], ["--checkpoint_blocks"]])
+def test_check_counts_the_memory_of_the_flags(
+    flags: list[str], data: Path, capsys: pytest.CaptureFixture
+):
+    train.main(["--root_path", str(data), *TINY_FLAGS, *FLAGS, *flags, "--check"])
+    assert ("a block computed again" in capsys.readouterr().out) == bool(flags)

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from lora import LoRAModel
+from segment_anything.modeling.relative_attention import Attention
 
 GIB = 2**30
 
 
 def estimate_training_memory(
-    model: nn.Module,
+    model: LoRAModel,
     *,
     batch_size: int,
     img_size: int,
     adamw: bool,
+    device_type: str,
+    checkpoint_blocks: bool = False,
 ) -> dict[str, float]:
     """GiB of weights, gradients with optimiser, and of what the forward pass keeps.
 
@@ -27,30 +35,61 @@ def estimate_training_memory(
     Args:
         model: on any device; not changed.
         batch_size: slices at once.
+        device_type: where training runs: a CPU's attention keeps less than a GPU's.
+        checkpoint_blocks: the encoder's blocks are computed again, one at a time.
     """
     shadow = copy.deepcopy(model).to("meta")
+    for module in shadow.modules():
+        if isinstance(module, Attention):
+            module.device_type = device_type
+    encoder = shadow.sam.image_encoder
+    encoder.checkpoint_blocks = checkpoint_blocks
+    images = torch.empty(batch_size, 3, img_size, img_size, device="meta")
     parameters = list(shadow.parameters())
-    own = {id(parameter) for parameter in parameters}
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    trainable = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    own = {parameter.untyped_storage()._cdata for parameter in parameters}
+    taken = {
+        "weights": weights,
+        "gradients and optimiser": trainable * (3 if adamw else 2),
+        f"activations of {batch_size} slices": kept_for_gradient(
+            lambda: shadow(images, full_size_masks=False), own
+        ),
+    }
+    if checkpoint_blocks:
+        with torch.no_grad():
+            tokens = encoder.patch_embed(images)  # (B, H, W, C)
+        taken["a block computed again"] = max(
+            kept_for_gradient(lambda block=block: block(tokens), own) for block in encoder.blocks
+        )
+    return {name: size / GIB for name, size in taken.items()}
+
+
+def kept_for_gradient(compute: Callable[[], object], own: set[int]) -> int:
+    """Bytes that autograd keeps of a computation, the storages `own` aside."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in own:
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
             kept[storage._cdata] = storage  # holding it keeps its address from being used again
         return tensor
 
-    images = torch.empty(batch_size, 3, img_size, img_size, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        shadow(images, full_size_masks=False)
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    trainable = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    own_storage = {parameter.untyped_storage()._cdata for parameter in parameters}
-    activations = sum(s.nbytes() for key, s in kept.items() if key not in own_storage)
-    return {
-        "weights": weights / GIB,
-        "gradients and optimiser": trainable * (3 if adamw else 2) / GIB,
-        f"activations of {batch_size} slices": activations / GIB,
-    }
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
+        compute()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On meta, PyTorch takes the plain attention, which keeps all logits; a GPU's keeps none."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention and "attn_mask" not in (kwargs or {}):
+            fused = torch.ops.aten._scaled_dot_product_efficient_attention  # the one for float32
+            return fused(*args, attn_bias=None, compute_log_sumexp=True, **(kwargs or {}))[0]
+        return func(*args, **(kwargs or {}))
 
 
 def out_of_memory(error: torch.OutOfMemoryError, batch_size: int, checkpointed: bool) -> str:

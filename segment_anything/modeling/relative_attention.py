@@ -29,6 +29,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, grid: int, window: int | None) -> None:
         super().__init__()
         self.heads = heads
+        self.device_type: str | None = None  # whose way of computing to take; None: the tensors'
         # a grid of one whole window needs no cutting
         self.window = None if window == grid else window
         self.qkv = nn.Linear(width, 3 * width)
@@ -61,7 +62,8 @@ class Attention(nn.Module):
         columns = torch.einsum("nhwad,wkd->nahwk", grid, offsets(self.rel_pos_w, width))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (N, heads, H·W, d)
         # without a mask, a GPU's flash kernels take it; a CPU is faster with less to multiply
-        attention = folded_attention if qkv.is_cuda else ChunkedAttention.apply
+        on_cpu = (self.device_type or qkv.device.type) == "cpu"
+        attention = ChunkedAttention.apply if on_cpu else folded_attention
         out = attention(q, k, v, rows, columns)
         return out.transpose(1, 2).reshape(count, height, width, -1)
 

@@ -166,6 +166,36 @@ def test_check_shows_facts_and_what_is_odd_and_trains_nothing(
     assert facts["voxels"]["train"] == counts.tolist()
 
 
+def rename_slices(data: Path, pattern: str) -> None:
+    """Name every slice by its case and number."""
+    names = []
+    for path in sorted((data / "train_npz").iterdir()):
+        case, number = path.stem.split("_slice")
+        names.append(pattern.format(case=case, number=number))
+        path.rename(path.with_stem(names[-1]))
+    (data / "lists" / "train.txt").write_text("\n".join(names))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "warned"),
+    [
+        ("{case}_{number}", True),  # three slices each of four scans
+        ("{case}_slice{number}", False),
+        ("{case}_{number}_slice000", False),  # pictures as preprocess names them, each by itself
+        ("picture_{case}{number}", False),
+        ("{case}x{number}", False),
+    ],
+)
+def test_slices_that_count_as_cases_are_told(
+    pattern: str, warned: bool, data: Path, capsys: pytest.CaptureFixture
+):
+    rename_slices(data, pattern)
+    train.main(["--root_path", str(data), *TINY_FLAGS, *FLAGS, "--val_every", "1", "--check"])
+    page = capsys.readouterr().out
+    assert ("12 slices named as case0005_000 count as 12 cases, not 4" in page) == warned
+    assert ("<case>_slice<number>" in page) == warned
+
+
 @pytest.mark.parametrize("fault", ["raw HU", "missing volume"])
 def test_check_stops_on_errors(fault: str, data: Path, tmp_path: Path):
     flags = ["--root_path", str(data), "--output", str(tmp_path / "out"), *TINY_FLAGS, *FLAGS]

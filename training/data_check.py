@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets.samples import SampleFacts
 from safe_io import first_few
-from training.validation import case_of
+from training.validation import case_of, mistaken_slices
 
 SHOWN_SHAPES = 6
 EXPECTED_RANGE = (-0.3, 1.3)  # of intensities after cubic zoom of [0, 1]
@@ -55,6 +55,7 @@ def check_page(
     lines.append(f"memory of one process, estimated: {total:.2f} GiB ({parts})")
     warnings = [
         *_leaks(train, test),
+        *mistaken_slices([one.name for one in train]),
         *_doubles(train, "training slices"),
         *_doubles(test, "test volumes"),
         *_classes(train, class_names),

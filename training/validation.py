@@ -23,6 +23,7 @@ from training.run_log import RunLog
 from training.state import Progress
 
 SLICE = re.compile(r"_slice\d+$")
+NUMBERED = re.compile(r"(.+)_\d+")
 ZERO = 1e-3  # DSC that counts as not learned
 AT_ZERO = 3  # validations in a row at 0 before it is worth a warning
 
@@ -43,6 +44,21 @@ class Validation:
 def case_of(name: str) -> str:
     """`case0005_slice012` is of `case0005`."""
     return SLICE.sub("", name)
+
+
+def mistaken_slices(names: Sequence[str]) -> list[str]:
+    """A warning if `case0005_002` and the like count as cases; pictures may be named so rightly.
+
+    They are taken for slices where `preprocess` takes pictures for slices of scans.
+    """
+    scans = [match[1] for match in map(NUMBERED.fullmatch, names) if match]
+    if len(scans) < len(names) or not 1 < len(set(scans)) < len(scans):
+        return []
+    return [
+        f"{len(names)} slices named as {min(names)} count as {len(names)} cases, not "
+        f"{len(set(scans))}: --val_every would validate on neighbours of what is trained; if they "
+        "are slices of scans, name them <case>_slice<number>"
+    ]
 
 
 def slices_by_case(names: Sequence[str]) -> dict[str, list[int]]:

@@ -6,6 +6,7 @@ Order of authority: command line, `--config`, the adapter file's own settings, d
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -203,6 +204,9 @@ def _check_values(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name} is {value}, expected {low}…{high}")
+    clip = getattr(args, "clip_grad", None)
+    if clip is not None and not 0 < clip < math.inf:  # NaN neither
+        raise InputError(f"--clip_grad is {clip}, expected above 0; leave it out not to clip")
     if args.num_classes > 255:
         raise InputError(
             f"--num_classes is {args.num_classes}, expected at most 255 (8-bit labels)"

@@ -7,10 +7,12 @@ import logging
 import os
 import platform
 import random
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -161,8 +163,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def environment() -> dict[str, str | None]:
-    """What a run ran on: versions, commit, hardware, command line."""
+def environment(device: torch.device | None = None) -> dict[str, str | None]:
+    """What a run ran on: versions, commit, hardware, command line.
+
+    Args:
+        device: the one in use; None: the current GPU if there is one.
+    """
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
@@ -173,16 +179,16 @@ def environment() -> dict[str, str | None]:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    on_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": np.__version__,
+        **{name: version(name) for name in ("numpy", "scipy", "h5py", "SimpleITK", "nibabel")},
         "cuda": torch.version.cuda,
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
         "commit": commit,
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
 
 

@@ -52,7 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))
     device = local_device(choose_device(args.device))
     with joined(device) as ranks:
-        train(args, device, ranks)
+        try:
+            train(args, device, ranks)
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            if "out of memory" not in str(error):
+                raise
+            raise InputError(out_of_memory(error, args)) from None
 
 
 def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
@@ -90,7 +95,7 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     with only_writer(folder, ranks.first):
         start_logging(folder / "log.txt" if ranks.first else None)
         if ranks.first:
-            write_facts(args, folder, page, ranks)
+            write_facts(args, folder, page, device, ranks)
             warn(args, page)
             total = sum(parameter.numel() for parameter in model.parameters())
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -98,16 +103,9 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
                 moved, fresh = (", ".join(names) or "none" for names in model.moved_heads)
                 logging.info("heads of %s: moved %s; fresh %s", args.lora_ckpt, moved, fresh)
             logging.info("%s: %s parameters, %s train", folder, f"{total:,}", f"{trainable:,}")
-        try:
-            trainer_synapse(
-                *(args, model, folder, args.num_classes > 1, low_res),
-                dataset=dataset,
-                ranks=ranks,
-            )
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                out_of_memory(error, args.batch_size, args.checkpoint_blocks)
-            ) from None
+        trainer_synapse(
+            *(args, model, folder, args.num_classes > 1, low_res), dataset=dataset, ranks=ranks
+        )
         logging.info("test it: python test.py --config %s --volume_path …", folder)
 
 
@@ -143,11 +141,13 @@ def describe(
     return page
 
 
-def write_facts(args: argparse.Namespace, folder: Path, page: Page | None, ranks: Ranks) -> None:
+def write_facts(
+    args: argparse.Namespace, folder: Path, page: Page | None, device: torch.device, ranks: Ranks
+) -> None:
     """What tells afterwards what was run: flags, environment, data. Only a new run has a page."""
     starts_file = folder / "environment.json"
     starts = json.loads(starts_file.read_text("utf-8")) if starts_file.is_file() else []
-    starts.append(environment() | {"processes": ranks.count})
+    starts.append(environment(device) | {"processes": ranks.count})
     save_config(args, folder)
     write_json(starts_file, starts)
     if page is not None:
@@ -166,6 +166,11 @@ def warn(args: argparse.Namespace, page: Page | None) -> None:
     """Say what is odd about a new run."""
     for text in page.warnings if page else []:
         logging.warning("warning: %s", text)
+    if args.max_epochs < args.stop_epoch != train_parser().get_default("stop_epoch"):
+        logging.warning(
+            "warning: --stop_epoch %d is beyond the schedule: --max_epochs %d is trained",
+            *(args.stop_epoch, args.max_epochs),
+        )
     if args.ckpt == SCRATCH and args.base_lr >= 1e-3 and args.clip_grad is None:
         logging.warning(
             "from scratch, --base_lr %g has been seen to collapse to background; "

@@ -9,7 +9,9 @@ import os
 import resource
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import processes
 import pytest
@@ -20,6 +22,7 @@ from test_resume import assert_equal_runs, flags_of, folder_of, wait_for_step
 import safe_io
 import train
 import trainer
+from flags import train_parser
 from interruption import EXIT_INTERRUPTED
 from losses import SegmentationLoss
 from safe_io import InputError
@@ -247,20 +250,54 @@ CUDA_SAYS = (
 )
 
 
-def test_too_little_gpu_memory_says_by_how_much_and_what_to_lower(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def exhausted(*args: object, **kwargs: object) -> None:
-        raise torch.OutOfMemoryError(CUDA_SAYS)
+def exhausted(*args: object, **kwargs: object) -> None:
+    raise torch.OutOfMemoryError(CUDA_SAYS)
 
-    monkeypatch.setattr(trainer, "training_step", exhausted)
+
+def unlike_torch(*args: object, **kwargs: object) -> None:
+    raise torch.AcceleratorError("CUDA error: out of memory")  # no room for CUDA itself
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "error"),
+    [
+        (trainer, "training_step", exhausted),
+        (trainer, "validate", exhausted),
+        (train, "build_model", exhausted),
+        (train, "build_model", unlike_torch),
+    ],
+)
+def test_too_little_gpu_memory_is_told_wherever_it_happens(
+    place: ModuleType,
+    name: str,
+    error: Callable,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(place, name, error)
+    flags = ("--batch_size", "5", "--n_gpu", "2", "--val_every", "1", "--stop_epoch", "1")
     with pytest.raises(InputError) as caught:
-        train.main(flags_of(data, tmp_path))
+        train.main(flags_of(data, tmp_path, *flags))
     text = str(caught.value)
-    assert "too small by 2.00 GiB" in text and "lower --batch_size (now 2)" in text
+    assert ("too small by 2.00 GiB" in text) == (error is exhausted)
+    assert "pass --batch_size 2 --global_batch 10 (the same recipe)" in text
     assert "--checkpoint_blocks" in text and "\n" not in text
-    text = out_of_memory(torch.OutOfMemoryError("other words"), 12, True)
-    assert "by" not in text.split("(")[0] and "--checkpoint_blocks" not in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ((), "pass --batch_size 6 --global_batch 24 (the same recipe), or pass --checkpoint_"),
+        (("--global_batch", "16", "--checkpoint_blocks"), "--batch_size 6 --global_batch 16 ("),
+        (("--batch_size", "1"), "; pass --checkpoint_blocks"),
+        (("--batch_size", "1", "--checkpoint_blocks"), "; pass --use_amp, or a smaller --vit_name"),
+    ],
+)
+def test_too_little_gpu_memory_says_what_to_pass(flags: tuple[str, ...], told: str):
+    text = out_of_memory(torch.OutOfMemoryError("other words"), train_parser().parse_args(flags))
+    assert told in text and "by" not in text.split("(")[0]
+    assert ("pass --checkpoint_blocks" in text) == ("--checkpoint_blocks" not in flags)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(data: Path, tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from config import parse_args
 from flags import test_parser as parser_of_test
 from flags import train_parser
 from safe_io import InputError
-from utils import build_model
+from utils import build_model, environment
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -94,6 +95,33 @@ def test_stop_epoch_ends_before_the_schedule(data: Path, tmp_path: Path):
     assert (long / "epoch_1.pth").is_file()
 
 
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [(["--max_epochs", "1", "--stop_epoch", "5"], True), (["--max_epochs", "1"], False)],
+)
+def test_a_stop_epoch_beyond_the_schedule_is_told(
+    flags: list[str], warned: bool, data: Path, tmp_path: Path
+):
+    folder = run(data, tmp_path, "--batch_size", "5", *flags)
+    log = (folder / "log.txt").read_text()
+    assert ("--stop_epoch 5 is beyond the schedule: --max_epochs 1 is trained" in log) == warned
+
+
+def test_the_environment_names_versions_command_and_the_device_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python", "train.py", "--output", "my runs"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
+    found = environment(torch.device("cuda", 1))
+    assert found["command"] == "python train.py --output 'my runs'"
+    assert found["gpu"] == "GPU cuda:1"
+    assert environment()["gpu"] == "GPU None"  # the current one
+    assert environment(torch.device("cpu"))["gpu"] is None
+    for package in ("torch", "numpy", "scipy", "h5py", "SimpleITK", "nibabel"):
+        assert found[package] == version(package)
+
+
 def test_a_constant_slice_makes_a_picture(data: Path, tmp_path: Path):
     for path in (data / "train_npz").iterdir():
         np.savez(path, image=np.full((40, 40), 0.5, "f4"), label=np.zeros((40, 40), "f4"))
@@ -143,6 +171,13 @@ def test_speed_flags_run_on_a_cpu(flag: str, data: Path, tmp_path: Path):
         (["--dice_param", "1.5"], "--dice_param is 1.5"),
         (["--base_lr", "-1"], "--base_lr is -1"),
         (["--base_lr", "nan"], "--base_lr is nan"),
+        (["--lr_exp", "inf"], "--lr_exp is inf"),
+        (["--dice_param", "nan"], "--dice_param is nan"),
+        (["--save_minutes", "inf"], "--save_minutes is inf"),
+        (["--clip_grad", "-1"], "--clip_grad is -1"),
+        (["--clip_grad", "0"], "--clip_grad is 0"),
+        (["--clip_grad", "nan"], "--clip_grad is nan"),
+        (["--clip_grad", "inf"], "--clip_grad is inf"),
         (["--num_classes", "0"], "--num_classes is 0"),
         (["--num_classes", "4"], "label values"),
         (["--dataset", "Unknown"], "unknown data set 'Unknown'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import re
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lora import LoRAModel
 from segment_anything.modeling.relative_attention import Attention
+from training.batches import global_batch
 
 GIB = 2**30
 
@@ -92,12 +94,16 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def out_of_memory(error: torch.OutOfMemoryError, batch_size: int, checkpointed: bool) -> str:
-    """One sentence for an exhausted GPU: what was missing and what to lower."""
+def out_of_memory(error: RuntimeError, args: argparse.Namespace) -> str:
+    """One sentence for an exhausted GPU: what was missing and what to pass instead."""
     text = str(error).splitlines()[0]
-    remedies = [f"lower --batch_size (now {batch_size}) and pass --global_batch to keep the recipe"]
-    if not checkpointed:
+    remedies = []
+    if args.batch_size > 1:
+        fewer = f"--batch_size {args.batch_size // 2} --global_batch {global_batch(args)}"
+        remedies.append(f"pass {fewer} (the same recipe)")
+    if not args.checkpoint_blocks:
         remedies.append("pass --checkpoint_blocks")
+    remedies = remedies or ["pass --use_amp", "a smaller --vit_name"]
     missing = _missing(text)
     how_much = f" by {missing:.2f} GiB" if missing is not None else ""
     return f"the GPU's memory was too small{how_much} ({text}); {', or '.join(remedies)}"

@@ -14,13 +14,13 @@ from typing import Any
 from datasets.samples import SampleFacts
 from safe_io import (
     InputError,
-    atomic_path,
     cannot_make,
     cannot_write,
     make_folder,
     require_folder,
     sha256_of,
     warn,
+    write_json,
 )
 
 SCRATCH = "none"  # --ckpt none: no base weights, every weight is trained
@@ -208,8 +208,7 @@ def only_writer(folder: Path, first: bool = True) -> Iterator[None]:
 def save_config(args: argparse.Namespace, folder: Path) -> None:
     """Write `config.json`, which `--config` reads back unchanged."""
     values = {k: v for k, v in vars(args).items() if k not in ("config", "resume", "check")}
-    with atomic_path(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG_FILE, values)
 
 
 def newest_adapter(run: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import pickle
 import sys
@@ -274,21 +275,32 @@ def load_arrays(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray
         InputError: it is corrupt, or a key is missing, or an array holds objects.
     """
     path = require_file(path, what="slice file", remedy="check the path or run preprocess again")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [key for key in keys if key not in archive.files]
-            if missing:
-                raise InputError(
-                    f"{path} has no array named {', '.join(missing)} (it holds "
-                    f"{', '.join(archive.files) or 'nothing'}); write it by preprocess"
-                )
-            return {key: archive[key] for key in keys}
-    except InputError:
-        raise
-    except Exception as error:  # on damaged bytes the parser raises nearly anything
-        raise InputError(
-            f"{path} is not a readable npz file ({_first_line(error)}); run preprocess again"
-        ) from None
+    for again in (True, False):
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                missing = [key for key in keys if key not in archive.files]
+                if missing:
+                    raise InputError(
+                        f"{path} has no array named {', '.join(missing)} (it holds "
+                        f"{', '.join(archive.files) or 'nothing'}); write it by preprocess"
+                    )
+                return {key: archive[key] for key in keys}
+        except InputError:
+            raise
+        except Exception as error:  # on damaged bytes the parser raises nearly anything
+            if isinstance(error, SystemError) and again:
+                continue  # CPython's parser, before 3.11.9, when threads read headers at once
+            raise InputError(
+                f"{path} is not a readable npz file ({_first_line(error)}); run preprocess again"
+            ) from None
+    raise AssertionError("the second attempt returns or raises")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file, whole or not at all; what JSON does not know is written as text."""
+    text = json.dumps(content, indent=2, allow_nan=False, default=str)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def warn(message: str) -> None:

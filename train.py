@@ -27,7 +27,7 @@ from run_folder import (
     only_writer,
     save_config,
 )
-from safe_io import InputError, atomic_path, exit_on_bad_input
+from safe_io import InputError, atomic_path, exit_on_bad_input, write_json
 from trainer import freeze_unreached, trainer_synapse
 from training.data_check import Page, check_page
 from training.memory import GIB, estimate_training_memory, out_of_memory
@@ -154,12 +154,6 @@ def write_facts(
         write_json(folder / "check.json", page.facts)
         with atomic_path(folder / "check.txt") as temporary:
             temporary.write_text(f"{page}\n", encoding="utf-8")
-
-
-def write_json(path: Path, values: object) -> None:
-    """Write a JSON file, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def warn(args: argparse.Namespace, page: Page | None) -> None:

@@ -25,6 +25,7 @@ from .intensity import to_unit as to_unit
 from .intensity import with_channels as with_channels
 
 SPEC_FILE = "dataset_spec.json"  # beside train_npz/ and test_vol_h5/
+SUMMARY_FILE = "preprocess.json"  # there too: what preparation did, case by case
 AXIS_PAIRS = ("RL", "AP", "IS")  # what the letters of an orientation are chosen from
 LONGEST_NAME = 80  # bytes of a class name, which becomes part of file names
 

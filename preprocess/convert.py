@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from datasets.registry import DatasetSpec, to_unit, with_channels
 from datasets.resampling import resize_images, resize_labels
-from safe_io import InputError, atomic_path, first_few
+from safe_io import InputError, atomic_path, first_few, write_json
 from scans.files import read_scan
 from scans.orientation import orientation_of, turned
 
@@ -124,9 +123,3 @@ def write_slices(job: Job, unit: np.ndarray, labels: np.ndarray) -> None:
     for name, image, label in zip(names, images.numpy(), classes.numpy(), strict=True):
         with atomic_path(job.slice_path(name)) as temporary:
             np.savez(temporary, image=image, label=label.astype(np.float32))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

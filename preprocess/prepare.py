@@ -23,8 +23,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from datasets.registry import SPEC_FILE, DatasetSpec
-from safe_io import EXIT_BAD_INPUT, InputError, exit_on_bad_input, first_few, make_folder, warn
+from datasets.registry import SPEC_FILE, SUMMARY_FILE, DatasetSpec
+from safe_io import (
+    EXIT_BAD_INPUT,
+    InputError,
+    exit_on_bad_input,
+    first_few,
+    make_folder,
+    warn,
+    write_json,
+)
 from scans.orientation import orientation_of
 from scans.volumes import Geometry
 
@@ -40,12 +48,11 @@ from .cases import (
     check_headers,
     choose_roles,
 )
-from .convert import try_convert, write_json
+from .convert import try_convert
 from .flags import build_parser, check_flags
 from .layouts import read_layout
 from .summary import (
     LIST_FILES,
-    SUMMARY,
     print_table,
     warn_of_labels,
     write_lists,
@@ -72,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         kept = set(results)
         pending = [job for job in jobs if job.name not in results]
         if pending:  # until all cases are done, no list may name what is being replaced
-            for stale in (*LIST_FILES.values(), SUMMARY, SPEC_FILE):
+            for stale in (*LIST_FILES.values(), SUMMARY_FILE, SPEC_FILE):
                 (args.output / stale).unlink(missing_ok=True)
         problems = convert_all(pending, args.workers or min(4, _cpu_count()), results)
         _stop_if(problems, len(jobs), "lists were not written, finished cases are kept")

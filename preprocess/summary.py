@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets.registry import WINDOW, DatasetSpec
-from safe_io import atomic_path, first_few, warn
+from datasets.registry import SUMMARY_FILE, WINDOW, DatasetSpec
+from safe_io import atomic_path, first_few, warn, write_json
 
 from .cases import LISTS, TEST, TRAIN, Job
-from .convert import write_json
 
 LIST_FILES = {TRAIN: f"{LISTS}/train.txt", TEST: f"{LISTS}/test_vol.txt"}
-SUMMARY = "preprocess.json"
 TABLE_ROWS = 60
 MUCH_CLIPPED = 0.25  # of the labelled voxels: the window hides what is to be learned
 
@@ -45,7 +43,7 @@ def write_summary(
 ) -> None:
     """Write `preprocess.json`: the settings of the run and what each case holds."""
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    write_json(args.output / SUMMARY, {"flags": flags, "spec": spec.to_json(), "cases": cases})
+    write_json(args.output / SUMMARY_FILE, {"flags": flags, "spec": spec.to_json(), "cases": cases})
 
 
 def print_table(spec: DatasetSpec, cases: Sequence[dict[str, Any]], kept: set[str]) -> None:
@@ -68,7 +66,7 @@ def print_table(spec: DatasetSpec, cases: Sequence[dict[str, Any]], kept: set[st
             f"{'all' if len(absent) == spec.num_classes else first_few(absent, 3) or '-'}"
         )
     if len(cases) > TABLE_ROWS:
-        print(f"… and {len(cases) - TABLE_ROWS} more, in {SUMMARY}")
+        print(f"… and {len(cases) - TABLE_ROWS} more, in {SUMMARY_FILE}")
 
 
 def warn_of_labels(

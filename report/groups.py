@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from datasets.registry import SUMMARY_FILE
 from report.tables import CaseResult
-
-SUMMARY = "preprocess.json"  # what preprocessing leaves beside its data
 
 
 def with_groups(results: Sequence[CaseResult], folder: Path) -> list[CaseResult]:
@@ -32,7 +31,7 @@ def with_groups(results: Sequence[CaseResult], folder: Path) -> list[CaseResult]
 
 def recorded_groups(folder: Path) -> dict[str, str]:
     """The scan of every case, as preprocessing recorded it; empty: it recorded none."""
-    for path in (folder / SUMMARY, folder.parent / SUMMARY):
+    for path in (folder / SUMMARY_FILE, folder.parent / SUMMARY_FILE):
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))["cases"]
             return {str(row["case"]): str(row["group"]) for row in rows}

@@ -18,6 +18,7 @@ import numpy as np
 
 from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, NSD_TOLERANCE, ClassScore, mean
 from safe_io import InputError, atomic_path, require_file, safe_name
+from safe_io import write_json as write_json_file
 
 SCORES = tuple(field.name for field in fields(ClassScore) if field.name != "outcome")
 FACTS = ("slices", "spacing", "sides", "group")  # of a case
@@ -209,9 +210,7 @@ def write_json(
         ],
         **settings,
     }
-    with atomic_path(path) as temporary:
-        text = json.dumps(content, indent=2, allow_nan=False, default=str)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_json_file(path, content)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def of_channel(scans: Sequence[ScanFile], channel: int | None) -> list[ScanFile]
     """What is to be read where the data set has several channels and one was trained on.
 
     Of files that are named as nnU-Net's channels (`NAME_0000`, `NAME_0001`) those of the channel,
-    of 4-D files that volume.
+    of 4-D files that volume. What is left out is warned of.
 
     Args:
         channel: from 0; None: all scans as they are.
@@ -91,16 +91,21 @@ def of_channel(scans: Sequence[ScanFile], channel: int | None) -> list[ScanFile]
     if channel is None:
         return list(scans)
     parts = [re.fullmatch(r"(.+)_(\d{4})", scan.name) for scan in scans]
-    has = {match[1] for match in parts if match and int(match[2]) == channel}
-    chosen = [
-        replace(scan, channel=channel)
-        for scan, match in zip(scans, parts, strict=True)
-        if match is None or match[1] not in has or int(match[2]) == channel
-    ]
-    others = [s.name for s in chosen if re.search(r"_000\d$", s.name)
-              and not s.name.endswith(f"_{channel:04d}")]  # fmt: skip
-    if others:
-        warn(f"channel {channel} was trained on; by their names of another: {first_few(others)}")
+    # sets of channels start at 0: of pat_0001 … pat_0004 each is a scan of its own
+    sets = {match[1] for match in parts if match and match[2] == "0000"}
+    complete = {match[1] for match in parts if match and int(match[2]) == channel} & sets
+    chosen, left_out, foreign = [], [], []
+    for scan, match in zip(scans, parts, strict=True):
+        if match and match[1] in sets and int(match[2]) != channel:
+            if match[1] in complete:
+                left_out.append(scan.name)
+                continue
+            foreign.append(scan.name)
+        chosen.append(replace(scan, channel=channel))
+    if left_out:
+        warn(f"channel {channel} was trained on; left out as others: {first_few(left_out)}")
+    if foreign:
+        warn(f"channel {channel} was trained on; by their names of another: {first_few(foreign)}")
     return chosen
 
 

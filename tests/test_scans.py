@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from safe_io import InputError, MissingFileError
-from scans.files import find_scans, read_scan, read_scan_header
+from scans.files import ScanFile, find_scans, of_channel, read_scan, read_scan_header
 from scans.orientation import OPPOSITE, orientation_of, turned, turned_geometry
 from scans.pictures import read_index_picture, read_picture
 from scans.volumes import Geometry, write_volume
@@ -241,3 +241,21 @@ def test_a_channel_of_a_4d_file(tmp_path: Path):
         assert geometry.spacing == (1, 2, 3) and read_scan_header(chosen) == (array.shape, geometry)
     with pytest.raises(InputError, match="holds 3 channels"):
         read_scan(type(scan)(scan.name, scan.path, scan.suffix, 3))
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen", "told"),
+    [
+        ("pat_0001 pat_0002 pat_0004", "pat_0001 pat_0002 pat_0004", ""),  # of one volume each
+        ("s_0000 s_0001 s_0002 plain", "s_0001 plain", "left out as others: s_0000, s_0002"),
+        ("s_0000 t_0000 t_0001", "s_0000 t_0001", "by their names of another: s_0000"),
+    ],
+)
+def test_channel_files_are_told_from_numbered_scans(
+    capsys: pytest.CaptureFixture[str], names: str, chosen: str, told: str
+):
+    scans = [ScanFile(name, Path(f"{name}.nii.gz"), ".nii.gz") for name in names.split()]
+    found = of_channel(scans, 1)
+    assert [scan.name for scan in found] == chosen.split()
+    assert all(scan.channel == 1 for scan in found)
+    assert told in (err := capsys.readouterr().err) and bool(err) == bool(told)

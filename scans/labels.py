@@ -4,22 +4,30 @@ tables of names and colours of ITK-SNAP and 3D Slicer.
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import nibabel
 import numpy as np
+from nibabel import Nifti1Header
 from PIL import Image
 
 from datasets.registry import DatasetSpec, label_colours
 from safe_io import InputError, atomic_path
 from scans.files import DICOM, ScanFile
-from scans.volumes import Geometry, write_volume
+from scans.volumes import Geometry, read_header, unpacked, write_volume
 
 NIFTI = (".nii.gz", ".nii")
 # What a segmentation of another format is written as; the others keep theirs. NIfTI rounds
 # geometry to 32 bits, which a DICOM series' is not.
 FORMATS = {".nhdr": ".nrrd", ".mhd": ".mha", DICOM: ".mha"}
+NIFTI_GEOMETRY = (
+    *("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x"),
+    *("qoffset_y", "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z"),
+)
+GZIP_LEVEL = 1  # labels shrink a hundredfold all the same
 NRRD_GEOMETRY = (b"space:", b"space dimension:", b"space directions:", b"space origin:")
 
 
@@ -51,15 +59,33 @@ def write_labels(
 
 
 def write_like(path: Path, array: np.ndarray, scan: ScanFile, geometry: Geometry) -> None:
-    """Write (D, H, W) voxels, with the header of the scan where the formats agree."""
-    if path.name.endswith(NIFTI) and scan.suffix in NIFTI:
-        _write_nifti_like(path, array, scan.path)
-    elif path.suffix == ".nrrd" and scan.suffix in (".nrrd", ".nhdr"):
-        with atomic_path(path) as temporary:
-            write_volume(temporary, array, geometry)
+    """Write (D, H, W) voxels where the scan lies, or nothing.
+
+    Where the formats agree its header's geometry is taken over; another format may round it.
+
+    Raises:
+        InputError: the file cannot be written, or would not lie where the scan lies.
+    """
+    both_nifti = path.name.endswith(NIFTI) and scan.suffix in NIFTI
+    exact = both_nifti or path.name.endswith(label_suffix(scan))
+
+    def finish(temporary: Path) -> None:
+        if exact and path.suffix == ".nrrd":
             _take_over_nrrd_geometry(temporary, scan.path)
+        _, found = read_header(temporary)
+        if found != geometry if exact else not found.matches(geometry):
+            told = "; ".join(found.differences(geometry)) or "its last digits are lost"
+            raise InputError(
+                f"{path} would not lie where {scan.path} lies ({told}); pass another --format, "
+                f"{'.nrrd' if path.suffix == '.mha' else '.mha'}"
+            )
+
+    if both_nifti:
+        with atomic_path(path) as temporary:
+            _write_nifti_like(temporary, array, scan.path)
+            finish(temporary)
     else:
-        write_volume(path, array, geometry)
+        write_volume(path, array, geometry, finish)
 
 
 def write_index_picture(
@@ -101,29 +127,37 @@ def write_label_tables(folder: Path, spec: DatasetSpec) -> None:
 
 
 def _write_nifti_like(path: Path, array: np.ndarray, source: Path) -> None:
-    try:
-        scan = nibabel.load(source)
-        header = scan.header.copy()
-        header.set_data_dtype(array.dtype)
-        header.set_data_shape(array.shape[::-1])
-        header["cal_min"], header["cal_max"] = 0, 0
-        header.extensions.clear()  # they may tell of the patient
-        labels = type(scan)(array.transpose(2, 1, 0), None, header)
-    except Exception as error:  # SimpleITK has read it, but nibabel is stricter
-        raise InputError(
-            f"{source} has a header that cannot be taken over ({str(error)[:120]}); pass "
-            "--format .mha"
-        ) from None
-    with atomic_path(path) as temporary:
-        nibabel.save(labels, temporary)
+    """Write a NIfTI file with the geometry fields of another: their bits, signs included.
+
+    Nothing else of its header goes along: its texts may tell of the patient.
+    """
+    with unpacked(source) as stream:
+        start = stream.read(Nifti1Header.sizeof_hdr)  # SimpleITK reads no NIfTI-2
+    given = Nifti1Header(start, check=False)  # a check would mend the signs
+    header = Nifti1Header(endianness="<")
+    header.set_data_dtype(array.dtype)
+    header.set_data_shape(array.shape[::-1])
+    for field in NIFTI_GEOMETRY:
+        header[field] = given[field]
+    header["vox_offset"] = Nifti1Header.single_vox_offset
+    voxels = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("wb"))
+        if path.suffix == ".gz":  # without name and time, so that equal labels are equal files
+            file = stack.enter_context(gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0))
+        file.write(header.binaryblock.ljust(header.single_vox_offset, b"\0"))
+        file.write(voxels.data)
 
 
 def _take_over_nrrd_geometry(path: Path, source: Path) -> None:
     """Replace the geometry lines of an NRRD header by those of another, as they stand."""
     with source.open("rb") as file:
-        given = [line for line in _header_lines(file.read(1 << 20)) if _is_geometry(line)]
-    if not any(line.startswith(b"space directions:") for line in given):
+        theirs = _header_lines(file.read(1 << 20))
+    given = [line for line in theirs if _is_geometry(line)]
+    if not any(line.lower().startswith(b"space directions:") for line in given):
         return  # it has none: SimpleITK's says the same
+    if not any(re.fullmatch(rb"dimension:\s*3\s*", line.lower()) for line in theirs):
+        return  # of one more axis: a channel was chosen
     content = path.read_bytes()
     head, body = content.split(b"\n\n", 1)
     lines = [line for line in head.split(b"\n") if not _is_geometry(line)]

@@ -11,9 +11,10 @@ import gzip
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import SimpleITK as sitk
@@ -97,8 +98,16 @@ def read_header(
     return tuple(reader.GetSize()[2::-1]), geometry_of(reader)
 
 
-def write_volume(path: str | Path, array: np.ndarray, geometry: Geometry) -> None:
+def write_volume(
+    path: str | Path,
+    array: np.ndarray,
+    geometry: Geometry,
+    finish: Callable[[Path], object] | None = None,
+) -> None:
     """Write (D, H, W) voxels with their geometry, whole or not at all; the dtype is kept.
+
+    Args:
+        finish: changes or checks the file before it gets its name.
 
     Raises:
         InputError: the array is not 3-D, no scan format holds its dtype, the suffix names no
@@ -121,6 +130,8 @@ def write_volume(path: str | Path, array: np.ndarray, geometry: Geometry) -> Non
     try:
         with quiet(), atomic_path(path) as temporary:
             sitk.WriteImage(image, temporary, useCompression=True)
+            if finish is not None:
+                finish(temporary)
     except (RuntimeError, OSError) as error:
         raise InputError(
             f"cannot write {path} ({_meaningful_line(error)}); check that the folder can be "
@@ -168,9 +179,7 @@ def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
     kind = NIFTI_FLOATS.get(int(reader.GetMetaData("datatype")))
     bad = []
     try:
-        with path.open("rb") as file:
-            packed = file.read(2) == GZIP_MAGIC
-        with gzip.open(path) if packed else path.open("rb") as stream:
+        with unpacked(path) as stream:
             order = "<" if int.from_bytes(stream.read(4), "little") in NIFTI_HEADER_SIZES else ">"
             stream.seek(int(float(reader.GetMetaData("vox_offset"))))
             for index in range(slices):
@@ -188,6 +197,13 @@ def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
     _refuse_bad_slices(path, bad, slices)
 
 
+def unpacked(path: Path) -> IO[bytes]:
+    """Open a file for reading, through gzip if that is what it holds, whatever its name says."""
+    with path.open("rb") as file:
+        packed = file.read(2) == GZIP_MAGIC
+    return gzip.open(path) if packed else path.open("rb")
+
+
 def _refuse_bad_slices(path: Path, bad: list[int], slices: int) -> None:
     if bad:
         raise InputError(
@@ -197,11 +213,18 @@ def _refuse_bad_slices(path: Path, bad: list[int], slices: int) -> None:
 
 
 def geometry_of(source: sitk.Image | sitk.ImageFileReader) -> Geometry:
-    """The geometry of an image, or of one volume of a 4-D file."""
+    """The geometry of an image, or of one volume of a 4-D file.
+
+    A negative spacing, as headers may say it, is a positive one along the opposite axis: so
+    SimpleITK reads the voxels.
+    """
     dimension = source.GetDimension()
-    direction = np.reshape(source.GetDirection(), (dimension, dimension))[:3, :3]
-    axes = tuple(direction.ravel().tolist())
-    return Geometry(source.GetSpacing()[:3], source.GetOrigin()[:3], axes)
+    spacing = np.array(source.GetSpacing()[:3])
+    signs = np.where(spacing < 0, -1.0, 1.0)
+    axes = np.reshape(source.GetDirection(), (dimension, dimension))[:3, :3] * signs
+    return Geometry(
+        tuple((spacing * signs).tolist()), source.GetOrigin()[:3], tuple(axes.ravel().tolist())
+    )
 
 
 def _all_close(

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
 from safe_io import InputError, first_few
-from scans.volumes import Geometry, geometry_of, quiet, read_header, readable
+from scans.volumes import (
+    Geometry,
+    accessible,
+    geometry_of,
+    known_name,
+    quiet,
+    read_header,
+    readable,
+)
 
 POSITION, ORIENTATION = "0020|0032", "0020|0037"  # DICOM tags of a slice
 SAME_PLACE = 1e-3  # mm: nearer slices are one
@@ -46,6 +55,9 @@ def read_dicom_header(folder: Path) -> tuple[tuple[int, ...], Geometry]:  # (D, 
 
 def dicom_files(folder: Path) -> list[Path]:
     """The slices of a folder's one series, by their place along its normal, which must be even."""
+    with accessible(folder):
+        files = [Path(known_name(file)) for file in sorted(folder.iterdir())]
+        expected = {file.name for file in files if _is_dicom(file)}
     with readable(folder), quiet():
         series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
         if len(series) > 1:
@@ -57,6 +69,12 @@ def dicom_files(folder: Path) -> list[Path]:
     if not names:
         raise InputError(f"{folder} holds no readable DICOM series; export it again")
     files = [Path(name) for name in names]
+    lost = sorted(expected - {file.name for file in files})
+    if lost:  # GDCM passes over them in silence
+        raise InputError(
+            f"{folder} has DICOM files that cannot be read as slices: {first_few(lost)}; they may "
+            "be cut short: fetch or export the series again"
+        )
     axes, positions = zip(*(_place(file) for file in files), strict=True)
     turned_away = [
         f.name for f, own in zip(files, axes, strict=True) if abs(own - axes[0]).max() > 1e-3
@@ -115,14 +133,17 @@ def _place(file: Path) -> tuple[np.ndarray, np.ndarray]:
     return axes, position
 
 
-def holds_dicom(paths: Sequence[Path]) -> bool:
+def holds_dicom(paths: Iterable[Path]) -> bool:
     """Whether one of the files starts as DICOM does."""
     for path in sorted(paths):
-        if path.is_file() and path.name != "DICOMDIR":  # an archive's table of contents
-            try:
-                with path.open("rb") as file:
-                    if file.read(132)[128:] == b"DICM":
-                        return True
-            except OSError:
-                continue
+        with contextlib.suppress(PermissionError):
+            if _is_dicom(path):
+                return True
     return False
+
+
+def _is_dicom(path: Path) -> bool:
+    if path.name == "DICOMDIR" or not path.is_file():  # an archive's table of contents
+        return False
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"

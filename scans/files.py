@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ import numpy as np
 from safe_io import InputError, MissingFileError, first_few, safe_name, warn
 from scans.dicom import holds_dicom, read_dicom, read_dicom_header
 from scans.pictures import opened_picture, read_picture
-from scans.volumes import Geometry, read_header, read_volume
+from scans.volumes import Geometry, accessible, known_name, read_header, read_volume
 
 SCANS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -46,28 +48,25 @@ def find_scans(path: str | Path) -> list[ScanFile]:
         InputError: no scan in it, an unknown format, or two of one name.
     """
     path = Path(path)
-    if path.is_file():
-        suffix = suffix_of(path)
-        if suffix is None:
-            raise InputError(f"{path} is no scan or picture by its name; expected {EXPECTED}")
-        return [scan_file(path, suffix)]
-    if not path.is_dir():
-        raise MissingFileError(f"{path} does not exist; expected {EXPECTED}")
-    inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
-    found = [scan_file(p, suffix) for p in inside if p.is_file() and (suffix := suffix_of(p))]
-    if holds_dicom(inside):
-        if found:
-            others = first_few([scan.path.name for scan in found])
-            raise InputError(
-                f"{path} holds DICOM slices beside {others}; put them into a folder of their own"
-            )
-        return [scan_file(path.resolve(), DICOM)]
-    for below in sorted(p for p in path.rglob("*") if p.is_dir() and holds_dicom(p.iterdir())):
-        parts = below.relative_to(path).parts
-        if not any(part.startswith(".") for part in parts):
-            found.append(ScanFile(safe_name("_".join(parts), source=path), below, DICOM))
+    with accessible(path):
+        if path.is_file():
+            suffix = suffix_of(path)
+            if suffix is None:
+                raise InputError(f"{path} is no scan or picture by its name; expected {EXPECTED}")
+            return [scan_file(path, suffix)]
+        if not path.is_dir():
+            raise MissingFileError(f"{path} does not exist; expected {EXPECTED}")
+        inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+        found = [scan_file(p, suffix) for p in inside if p.is_file() and (suffix := suffix_of(p))]
+        series = _series_below(path)
+        if holds_dicom(inside):
+            return [_one_series(path, found, series)]
+    found += series
     if not found:
-        raise InputError(f"{path} holds no scan; expected {EXPECTED}")
+        raise InputError(
+            f"{path} holds no scan; expected {EXPECTED} (below it only DICOM is looked for: give "
+            "the folder that the files themselves lie in)"
+        )
     names: dict[str, list[str]] = defaultdict(list)
     for scan in found:
         names[scan.name].append(scan.path.name)
@@ -77,6 +76,37 @@ def find_scans(path: str | Path) -> list[ScanFile]:
             f"{path} holds {first_few(doubled)}, whose results would have one name; rename them"
         )
     return found
+
+
+def _one_series(path: Path, beside: list[ScanFile], below: list[ScanFile]) -> ScanFile:
+    """A folder that holds DICOM slices itself: it is one series, and nothing else."""
+    if beside:
+        others = first_few([scan.path.name for scan in beside])
+        raise InputError(
+            f"{path} holds DICOM slices beside {others}; put them into a folder of their own"
+        )
+    if below:
+        others = first_few([str(scan.path.relative_to(path)) for scan in below])
+        warn(f"{path} is taken for one DICOM series; those in folders below are left out: {others}")
+    return scan_file(path.resolve(), DICOM)
+
+
+def _series_below(path: Path) -> list[ScanFile]:
+    """DICOM series in visible folders at any depth; what may not be read is warned of."""
+
+    def left_out(error: OSError) -> None:
+        warn(f"cannot read {error.filename} ({error.strerror}); what it holds is left out")
+
+    found = []
+    for folder, names, _ in os.walk(path, onerror=left_out):
+        names[:] = [name for name in names if not name.startswith(".")]
+        for below in (Path(folder, name) for name in names):
+            with contextlib.suppress(OSError):  # the walk comes to it and says so
+                if holds_dicom(below.iterdir()):
+                    name = "_".join(below.relative_to(path).parts)
+                    below = Path(known_name(below))
+                    found.append(ScanFile(safe_name(name, source=path), below, DICOM))
+    return sorted(found, key=lambda scan: scan.path)
 
 
 def of_channel(scans: Sequence[ScanFile], channel: int | None) -> list[ScanFile]:
@@ -117,6 +147,7 @@ def suffix_of(path: Path) -> str | None:
 
 def scan_file(path: Path, suffix: str, channel: int | None = None) -> ScanFile:
     """One scan, named as its file without the suffix."""
+    known_name(path)
     name = path.name if suffix == DICOM else path.name[: -len(suffix)]
     return ScanFile(safe_name(name, source=path.parent), path, suffix, channel)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from safe_io import InputError, MissingFileError
+from safe_io import InputError, require_file
+from scans.volumes import accessible
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -61,8 +62,8 @@ def read_index_picture(path: Path) -> np.ndarray:  # (1, H, W) uint8 or wider
 @contextlib.contextmanager
 def opened_picture(path: Path) -> Iterator[Image.Image]:
     """Open and decode a picture; whatever a damaged one raises becomes one sentence."""
-    if not path.is_file():
-        raise MissingFileError(f"picture {path} does not exist; check the path")
+    with accessible(path):
+        require_file(path, what="picture", remedy="check the path")
     with contextlib.ExitStack() as stack:
         try:
             picture = stack.enter_context(Image.open(path))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import math
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -117,6 +118,7 @@ def write_volume(
         raise InputError(
             f"cannot write {path}: the array has shape {array.shape}, expected non-empty (D, H, W)"
         )
+    known_name(path)
     try:
         image = sitk.GetImageFromArray(array, isVector=False)
     except TypeError:
@@ -140,9 +142,11 @@ def write_volume(
 
 
 def _open(path: str | Path, channel: int | None = None) -> sitk.ImageFileReader:
-    path = require_file(path, what="scan", remedy="check the path")
+    with accessible(path):
+        path = require_file(path, what="scan", remedy="check the path")
+        path.open("rb").close()  # SimpleITK would not say why it cannot
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+    reader.SetFileName(known_name(path))
     with readable(path):
         reader.ReadImageInformation()
     if channel is not None and reader.GetDimension() == 4:
@@ -253,6 +257,31 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+
+
+def known_name(path: str | Path) -> str:
+    """The path as SimpleITK takes it, in UTF-8; another would end the process."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"the name {os.fsencode(path)!r} is not in UTF-8, as file names are expected; rename it"
+        ) from None
+    return str(path)
+
+
+@contextlib.contextmanager
+def accessible(path: str | Path) -> Iterator[None]:
+    """Turn a file or folder that may not be read into one line that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(
+            f"cannot read {error.filename or path} ({error.strerror}); give the right to read it, "
+            "or another path"
+        ) from None
 
 
 @contextlib.contextmanager

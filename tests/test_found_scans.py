@@ -1,0 +1,98 @@
+"""Scans that are named, placed or locked so that a program could trip over them or miss one."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+from test_scans import placed, volume, write_dicom
+
+from safe_io import InputError
+from scans.files import DICOM, ScanFile, find_scans, read_scan, read_scan_header
+from scans.volumes import read_volume, write_volume
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path):
+    """SimpleITK ends the process over one."""
+    write_volume(tmp_path / "a.nii.gz", volume(), placed("LPS"))
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/M\xfcller.nii.gz"))
+    (tmp_path / "a.nii.gz").rename(odd)
+    below = write_dicom(tmp_path / "series", volume(), placed("LPS"))
+    for attempt in (
+        lambda: find_scans(tmp_path),
+        lambda: read_volume(odd),
+        lambda: write_volume(odd.with_suffix(".mha"), volume(), placed("LPS")),
+        lambda: find_scans(below.rename(odd.with_suffix(".d")))[0],
+        lambda: read_scan(ScanFile("series", odd.with_suffix(".d"), DICOM)),
+    ):
+        with pytest.raises(InputError, match=r"M\\xfcller.* is not in UTF-8"):
+            attempt()
+
+
+@pytest.mark.parametrize("index", [0, 2, 4])
+def test_a_slice_that_is_cut_short_is_not_passed_over(tmp_path: Path, index: int):
+    folder = write_dicom(tmp_path / "series", volume(), placed("LPS"))
+    file = sorted(folder.iterdir())[index]
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(InputError, match=f"cannot be read as slices: {file.name};"):
+        read_scan(find_scans(folder)[0])
+
+
+def test_series_below_a_series_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    top = write_dicom(tmp_path / "series", volume(), placed("LPS"))
+    write_dicom(top / "old" / "b", volume(), placed("LPS"))
+    assert [scan.name for scan in find_scans(top)] == ["series"]
+    assert "folders below are left out: old/b" in capsys.readouterr().err
+
+
+def test_files_in_folders_below_are_not_searched(tmp_path: Path):
+    write_volume(tmp_path / "p1" / "scan.nii.gz", volume(), placed("LPS"))
+    with pytest.raises(InputError, match="below it only DICOM is looked for"):
+        find_scans(tmp_path)
+
+
+def find_without_rights(folder: str, answer: Connection) -> None:
+    """Find and read scans as a user whom the mode bits bind."""
+    processes.bound_by_permissions()
+    sys.stderr = io.StringIO()
+    try:
+        for scan in find_scans(folder):
+            read_scan_header(scan)
+            answer.send(scan.name)
+    except Exception as error:
+        answer.send(error)
+    answer.send(sys.stderr.getvalue())
+    answer.send(None)
+
+
+def test_what_may_not_be_read(tmp_path: Path):
+    def found(folder: Path) -> list[Any]:
+        ours, theirs = processes.CONTEXT.Pipe()
+        child = processes.CONTEXT.Process(target=find_without_rights, args=(str(folder), theirs))
+        child.start()
+        told = list(iter(ours.recv, None))
+        child.join()
+        return told
+
+    write_volume(tmp_path / "a.nii.gz", volume(), placed("LPS"))
+    write_dicom(tmp_path / "b" / "series", volume(), placed("LPS"))
+    (tmp_path / "lost+found").mkdir(mode=0)
+    name, series, told = found(tmp_path)
+    assert (name, series) == ("a", "b_series") and "lost+found (Permission denied)" in told
+    for path, folder in (
+        (tmp_path / "b" / "series" / "000.dcm", tmp_path / "b"),  # a slice
+        (tmp_path / "a.nii.gz", tmp_path / "a.nii.gz"),
+        (tmp_path, tmp_path),
+    ):
+        before = path.stat().st_mode
+        path.chmod(0)
+        error, *_ = found(folder)
+        path.chmod(before)
+        assert isinstance(error, InputError), error
+        assert f"cannot read {path}" in str(error) and "(Permission denied)" in str(error)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from safe_io import InputError, require_file
 from scans.volumes import accessible
@@ -69,7 +69,10 @@ def opened_picture(path: Path) -> Iterator[Image.Image]:
             picture = stack.enter_context(Image.open(path))
             if getattr(picture, "n_frames", 1) > 1:
                 raise ValueError(f"it holds {picture.n_frames} pictures, expected one")
+            if picture.format == "TIFF" and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4:
+                raise ValueError("a TIFF stored on its side, which Pillow 13 reads garbled")
             picture.load()
+            ImageOps.exif_transpose(picture, in_place=True)  # as programs display it
         except Exception as error:  # on damaged bytes the decoders raise nearly anything
             raise InputError(
                 f"{path} is not a readable picture ({str(error)[:160]}); export it again"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from PIL import Image
+from PIL import ExifTags, Image
 from scipy.spatial.transform import Rotation
 
 from safe_io import InputError, MissingFileError
@@ -224,6 +224,29 @@ def test_pictures(tmp_path: Path):
     Image.fromarray(colour).save(tmp_path / "b.png")
     with pytest.raises(InputError, match="mode RGB, expected class indices"):
         read_index_picture(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_read_as_they_are_displayed(tmp_path: Path, orientation: int, suffix: str):
+    """EXIF says how a camera was held; programs that masks are drawn in turn the picture so."""
+    stored = np.zeros((16, 24), np.uint8)
+    stored[:8, :8] = 240  # at the top left
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(stored).save(path, exif=exif)
+    if suffix == ".tif" and orientation > 4:
+        with pytest.raises(InputError, match=r"stored on its side.*export it again"):
+            read_picture(path)
+        return
+    rotated = [stored, stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1], stored.T,
+               np.rot90(stored, -1), stored[::-1, ::-1].T, np.rot90(stored)]  # fmt: skip
+    found = read_picture(path)[0]
+    assert np.array_equal(found > 120, rotated[orientation] > 120)
+    assert read_scan_header(find_scans(path)[0])[0] == (1, *found.shape)
+    if suffix == ".png":
+        assert np.array_equal(read_index_picture(path)[0], found)
 
 
 def test_a_channel_of_a_4d_file(tmp_path: Path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -26,6 +25,8 @@ from predictions import (
     Case,
     finished,
     read_case,
+    refuse_foreign,
+    remove_earlier,
     run_key,
     scratch_array,
     write_case,
@@ -43,7 +44,7 @@ from scans.files import DICOM, ScanFile, find_scans, of_channel
 from utils import allow_tf32, amp_dtype, build_model, choose_device, seed_everything, start_logging
 
 EXIT_SOME_FAILED = 3
-WAITING = 2  # scans that may wait to be written
+EXIT_INTERRUPTED = 130  # as shells say it of SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))
     device = local_device(choose_device(args.device))
     with joined(device) as ranks:
-        predict(args, device, ranks)
+        try:
+            predict(args, device, ranks)
+        except KeyboardInterrupt:
+            if ranks.first:
+                print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+            raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
@@ -68,11 +74,13 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
     spec = dataset_spec(args)
     scans = find_scans(args.input)
     folder = Path(args.output)
-    refuse_folder_of(scans, folder)
+    refuse_folder_of(scans, Path(args.input), folder)
     scans = of_channel(scans, spec.channel if args.channel is None else args.channel)
     key = run_key(args)
     # the first rank looks for all: one that came late would see what others have written since
     look = ranks.first and not args.overwrite
+    if look:
+        refuse_foreign(scans, folder, args.format)
     done = ranks.from_first(finished(scans, folder, key, args.format) if look else {})
     model, _ = build_model(args, device)
     model.eval()
@@ -128,27 +136,37 @@ def segment_all(
         The name of each scan and its result, or what is wrong with it: one stops no other.
     """
     dtype = amp_dtype(next(model.parameters()).device) if args.use_amp else None
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(WAITING) as writers:
-        waiting: deque[tuple[str, Future[dict[str, Any]]]] = deque()
-        coming = [reader.submit(read_case, spec, scan) for scan in scans[:1]]
-        for index, scan in enumerate(scans):
+    ahead = iter(scans)
+
+    def read_next() -> Future[Case] | None:
+        scan = next(ahead, None)
+        return None if scan is None else reader.submit(read_case, spec, scan)
+
+    # three scans are held at most: one that is read, one that is segmented, one that is written
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        coming, writing = read_next(), None
+        for scan in scans:
+            reading, coming = coming, read_next()
             try:
-                case = coming.pop().result()
-                if index + 1 < len(scans):
-                    coming.append(reader.submit(read_case, spec, scans[index + 1]))
-                writer = segment(args, spec, model, case, dtype, progress)
-                waiting.append((scan.name, writers.submit(writer, key=key)))
+                remove_earlier(Path(args.output), scan.name)
+                write = segment(args, spec, model, reading.result(), dtype, progress)
             except Exception as error:  # whatever is wrong with one scan stops no other
                 progress(1)
                 yield scan.name, _told(error)
-                if index + 1 < len(scans) and not coming:
-                    coming.append(reader.submit(read_case, spec, scans[index + 1]))
-            while len(waiting) > (WAITING if index + 1 < len(scans) else 0):
-                name, writing = waiting.popleft()
-                try:
-                    yield name, writing.result()
-                except Exception as error:
-                    yield name, _told(error)
+                continue
+            if writing is not None:
+                yield _written(*writing)
+            writing = scan.name, writer.submit(write, key=key)
+            del reading, write  # they hold the scan, which its writing lets go of
+        if writing is not None:
+            yield _written(*writing)
+
+
+def _written(name: str, writing: Future[dict[str, Any]]) -> tuple[str, dict[str, Any] | str]:
+    try:
+        return name, writing.result()
+    except Exception as error:
+        return name, _told(error)
 
 
 def segment(
@@ -194,11 +212,11 @@ def keep_largest(labels: np.ndarray) -> None:
             labels[box][mask & (pieces != 1 + sizes.argmax())] = 0
 
 
-def refuse_folder_of(scans: Sequence[ScanFile], folder: Path) -> None:
+def refuse_folder_of(scans: Sequence[ScanFile], source: Path, folder: Path) -> None:
     """Raise an `InputError` where results would lie among the scans, or replace them."""
     taken = {scan.path.resolve() if scan.suffix == DICOM else scan.path.resolve().parent
              for scan in scans}  # fmt: skip
-    if folder.resolve() in taken:
+    if folder.resolve() in {*taken, source.resolve()}:
         raise InputError(f"--output {folder} is a folder of scans that are read; choose another")
 
 

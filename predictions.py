@@ -19,8 +19,8 @@ from PIL import Image
 
 from datasets.registry import DatasetSpec, to_unit, with_channels
 from report.figures import case_panel, draw_overlays, save
-from safe_io import atomic_path, cannot_write, sha256_of
-from scans.files import ScanFile, read_scan
+from safe_io import InputError, atomic_path, cannot_write, first_few, sha256_of
+from scans.files import ScanFile, read_scan, stamp
 from scans.labels import label_suffix, write_label_tables, write_labels, write_like
 from scans.orientation import orientation_of, turned, turned_geometry
 from scans.volumes import Geometry
@@ -66,10 +66,48 @@ def recorded(folder: Path, key: dict[str, Any]) -> dict[str, tuple[dict[str, Any
     return found
 
 
-def stamp(path: Path) -> list[list[Any]]:
-    """Names, sizes and times of a scan's files."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def refuse_foreign(scans: Sequence[ScanFile], folder: Path, wanted: str | None) -> None:
+    """Raise an `InputError` over label files in the way that are not of this program."""
+    foreign = [
+        file
+        for scan in scans
+        if (folder / (file := f"{scan.name}{label_suffix(scan, wanted)}")).exists()
+        and not record_path(folder, scan.name).exists()
+    ]
+    if foreign:
+        raise InputError(
+            f"--output {folder} holds {first_few(foreign)}, which predict.py has not written; "
+            "choose another folder, or pass --overwrite to replace them"
+        )
+
+
+def remove_earlier(folder: Path, name: str) -> None:
+    """Delete what an earlier run left of a case: if it fails now, nothing stale may stay."""
+    record = record_path(folder, name)
+    try:
+        file = Path(json.loads(record.read_text("utf-8"))["result"]["file"]).name
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # not one of ours
+    for left in (
+        folder / file,
+        folder / "overlays" / f"{name}.png",
+        *(folder / "probabilities" / name).glob("*"),
+        record,  # last: files without it would be taken for someone else's
+    ):
+        left.unlink(missing_ok=True)
+
+
+def record_path(folder: Path, name: str) -> Path:
+    return folder / RECORDS / f"{name}.json"
+
+
+def write_record(
+    folder: Path, key: dict[str, Any] | None, source: list[Any], result: dict[str, Any]
+) -> None:
+    """Write the record of a case; without a key it only says whose the files are."""
+    with atomic_path(record_path(folder, result["case"])) as temporary:
+        record = {"key": key, "source": source, "result": result}
+        temporary.write_text(json.dumps(record), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -98,6 +136,7 @@ class Case:
     slices: UnitSlices  # in the orientation of the data that were trained on
     geometry: Geometry | None  # of the scan as it lies in its file; None: a picture
     orientation: tuple[str, str] | None  # letters of the scan and of `slices`, if they differ
+    source: list[Any]  # its stamp from before it was read
 
 
 def read_case(spec: DatasetSpec, scan: ScanFile) -> Case:
@@ -106,6 +145,7 @@ def read_case(spec: DatasetSpec, scan: ScanFile) -> Case:
     Raises:
         InputError: it is damaged, or cannot be what the network was trained on.
     """
+    source = stamp(scan.path)
     array, geometry = read_scan(scan)
     letters = None
     if geometry is not None and spec.orientation is not None:
@@ -114,7 +154,7 @@ def read_case(spec: DatasetSpec, scan: ScanFile) -> Case:
     limits = spec.intensity.limits(array, scan.path)
     slices = UnitSlices(array, limits, spec.channels, scan.path)
     slices[:1]  # colour where grey was trained on is refused now
-    return Case(scan, slices, geometry, letters)
+    return Case(scan, slices, geometry, letters, source)
 
 
 def write_case(
@@ -129,8 +169,10 @@ def write_case(
     """Write all files of a case and, last, the record that says so; returns its result."""
     folder, scan, geometry = Path(args.output), case.scan, case.geometry
     suffix = label_suffix(scan, args.format)
+    file = f"{scan.name}{suffix}"
+    write_record(folder, None, [], {"case": scan.name, "file": file})
     own = labels if case.orientation is None else turned(labels, *case.orientation[::-1])
-    write_labels(folder / f"{scan.name}{suffix}", np.ascontiguousarray(own), scan, geometry, spec)
+    write_labels(folder / file, np.ascontiguousarray(own), scan, geometry, spec)
     if likely is not None:
         write_probabilities(folder / "probabilities" / scan.name, suffix, case, likely, spec)
     panel_geometry = geometry
@@ -148,14 +190,12 @@ def write_case(
     ml = None if geometry is None else float(np.prod(geometry.spacing)) / 1000
     result = {
         "case": scan.name,
-        "file": f"{scan.name}{suffix}",
+        "file": file,
         "shape": list(own.shape),
         "voxels": counts,
         "ml": None if ml is None else [count * ml for count in counts],
     }
-    with atomic_path(folder / RECORDS / f"{scan.name}.json") as temporary:
-        record = {"key": key, "source": stamp(scan.path), "result": result}
-        temporary.write_text(json.dumps(record), encoding="utf-8")
+    write_record(folder, key, case.source, result)
     return result
 
 

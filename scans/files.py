@@ -8,7 +8,9 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -150,6 +152,27 @@ def scan_file(path: Path, suffix: str, channel: int | None = None) -> ScanFile:
     known_name(path)
     name = path.name if suffix == DICOM else path.name[: -len(suffix)]
     return ScanFile(safe_name(name, source=path.parent), path, suffix, channel)
+
+
+def stamp(path: Path) -> list[list[Any]]:
+    """Names, sizes and times of the files of a scan, in plain JSON: they tell that it changed."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path, *_data_files(path)]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _data_files(path: Path) -> list[Path]:
+    """The files beside a header that it names: one, a list of them, or a numbered pattern."""
+    if suffix_of(path) not in (".mhd", ".nhdr"):
+        return []
+    with path.open("rb") as file:
+        lines = file.read(1 << 20).decode("utf-8", "replace").splitlines()
+    named = [re.split(r"[:=]+", line, maxsplit=1)[-1].strip() for line in lines]
+    numbered = [re.sub(r"%\d*d", "*", name.split()[0]) for name in named if "%" in name]
+    return [
+        file
+        for file in sorted(path.parent.iterdir())
+        if file.name in named or any(fnmatchcase(file.name, pattern) for pattern in numbered)
+    ]
 
 
 def read_scan(scan: ScanFile) -> tuple[np.ndarray, Geometry | None]:

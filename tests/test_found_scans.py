@@ -11,10 +11,11 @@ from typing import Any
 
 import processes
 import pytest
+import SimpleITK as sitk
 from test_scans import placed, volume, write_dicom
 
 from safe_io import InputError
-from scans.files import DICOM, ScanFile, find_scans, read_scan, read_scan_header
+from scans.files import DICOM, ScanFile, find_scans, read_scan, read_scan_header, stamp
 from scans.volumes import read_volume, write_volume
 
 
@@ -96,3 +97,35 @@ def test_what_may_not_be_read(tmp_path: Path):
         path.chmod(before)
         assert isinstance(error, InputError), error
         assert f"cannot read {path}" in str(error) and "(Permission denied)" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "named"), [(".mhd", "ElementDataFile = {}\n"), (".nhdr", "data file: {}\n")]
+)
+def test_a_stamp_tells_of_data_beside_the_header(tmp_path: Path, suffix: str, named: str):
+    header = tmp_path / f"a{suffix}"
+    sitk.WriteImage(sitk.GetImageFromArray(volume()), str(header))
+    (tmp_path / "other.raw").touch()
+    *_, data = (
+        file for file in tmp_path.iterdir() if file.name.startswith("a.") and file != header
+    )
+    before = stamp(header)
+    assert {name for name, *_ in before} == {header.name, data.name}
+    os.utime(data, (1, 1))
+    assert stamp(header) != before
+    for text, files in (
+        ("LIST\nx 1.raw\ny.raw", ["x 1.raw", "y.raw"]),
+        ("s%02d.raw 1 2 1", ["s01.raw", "s02.raw"]),
+    ):
+        for file in files:
+            (tmp_path / file).touch()
+        header.write_text(named.format(text))
+        assert [name for name, *_ in stamp(header)] == [header.name, *files]
+
+
+def test_a_stamp_of_a_series_is_of_all_slices(tmp_path: Path):
+    folder = write_dicom(tmp_path / "series", volume(), placed("LPS"))
+    before = stamp(folder)
+    assert len(before) == len(volume())
+    sorted(folder.iterdir())[2].write_bytes(b"shorter")
+    assert stamp(folder) != before

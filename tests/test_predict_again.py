@@ -1,0 +1,146 @@
+"""Segmenting a folder more than once, over what lies there, and being stopped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from test_predict import SPEC, make_adapter, marked, run
+from test_scans import placed, write_dicom
+
+import predict
+from safe_io import partial_name
+from scans.volumes import Geometry, read_volume, write_volume
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return make_adapter(tmp_path, SPEC, monkeypatch)
+
+
+def write_scans(folder: Path, names: str, suffix: str = ".nii.gz") -> Path:
+    for name in names:
+        write_volume(folder / f"{name}{suffix}", marked((4, 20, 20))[0], placed("LPS"))
+    return folder
+
+
+def test_files_of_others_are_never_replaced(
+    tmp_path: Path,
+    adapter: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    scans = write_scans(tmp_path / "images", "ab")
+    manual = write_scans(tmp_path / "labels", "a") / "a.nii.gz"
+    before = manual.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(predict, "build_model", None)  # it is refused before
+        assert run(scans, tmp_path / "labels", adapter) == 2
+    assert "holds a.nii.gz, which predict.py has not written" in capfd.readouterr().err
+    assert manual.read_bytes() == before and list(manual.parent.iterdir()) == [manual]
+    assert run(scans, tmp_path / "labels", adapter, "--format", ".mha") == 0
+    assert manual.read_bytes() == before
+    assert run(scans, tmp_path / "labels", adapter, "--overwrite") == 0
+    assert manual.read_bytes() != before
+    assert run(scans, tmp_path / "labels", adapter, "--flips", "rows") == 0  # now it is ours
+
+
+def test_the_input_folder_is_no_output(
+    tmp_path: Path, adapter: Path, capfd: pytest.CaptureFixture[str]
+):
+    write_dicom(tmp_path / "archive" / "p1" / "series", marked((4, 20, 20))[0], placed("LPS"))
+    (tmp_path / "link").symlink_to(tmp_path / "archive")
+    for output in ("archive", "link", "archive/p1/.."):
+        assert run(tmp_path / "archive", tmp_path / output, adapter) == 2
+        assert "is a folder of scans that are read" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "archive").iterdir()] == ["p1"]
+
+
+def test_what_was_written_when_it_was_killed_is_not_taken_for_another_s(
+    tmp_path: Path,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    scans, out = write_scans(tmp_path / "in", "a"), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("predictions.case_panel", None)  # after the labels, before the record
+        assert run(scans, out, adapter) == 2
+    assert (out / "a.nii.gz").exists()
+    assert run(scans, out, adapter) == 0
+
+
+def test_nothing_stale_stays_where_a_scan_fails_now(tmp_path: Path, adapter: Path):
+    scans, out = write_scans(tmp_path / "in", "ab"), tmp_path / "out"
+    assert run(scans, out, adapter, "--probabilities", "--format", ".mha") == 0
+    (scans / "a.nii.gz").write_bytes(b"junk")
+    assert run(scans, out, adapter, "--flips", "rows") == predict.EXIT_SOME_FAILED
+    left = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
+    assert sorted(left) == [".done/b.json", "b.nii.gz", "labels.ctbl", "labels.txt", "log.txt",
+                            "overlays/b.png", "predictions.json", "volumes.csv"]  # fmt: skip
+
+
+def test_new_voxels_of_an_old_header_are_segmented(tmp_path: Path, adapter: Path):
+    array, _ = marked((4, 20, 20))
+    image = sitk.GetImageFromArray(array)
+    sitk.WriteImage(image, str(tmp_path / "in.mhd"))
+    assert run(tmp_path / "in.mhd", tmp_path / "out", adapter) == 0
+    before = read_volume(tmp_path / "out" / "in.mha")[0]
+    header = (tmp_path / "in.mhd").stat()
+    sitk.WriteImage(sitk.GetImageFromArray(array[::-1].copy()), str(tmp_path / "in.mhd"))
+    os.utime(tmp_path / "in.mhd", ns=(header.st_atime_ns, header.st_mtime_ns))
+    assert run(tmp_path / "in.mhd", tmp_path / "out", adapter) == 0
+    assert not np.array_equal(read_volume(tmp_path / "out" / "in.mha")[0], before)
+
+
+def test_ctrl_c_is_one_line_and_the_finished_stay(
+    tmp_path: Path,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    scans, out = write_scans(tmp_path / "in", "abc"), tmp_path / "out"
+    original, calls = predict.predict_volume, []
+
+    def stopped(*args: Any, **kwargs: Any) -> np.ndarray:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(predict, "predict_volume", stopped)
+    assert run(scans, out, adapter) == predict.EXIT_INTERRUPTED == 130
+    told = capfd.readouterr().err
+    assert told.endswith("\ninterrupted; run the same command again to go on\n")
+    assert "Traceback" not in told and not list(out.rglob(partial_name(Path("*")).name))
+    assert sorted(path.name for path in out.glob("*.nii.gz")) == ["a.nii.gz", "b.nii.gz"]
+    assert run(scans, out, adapter) == 0
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("letters", "spacing", "told"),
+    [
+        ("PIR", (0.9, 0.9, 4.4), True),
+        ("LSP", (0.9, 0.9, 4.4), True),
+        ("LPS", (0.9, 0.9, 4.4), False),
+        ("LPS", (1.0, 1.0, 0.3), False),
+        ("PIR", (1.0, 1.0, 1.0), False),
+    ],
+)
+def test_slices_across_those_of_the_scan_are_told(
+    tmp_path: Path,
+    adapter: Path,
+    letters: str,
+    spacing: tuple[float, ...],
+    told: bool,
+):
+    where = placed(letters, oblique=False)
+    write_volume(tmp_path / "a.nii.gz", marked((20, 21, 22))[0],
+                 Geometry(spacing, where.origin, where.direction))  # fmt: skip
+    assert run(tmp_path / "a.nii.gz", tmp_path / "out", adapter) == 0
+    log = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")
+    assert ("a: its slices were taken in another plane" in log) == told

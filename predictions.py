@@ -27,6 +27,7 @@ from scans.volumes import Geometry
 from utils import environment
 
 RECORDS = ".done"
+OBLONG = 2.0  # pixels are about square in the plane that a scan was taken in
 NOT_IN_KEY = {  # flags that do not change what is written for a case
     *("input", "output", "overwrite", "config", "device", "batch_size", "processes"),
     *("deterministic", "ckpt", "lora_ckpt"),
@@ -135,6 +136,7 @@ class Case:
     scan: ScanFile
     slices: UnitSlices  # in the orientation of the data that were trained on
     geometry: Geometry | None  # of the scan as it lies in its file; None: a picture
+    place: Geometry | None  # of `slices`
     orientation: tuple[str, str] | None  # letters of the scan and of `slices`, if they differ
     source: list[Any]  # its stamp from before it was read
 
@@ -147,14 +149,23 @@ def read_case(spec: DatasetSpec, scan: ScanFile) -> Case:
     """
     source = stamp(scan.path)
     array, geometry = read_scan(scan)
-    letters = None
+    letters, place = None, geometry
     if geometry is not None and spec.orientation is not None:
         letters = (orientation_of(geometry), spec.orientation)
+        place = turned_geometry(geometry, array.shape, spec.orientation)
         array = turned(array, *letters)
+    if place is not None:
+        _, *pixel = place.voxel_spacing
+        if max(pixel) > OBLONG * min(pixel):
+            logging.warning(
+                "%s: its slices were taken in another plane than those that the network was "
+                "trained on, it sees pixels of %.3g × %.3g mm; look closely at the result",
+                *(scan.name, *pixel),
+            )
     limits = spec.intensity.limits(array, scan.path)
     slices = UnitSlices(array, limits, spec.channels, scan.path)
     slices[:1]  # colour where grey was trained on is refused now
-    return Case(scan, slices, geometry, letters, source)
+    return Case(scan, slices, geometry, place, letters, source)
 
 
 def write_case(
@@ -175,13 +186,10 @@ def write_case(
     write_labels(folder / file, np.ascontiguousarray(own), scan, geometry, spec)
     if likely is not None:
         write_probabilities(folder / "probabilities" / scan.name, suffix, case, likely, spec)
-    panel_geometry = geometry
-    if geometry is not None and case.orientation is not None:
-        panel_geometry = turned_geometry(geometry, own.shape, case.orientation[1])
     panel = case_panel(
         *(scan.name, case.slices, None, labels, spec.num_classes),
-        spacing=panel_geometry.voxel_spacing if panel_geometry else None,
-        direction=panel_geometry.direction if panel_geometry else None,
+        spacing=case.place.voxel_spacing if case.place else None,
+        direction=case.place.direction if case.place else None,
     )
     figure = draw_overlays([panel], [""], spec.class_names, kinds=("scan", "prediction"))
     save(figure, folder / "overlays" / f"{scan.name}.png")

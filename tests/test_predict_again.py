@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import resource
+import time
+import weakref
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import SimpleITK as sitk
-from test_predict import SPEC, make_adapter, marked, run
+import torch
+from test_predict import SPEC, Bands, make_adapter, marked, run
 from test_scans import placed, write_dicom
 
 import predict
@@ -144,3 +150,56 @@ def test_slices_across_those_of_the_scan_are_told(
     assert run(tmp_path / "a.nii.gz", tmp_path / "out", adapter) == 0
     log = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")
     assert ("a: its slices were taken in another plane" in log) == told
+
+
+def peak_memory(source: str, output: str, adapter: str, answer: Connection) -> None:
+    """Segment in this process, by a network of no size; its peak in bytes."""
+    torch.set_num_threads(1)
+    predict.build_model = lambda args, device: (Bands(), 16)
+    predict.pack_encoder = lambda model: None
+    code = run(Path(source), Path(output), Path(adapter))
+    answer.send((code, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+
+
+def test_memory_grows_with_the_scans_that_are_held_alone(tmp_path: Path, adapter: Path):
+    """Of four as they are stored, in int16; a scan in float32 would be two of these."""
+    peaks = []
+    for depth in (10, 50):
+        scans = tmp_path / str(depth)
+        for name in "abcd":
+            write_volume(scans / f"{name}.mha", marked((depth, 640, 640))[0], placed("LPS"))
+        ours, theirs = processes.CONTEXT.Pipe()
+        arguments = (str(scans), str(tmp_path / f"out{depth}"), str(adapter), theirs)
+        child = processes.CONTEXT.Process(target=peak_memory, args=arguments)
+        child.start()
+        code, peak = ours.recv()
+        child.join()
+        assert code == 0
+        peaks.append(peak)
+    held = (peaks[1] - peaks[0]) / (2 * 40 * 640 * 640)  # in scans
+    # one is read, which takes it twice, one is segmented, one is written; and labels of two
+    assert held < 5.8
+
+
+def test_three_scans_are_held_at_most(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read, write = predict.read_case, predict.write_case
+    seen: list[weakref.ref[Any]] = []
+    held = []
+
+    def watched(*args: Any) -> Any:
+        case = read(*args)
+        seen.append(weakref.ref(case.slices))
+        time.sleep(0.05)  # the writer lets go of a scan a moment after it has said so
+        held.append(sum(one() is not None for one in seen))
+        return case
+
+    def slow(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        time.sleep(0.3)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(predict, "read_case", watched)
+    monkeypatch.setattr(predict, "write_case", slow)
+    assert run(write_scans(tmp_path / "in", "abcdefg"), tmp_path / "out", adapter) == 0
+    assert len(held) == 7 and max(held) == 3

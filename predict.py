@@ -113,12 +113,7 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
     results = {s.name: everything[s.name] for s in scans if isinstance(everything[s.name], dict)}
     failures = {name: one for name, one in everything.items() if isinstance(one, str)}
     write_summary(args, spec, folder, results, failures, key=key)
-    for name, reason in failures.items():
-        print(f"error: {name}: {reason}", file=sys.stderr)
-    if failures:
-        told = f"{len(failures)} of {len(scans)} scans failed: {first_few(sorted(failures))}"
-        print(f"{told}{'; the others are done' if results else ''}", file=sys.stderr)
-        raise SystemExit(EXIT_SOME_FAILED if results else EXIT_BAD_INPUT)
+    _exit_if_failed(failures, len(scans))
 
 
 def segment_all(
@@ -218,6 +213,16 @@ def refuse_folder_of(scans: Sequence[ScanFile], source: Path, folder: Path) -> N
              for scan in scans}  # fmt: skip
     if folder.resolve() in {*taken, source.resolve()}:
         raise InputError(f"--output {folder} is a folder of scans that are read; choose another")
+
+
+def _exit_if_failed(failures: dict[str, str], total: int) -> None:
+    for name, reason in failures.items():
+        print(f"error: {name}: {reason}", file=sys.stderr)
+    if failures:
+        rest = "; the others are done" if len(failures) < total else ""
+        told = f"{len(failures)} of {total} scans failed: {first_few(sorted(failures))}"
+        print(told + rest, file=sys.stderr)
+        raise SystemExit(EXIT_SOME_FAILED if rest else EXIT_BAD_INPUT)
 
 
 def _told(error: Exception) -> str:

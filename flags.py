@@ -177,7 +177,11 @@ def predict_parser() -> argparse.ArgumentParser:
         "of any of these",
     )
     data.add_argument("--output", required=True, help="folder to write, made if it is missing")
-    data.add_argument("--overwrite", action="store_true", help="segment finished cases again")
+    data.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="segment finished cases again, and replace label files that others wrote",
+    )
     data.add_argument("--config", help="a run folder or its config.json: its newest adapter")
     data.add_argument("--channel", type=int, help="which volume of a 4-D file, from 0")
     add_dataset_flag(data)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from datasets.registry import DatasetSpec, to_unit, with_channels
 from report.figures import case_panel, draw_overlays, save
-from safe_io import InputError, atomic_path, cannot_write, first_few, sha256_of
+from safe_io import InputError, atomic_path, cannot_write, first_few, sha256_of, write_json
 from scans.files import ScanFile, read_scan, stamp
 from scans.labels import label_suffix, write_label_tables, write_labels, write_like
 from scans.orientation import orientation_of, turned, turned_geometry
@@ -266,6 +266,5 @@ def write_summary(
             writer.writerows([result["case"], *row] for row in rows)
     content = {"cases": cases, "failed": failures, "spec": spec.to_json(),
                "flags": vars(args), "environment": environment()}  # fmt: skip
-    with atomic_path(folder / "predictions.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "predictions.json", content)
     logging.info("%d segmentations in %s", len(results), folder)

@@ -305,7 +305,7 @@ def write_json(path: Path, content: object) -> None:
 
 def warn(message: str) -> None:
     """Print one line of warning on stderr."""
-    print(f"warning: {message}", file=sys.stderr)
+    _say_once(f"warning: {message}")
 
 
 def first_few(names: list[Any], count: int = 5) -> str:

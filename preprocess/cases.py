@@ -12,13 +12,13 @@ import numpy as np
 
 from datasets.registry import DatasetSpec, case_names, slice_name
 from safe_io import InputError, MissingFileError, first_few
-from scans.files import read_scan_header
+from scans.files import read_scan_header, stamp
 from scans.orientation import orientation_of, turned, turned_geometry
 from scans.volumes import Geometry
 
 from .layouts import RawCase, RawData
 
-FORMAT = 2  # raise it when the outputs change, so that finished cases are converted again
+FORMAT = 3  # raise it when the outputs change, so that finished cases are converted again
 TRAIN, TEST = "train", "test"
 SLICES, VOLUMES, LISTS, RECORDS = "train_npz", "test_vol_h5", "lists", ".done"
 
@@ -80,19 +80,8 @@ class Job:
             "label_values": self.label_values,
             "roles": list(self.roles),
             "channel": self.case.image.channel,
-            "sources": [_stamp(scan.path) for scan in (self.case.image, self.case.label)],
+            "sources": [stamp(scan.path) for scan in (self.case.image, self.case.label)],
         }
-
-
-def _stamp(path: Path) -> list[Any]:
-    """Name, size and time of a file, or of all files of a DICOM folder."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    states = [file.stat() for file in files]
-    return [
-        path.name,
-        sum(s.st_size for s in states),
-        max((s.st_mtime_ns for s in states), default=0),
-    ]
 
 
 @dataclass(frozen=True)

@@ -381,6 +381,7 @@ ROWS = [
           "has the class name 'a\\x00'"),
     Wrong(T, "an image size that is no multiple of 16", nothing, "multiple of 16",
           ("--img_size", "100")),
+    Wrong(T, "a gradient clipped to nothing", nothing, "--clip_grad is 0", ("--clip_grad", "0")),
     Wrong(T, "a batch of nothing", nothing, "--batch_size is 0", ("--batch_size", "0")),
     Wrong(T, "a LoRA variant that is not there", nothing, "does not exist", ("--module", "nix")),
     Wrong(T, "a device that is not there", nothing, "--device", ("--device", "cuda:7")),
@@ -423,6 +424,17 @@ ROWS = [
     Wrong(S, "the output is a file", junk("out"), "cannot make the folder"),
     Wrong(S, "the output is the scan's folder", nothing, "is a folder of scans that are read",
           ("--output", ".")),
+    Wrong(S, "the output is the folder that is read", lambda f: (f / "in").mkdir() or shutil.copy(
+        f / "scan.nii.gz", f / "in"), "is a folder of scans that are read",
+          ("--input", "in", "--output", "in")),
+    Wrong(S, "labels of others in the output", lambda f: (f / "out").mkdir() or shutil.copy(
+        f / "scan.nii.gz", f / "out"), "which predict.py has not written"),
+    Wrong(S, "scans lie in subfolders alone", lambda f: (f / "in" / "p1").mkdir(parents=True)
+          or shutil.copy(f / "scan.nii.gz", f / "in" / "p1"), "below it only DICOM is looked for",
+          ("--input", "in")),
+    Wrong(S, "the last DICOM slice is cut short", lambda f: dicom([0, 1, 2, 3, 4])(f) or cut(
+        str(max((f / "series").iterdir()).relative_to(f)))(f), "cannot be read as slices",
+          ("--input", "series")),
     Wrong(S, "a channel below 0", nothing, "--channel is -1", ("--channel", "-1")),
     Wrong(S, "DICOM slices beside other scans", lambda f: (f / "IM0").write_bytes(
         bytes(128) + b"DICM"), "DICOM slices beside", ("--input", ".")),

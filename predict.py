@@ -35,6 +35,7 @@ from predictions import (
 from ranks import Ranks, joined, launch, local_device, processes_here
 from safe_io import (
     EXIT_BAD_INPUT,
+    EXIT_KEYBOARD,
     InputError,
     exit_on_bad_input,
     first_few,
@@ -44,7 +45,6 @@ from scans.files import DICOM, ScanFile, find_scans, of_channel
 from utils import allow_tf32, amp_dtype, build_model, choose_device, seed_everything, start_logging
 
 EXIT_SOME_FAILED = 3
-EXIT_INTERRUPTED = 130  # as shells say it of SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             if ranks.first:
                 print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-            raise SystemExit(EXIT_INTERRUPTED) from None
+            raise SystemExit(EXIT_KEYBOARD) from None
 
 
 def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:

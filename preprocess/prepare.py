@@ -26,6 +26,7 @@ from tqdm import tqdm
 from datasets.registry import SPEC_FILE, SUMMARY_FILE, DatasetSpec
 from safe_io import (
     EXIT_BAD_INPUT,
+    EXIT_KEYBOARD,
     InputError,
     exit_on_bad_input,
     first_few,
@@ -58,8 +59,6 @@ from .summary import (
     write_lists,
     write_summary,
 )
-
-EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -187,7 +186,7 @@ def convert_all(jobs: list[Job], workers: int, results: dict[str, dict[str, Any]
                 results[name] = result
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        raise SystemExit(EXIT_KEYBOARD) from None
     return problems
 
 

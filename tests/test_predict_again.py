@@ -19,7 +19,7 @@ from test_predict import SPEC, Bands, make_adapter, marked, run
 from test_scans import placed, write_dicom
 
 import predict
-from safe_io import partial_name
+from safe_io import EXIT_KEYBOARD, partial_name
 from scans.volumes import Geometry, read_volume, write_volume
 
 
@@ -118,7 +118,7 @@ def test_ctrl_c_is_one_line_and_the_finished_stay(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(predict, "predict_volume", stopped)
-    assert run(scans, out, adapter) == predict.EXIT_INTERRUPTED == 130
+    assert run(scans, out, adapter) == EXIT_KEYBOARD == 130
     told = capfd.readouterr().err
     assert told.endswith("\ninterrupted; run the same command again to go on\n")
     assert "Traceback" not in told and not list(out.rglob(partial_name(Path("*")).name))

@@ -251,7 +251,8 @@ def launch(script: str, argv: Sequence[str], processes: int) -> int:
         except SignalException as stopped:
             return EXIT_INTERRUPTED if (Path(notes) / SAVED).exists() else 128 + stopped.sigval
         except ChildFailedError as error:
-            return _exit_code({r: failure.exitcode for r, failure in error.failures.items()})
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            return _exit_code(codes, processes)
         finally:
             del os.environ[NOTES]
     return 0
@@ -263,7 +264,7 @@ def note_for_launcher(word: str) -> None:
         (Path(folder) / word).touch()
 
 
-def _exit_code(codes: dict[int, int]) -> int:
+def _exit_code(codes: dict[int, int], processes: int) -> int:
     """One exit code for all ranks, of which some ended because another did."""
     told = max((code for code in codes.values() if code > 0), default=0)
     if told > EXIT_LOST_RANK:  # that rank said why in its own words
@@ -271,8 +272,8 @@ def _exit_code(codes: dict[int, int]) -> int:
     killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
     if killed:
         print(
-            f"error: rank {killed[0]} was killed by signal {-codes[killed[0]]}, so the others were "
-            "ended; continue with --resume auto",
+            f"error: rank {killed[0]} of {processes} was killed by signal {-codes[killed[0]]}, so "
+            "the others were ended; continue with --resume auto",
             file=sys.stderr,
         )
     return EXIT_LOST_RANK

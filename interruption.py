@@ -18,8 +18,9 @@ ONE_REQUEST = 2.0  # seconds: a scheduler and torchrun's agent may both pass the
 
 
 def heeded_signals() -> list[signal.Signals]:
-    """The signals that ask to stop, but for those that nohup and the like keep away."""
-    return [one for one in SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
+    """The signals that ask to stop; a closed terminal does not where nohup keeps it away."""
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [one for one in SIGNALS if not (nohup and one is signal.SIGHUP)]
 
 
 class Interruption:

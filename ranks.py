@@ -198,8 +198,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             raise
         folder = os.environ.get(NOTES)
         if not (folder and any(Path(folder).iterdir())):  # else that rank has said why
-            print(f"error: rank {rank} lost another rank and ends", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+            why = str(error).splitlines()[0][:200]
+            print(f"error: rank {rank} lost another rank and ends ({why})", file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         os._exit(EXIT_LOST_RANK)  # at an ordinary exit the threads of gloo abort the process
     # after a fault the group is not destroyed: that would wait for ranks that are elsewhere
     dist.destroy_process_group()

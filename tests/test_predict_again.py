@@ -178,8 +178,9 @@ def test_memory_grows_with_the_scans_that_are_held_alone(tmp_path: Path, adapter
         peaks.append(peak)
     held = (peaks[1] - peaks[0]) / (2 * 24 * 640 * 640)  # in scans
     # one is read, which takes it twice, one is segmented, one is written; labels, half a scan each,
-    # of the one that is segmented and, three times on their way into a file, of the one written
-    assert held < 7
+    # of the one that is segmented and, three times on their way into a file, of the one written:
+    # 6.7 to 7.3 were measured; all eight with their labels would be 12
+    assert held < 9
 
 
 def test_three_scans_are_held_at_most(

@@ -106,9 +106,8 @@ def write_record(
     folder: Path, key: dict[str, Any] | None, source: list[Any], result: dict[str, Any]
 ) -> None:
     """Write the record of a case; without a key it only says whose the files are."""
-    with atomic_path(record_path(folder, result["case"])) as temporary:
-        record = {"key": key, "source": source, "result": result}
-        temporary.write_text(json.dumps(record), encoding="utf-8")
+    record = {"key": key, "source": source, "result": result}
+    write_json(record_path(folder, result["case"]), record)
 
 
 @dataclass(frozen=True)

@@ -79,22 +79,12 @@ def make_run_folder(args: argparse.Namespace) -> Path:
             raise cannot_make(folder, error, flag="--output") from None
 
 
-def settings_that_matter(args: argparse.Namespace | dict[str, Any]) -> dict[str, Any]:
-    """What has to stay the same for a run to go on."""
-    values = dict(args) if isinstance(args, dict) else dict(vars(args))
+def settings_that_matter(values: dict[str, Any]) -> dict[str, Any]:
+    """Of the flags' values, what has to stay the same for a run to go on."""
     batch = values.get("global_batch") or values["batch_size"] * values["n_gpu"]
     return {key: value for key, value in values.items() if key not in FREE} | {
         "global_batch": batch
     }
-
-
-def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`--base_lr 0.005 → 0.001` for every setting that differs."""
-    return [
-        f"{key if key in CONTENT else f'--{key}'} {saved.get(key)} → {now.get(key)}"
-        for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key)
-    ]
 
 
 def find_run(args: argparse.Namespace) -> Path | None:
@@ -129,7 +119,7 @@ def _newest_that_fits(args: argparse.Namespace) -> Path | None:
     runs = sorted(
         Path(args.output).glob(f"*/{CONFIG_FILE}"), key=lambda path: path.stat().st_mtime_ns
     )
-    reasons = []
+    nearest = None
     for config in reversed(runs):
         try:
             found = _unlike(read_config_file(config), args)
@@ -137,17 +127,24 @@ def _newest_that_fits(args: argparse.Namespace) -> Path | None:
             continue  # of another program
         if not found:
             return config.parent
-        reasons.append(f"the newest, {config.parent.name}, differs in {', '.join(found)}")
-    if reasons:
-        warn(f"no run in {args.output} fits, so a new one is started: {reasons[0]}")
+        nearest = nearest or f"the newest, {config.parent.name}, differs in {', '.join(found)}"
+    if nearest:
+        warn(f"no run in {args.output} fits, so a new one is started: {nearest}")
     return None
 
 
 def _unlike(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """How a saved run differs from what is asked for; what either does not say is no difference."""
-    now = settings_that_matter(args)
+    """`--base_lr 0.005 → 0.001` for every setting of a saved run that is another now.
+
+    What only one of them says is no difference.
+    """
+    now = settings_that_matter(vars(args))
     before = settings_that_matter(vars(args) | saved)
-    return differences({key: before[key] for key in now}, now)
+    return [
+        f"{key if key in CONTENT else f'--{key}'} {before[key]} → {now[key]}"
+        for key in sorted(now)
+        if before[key] != now[key]
+    ]
 
 
 def fingerprint_data(facts: Sequence[SampleFacts]) -> str:

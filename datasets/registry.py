@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import colorsys
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -92,6 +93,17 @@ def case_names(*numbers: int) -> tuple[str, ...]:
 def slice_name(case: str, index: int) -> str:
     """`case0001_slice000`: the name of a training slice in the lists and on disk."""
     return f"{case}_slice{index:03d}"
+
+
+NUMBERED = re.compile(r"(.+)_(\d+)")  # SCAN_NUMBER, as slices of scans are often called
+
+
+def are_slices(scans: Sequence[str]) -> bool:
+    """Whether names as SCAN_NUMBER, of these scans, are slices: several of several scans.
+
+    Of one scan alone, or each of another, the number may as well count pictures.
+    """
+    return 1 < len(set(scans)) < len(scans)
 
 
 SYNAPSE = DatasetSpec(

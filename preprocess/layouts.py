@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datasets.registry import DatasetSpec, get_dataset
+from datasets.registry import NUMBERED, DatasetSpec, are_slices, get_dataset
 from safe_io import InputError, MissingFileError, first_few, require_folder, warn
 from scans.files import ScanFile, find_scans, read_scan_header
 
@@ -182,12 +182,12 @@ def _grouped(cases: dict[str, RawCase]) -> dict[str, RawCase]:
     Raises:
         InputError: two of them would have one name.
     """
-    parts = {name: re.fullmatch(r"(.+)_(\d+)", name) for name in cases}
+    parts = {name: NUMBERED.fullmatch(name) for name in cases}
     scans = {match[1] for match in parts.values() if match}
     # a picture that is named as a scan is one of its slices
     slices = {name: match.groups() if match else (name, "") for name, match in parts.items()
               if match or name in scans}  # fmt: skip
-    if not 1 < len(scans) < len(slices):
+    if not are_slices([scan for scan, _ in slices.values()]):
         return cases
     print(
         f"{len(slices)} pictures of {len(scans)} scans, by what stands before the last _ of their "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from datasets.registry import SUMMARY_FILE
+from datasets.registry import SUMMARY_FILE, are_slices
 from report.tables import CaseResult
 
 
@@ -47,4 +47,4 @@ def named_groups(cases: Sequence[str]) -> list[str]:
         return list(cases)
     scans = [part[1] for part in parts]
     by_slice = all(part[2] for part in parts)
-    return scans if by_slice or 1 < len(set(scans)) < len(cases) else list(cases)
+    return scans if by_slice or are_slices(scans) else list(cases)

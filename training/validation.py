@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from datasets.dataset_synapse import Synapse_dataset
+from datasets.registry import NUMBERED, are_slices
 from inference import predict_volume
 from metrics import confusion, mean
 from ranks import ALONE, Ranks
@@ -23,7 +24,6 @@ from training.run_log import RunLog
 from training.state import Progress
 
 SLICE = re.compile(r"_slice\d+$")
-NUMBERED = re.compile(r"(.+)_\d+")
 ZERO = 1e-3  # DSC that counts as not learned
 AT_ZERO = 3  # validations in a row at 0 before it is worth a warning
 
@@ -52,7 +52,7 @@ def mistaken_slices(names: Sequence[str]) -> list[str]:
     They are taken for slices where `preprocess` takes pictures for slices of scans.
     """
     scans = [match[1] for match in map(NUMBERED.fullmatch, names) if match]
-    if len(scans) < len(names) or not 1 < len(set(scans)) < len(scans):
+    if len(scans) < len(names) or not are_slices(scans):
         return []
     return [
         f"{len(names)} slices named as {min(names)} count as {len(names)} cases, not "

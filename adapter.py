@@ -21,9 +21,10 @@ from adapter_file import (
     trained_classes,
     variant_of,
 )
+from common.errors import InputError, exit_on_bad_input
+from common.files import atomic_path, save_tensors, sha256_of
 from config import parse_args
 from flags import add_dataset_flag, add_network_flags
-from safe_io import InputError, atomic_path, exit_on_bad_input, save_tensors, sha256_of
 from utils import build_model
 
 SUFFIXES = (".pth", SAFETENSORS)

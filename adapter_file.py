@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from safe_io import InputError, first_few, load_safetensors, load_tensors, require_file
+from common.errors import InputError, first_few
+from common.files import load_safetensors, load_tensors, require_file
 
 SETTINGS_KEY = "samed_settings"
 SAFETENSORS = ".safetensors"  # the same tensors; the settings as JSON in the file's metadata

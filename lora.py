@@ -23,7 +23,8 @@ from adapter_file import (
     variant_of,
     with_classes,
 )
-from safe_io import InputError, first_few, save_tensors
+from common.errors import InputError, first_few
+from common.files import save_tensors
 
 TRAINED_WITH_THE_ADAPTER = ("prompt_encoder.", "mask_decoder.")
 

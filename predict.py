@@ -16,6 +16,8 @@ import torch
 from scipy import ndimage
 from tqdm import tqdm
 
+from common.errors import EXIT_BAD_INPUT, EXIT_KEYBOARD, InputError, exit_on_bad_input, first_few
+from common.files import make_folder
 from config import dataset_spec, parse_args
 from datasets.registry import DatasetSpec
 from flags import predict_parser
@@ -33,14 +35,6 @@ from predictions import (
     write_summary,
 )
 from ranks import Ranks, joined, launch, local_device, processes_here
-from safe_io import (
-    EXIT_BAD_INPUT,
-    EXIT_KEYBOARD,
-    InputError,
-    exit_on_bad_input,
-    first_few,
-    make_folder,
-)
 from scans.files import DICOM, ScanFile, find_scans, of_channel
 from utils import allow_tf32, amp_dtype, build_model, choose_device, seed_everything, start_logging
 

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from common.errors import NOTES, InputError
 from interruption import EXIT_INTERRUPTED, heeded_signals
-from safe_io import NOTES, InputError
 
 EXIT_LOST_RANK = 1
 LONG = timedelta(hours=12)  # one rank may check data or score a volume while the others wait

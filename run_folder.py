@@ -11,17 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.errors import InputError, cannot_make, cannot_write, warn
+from common.files import make_folder, require_folder, sha256_of, write_json
 from datasets.samples import SampleFacts
-from safe_io import (
-    InputError,
-    cannot_make,
-    cannot_write,
-    make_folder,
-    require_folder,
-    sha256_of,
-    warn,
-    write_json,
-)
 
 SCRATCH = "none"  # --ckpt none: no base weights, every weight is trained
 CONFIG_FILE = "config.json"

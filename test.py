@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.errors import exit_on_bad_input
+from common.files import make_folder
 from config import class_names, parse_args
 from datasets.dataset_synapse import Synapse_dataset
 from flags import test_parser
@@ -36,7 +38,6 @@ from report.tables import (
     write_csv,
     write_json,
 )
-from safe_io import exit_on_bad_input, make_folder
 from scans.orientation import orientation_of, turned, turned_geometry
 from scans.volumes import Geometry, write_volume
 from utils import (

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from common.errors import InputError, exit_on_bad_input
+from common.files import atomic_path, write_json
 from config import class_names, parse_args
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.samples import SampleFacts
@@ -27,7 +29,6 @@ from run_folder import (
     only_writer,
     save_config,
 )
-from safe_io import InputError, atomic_path, exit_on_bad_input, write_json
 from trainer import freeze_unreached, trainer_synapse
 from training.data_check import Page, check_page
 from training.memory import GIB, estimate_training_memory, out_of_memory

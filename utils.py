@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from adapter_file import HEAD_ROWS, holds_every_weight, read_adapter, trained_classes
+from common.errors import InputError
 from config import base_checkpoint, class_names
 from datasets.registry import SYNAPSE
 from inference import predict_volume
@@ -27,7 +28,6 @@ from lora import LoRAModel
 from losses import DiceLoss, Focal_loss
 from metrics import calculate_metric_percase
 from run_folder import SCRATCH
-from safe_io import InputError
 from scans.volumes import Geometry, write_volume
 from segment_anything import sam_model_registry
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from safe_io import atomic_path, exit_on_bad_input
+from common.errors import exit_on_bad_input
+from common.files import atomic_path
 from utils import choose_device, environment
 
 from . import scaling

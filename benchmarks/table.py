@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safe_io import atomic_path
+from common.files import atomic_path
 
 from . import scaling
 

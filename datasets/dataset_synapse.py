@@ -19,15 +19,8 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from safe_io import (
-    InputError,
-    MissingFileError,
-    first_few,
-    load_arrays,
-    require_file,
-    require_folder,
-    safe_name,
-)
+from common.errors import InputError, MissingFileError, first_few
+from common.files import load_arrays, require_file, require_folder, safe_name
 
 from .augmentation import draw_augmentation, keyed_rng, prepare_batch
 from .registry import SYNAPSE

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from safe_io import InputError, warn
+from common.errors import InputError, warn
 
 WINDOW, PERCENTILES, RANGE = "window", "percentiles", "range"
 FAT = -50.0  # HU: in every scan something is darker, unless it is cropped to one organ

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from safe_io import InputError, first_few
+from common.errors import InputError, first_few
 
 from .intensity import CT, PERCENTILES, RANGE, WINDOW, Intensity
 from .intensity import MR as MR  # these are imported from here

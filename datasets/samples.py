@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from safe_io import InputError, first_few
+from common.errors import InputError, first_few
 
 from .registry import is_orientation
 

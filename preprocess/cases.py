@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import InputError, MissingFileError, first_few
 from datasets.registry import DatasetSpec, case_names, slice_name
-from safe_io import InputError, MissingFileError, first_few
 from scans.files import read_scan_header, stamp
 from scans.orientation import orientation_of, turned, turned_geometry
 from scans.volumes import Geometry

@@ -10,9 +10,10 @@ import h5py
 import numpy as np
 import torch
 
+from common.errors import InputError, first_few
+from common.files import atomic_path, write_json
 from datasets.registry import DatasetSpec, to_unit, with_channels
 from datasets.resampling import resize_images, resize_labels
-from safe_io import InputError, atomic_path, first_few, write_json
 from scans.files import read_scan
 from scans.orientation import orientation_of, turned
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from common.errors import InputError, first_few, warn
 from datasets.registry import (
     CT,
     MR,
@@ -24,7 +25,6 @@ from datasets.registry import (
     check_class_names,
     read_json,
 )
-from safe_io import InputError, first_few, warn
 from scans.files import ScanFile, read_scan
 from scans.orientation import CANONICAL
 from scans.pictures import read_index_picture, read_picture

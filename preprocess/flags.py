@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from common.errors import InputError
 from datasets.registry import DATASETS
-from safe_io import InputError
 
 from .descriptor import RULES
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common.errors import InputError, MissingFileError, first_few, warn
+from common.files import require_folder
 from datasets.registry import NUMBERED, DatasetSpec, are_slices, get_dataset
-from safe_io import InputError, MissingFileError, first_few, require_folder, warn
 from scans.files import ScanFile, find_scans, read_scan_header
 
 from .descriptor import DESCRIPTOR, choose_intensity, make_spec, read_descriptor, values_in_use

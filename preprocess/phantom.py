@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.errors import InputError, exit_on_bad_input
+from common.files import make_folder
 from datasets.phantom import make_phantom
-from safe_io import InputError, exit_on_bad_input, make_folder
 from scans.volumes import Geometry, write_volume
 
 NUMBERS = (*range(1, 11), *range(21, 41))  # BTCV's cases, so that the published split applies

@@ -23,17 +23,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from datasets.registry import SPEC_FILE, SUMMARY_FILE, DatasetSpec
-from safe_io import (
+from common.errors import (
     EXIT_BAD_INPUT,
     EXIT_KEYBOARD,
     InputError,
     exit_on_bad_input,
     first_few,
-    make_folder,
     warn,
-    write_json,
 )
+from common.files import make_folder, write_json
+from datasets.registry import SPEC_FILE, SUMMARY_FILE, DatasetSpec
 from scans.orientation import orientation_of
 from scans.volumes import Geometry
 

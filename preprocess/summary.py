@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.errors import first_few, warn
+from common.files import atomic_path, write_json
 from datasets.registry import SUMMARY_FILE, WINDOW, DatasetSpec
-from safe_io import atomic_path, first_few, warn, write_json
 
 from .cases import LISTS, TEST, TRAIN, Job
 

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.errors import exit_on_bad_input
 from report.page import write_page
 from report.tables import read_json
-from safe_io import exit_on_bad_input
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap
 
+from common.errors import InputError
 from metrics import ABSENT, FALSE_ORGAN, MISSED, mean
 from report.tables import (
     COLUMNS,
@@ -19,7 +20,6 @@ from report.tables import (
     outcome_counts,
     total_means,
 )
-from safe_io import InputError
 
 FEWEST_GROUPS = 5  # scans for a confidence interval to mean anything
 COMPARED = ("dsc", "nsd", "hd95_mm", "hd95_voxels", *SAMED)

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
+from common.files import atomic_path
 from datasets.registry import label_colours
 from report.charts import add_legend, draw_scores, render
 from report.tables import CaseResult, case_means
-from safe_io import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,6 +11,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
+from common.errors import InputError
+from common.files import atomic_path
 from datasets.registry import label_colours
 from report.charts import as_data, draw_boxes, draw_differences
 from report.compare import FEWEST_GROUPS, compare, overview
@@ -28,7 +30,6 @@ from report.tables import (
     outcome_counts,
     total_means,
 )
-from safe_io import InputError, atomic_path
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_SLICES = 12  # of the worst ones shown

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import InputError
+from common.files import atomic_path, require_file, safe_name
+from common.files import write_json as write_json_file
 from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, NSD_TOLERANCE, ClassScore, mean
-from safe_io import InputError, atomic_path, require_file, safe_name
-from safe_io import write_json as write_json_file
 
 SCORES = tuple(field.name for field in fields(ClassScore) if field.name != "outcome")
 FACTS = ("slices", "spacing", "sides", "group")  # of a case

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from safe_io import InputError, first_few
+from common.errors import InputError, first_few
 from scans.volumes import (
     Geometry,
     accessible,

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from safe_io import InputError, MissingFileError, first_few, safe_name, warn
+from common.errors import InputError, MissingFileError, first_few, warn
+from common.files import safe_name
 from scans.dicom import holds_dicom, read_dicom, read_dicom_header
 from scans.pictures import opened_picture, read_picture
 from scans.volumes import Geometry, accessible, known_name, read_header, read_volume

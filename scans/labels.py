@@ -14,8 +14,9 @@ import numpy as np
 from nibabel import Nifti1Header
 from PIL import Image
 
+from common.errors import InputError
+from common.files import atomic_path
 from datasets.registry import DatasetSpec, label_colours
-from safe_io import InputError, atomic_path
 from scans.files import DICOM, ScanFile
 from scans.volumes import Geometry, read_header, unpacked, write_volume
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from safe_io import InputError, require_file
+from common.errors import InputError
+from common.files import require_file
 from scans.volumes import accessible
 
 

@@ -20,7 +20,8 @@ from typing import IO
 import numpy as np
 import SimpleITK as sitk
 
-from safe_io import InputError, atomic_path, require_file
+from common.errors import InputError
+from common.files import atomic_path, require_file
 
 SPACING_TOLERANCE = 1e-3  # relative
 ORIGIN_TOLERANCE = 1e-2  # mm

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from safe_io import InputError, MissingFileError, first_few, load_tensors
+from common.errors import InputError, MissingFileError, first_few
+from common.files import load_tensors
 
 from .modeling import ImageEncoderViT, Sam
 

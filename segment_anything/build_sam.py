@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from safe_io import InputError
+from common.errors import InputError
 
 from .base_weights import PublicWeights, fill_base_weights, read_base_weights
 from .modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer

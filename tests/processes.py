@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import train
+from common.errors import exit_on_bad_input
 from interruption import Interruption
-from safe_io import exit_on_bad_input
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # the server of forks starts no thread of PyTorch's, so that its forks can

@@ -14,6 +14,8 @@ from PIL import Image
 from test_own_data import NNUNET, cases_of, run_prepare, scan, write_set
 from test_scans import placed, write_dicom
 
+from common.errors import InputError
+from common.files import load_arrays
 from config import dataset_spec, parse_args
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.registry import (
@@ -28,7 +30,6 @@ from datasets.registry import (
     stored_spec,
 )
 from flags import test_parser as evaluation_parser
-from safe_io import InputError, load_arrays
 from scans.orientation import turned, turned_geometry
 from scans.volumes import write_volume
 

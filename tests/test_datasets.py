@@ -12,12 +12,12 @@ import torch
 from conftest import write_slices
 from scipy import ndimage
 
+from common.errors import InputError
 from datasets.augmentation import Augmentation, draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import PUBLISHED_LISTS, RandomGenerator, Synapse_dataset, read_list
 from datasets.registry import SYNAPSE, label_colours
 from datasets.resampling import resize_images, resize_labels
 from ranks import Ranks
-from safe_io import InputError
 from training.batches import EpochBatches, collate_slices
 
 SIZES = [

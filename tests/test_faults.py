@@ -19,13 +19,13 @@ import torch
 from conftest import write_slices
 from test_resume import assert_equal_runs, flags_of, folder_of, wait_for_step
 
-import safe_io
+import common.files
 import train
 import trainer
+from common.errors import InputError
 from flags import train_parser
 from interruption import EXIT_INTERRUPTED
 from losses import SegmentationLoss
-from safe_io import InputError
 from training import state as training_state
 from training.memory import out_of_memory
 from training.state import newest_state, saved_states
@@ -112,11 +112,11 @@ def test_whatever_the_disk_says_the_state_before_is_intact(
     folder = folder_of(tmp_path)
     before = {path: path.read_bytes() for path in saved_states(folder)}
 
-    def refuse(file: safe_io._HashingFile, data: bytes) -> int:
+    def refuse(file: common.files._HashingFile, data: bytes) -> int:
         file.error = OSError(number, os.strerror(number))
         raise file.error
 
-    monkeypatch.setattr(safe_io._HashingFile, "write", refuse)
+    monkeypatch.setattr(common.files._HashingFile, "write", refuse)
     with pytest.raises(InputError, match=os.strerror(number)) as caught:
         train.main(["--resume", str(folder), "--max_iterations", "9"])
     assert "cannot write" in str(caught.value)
@@ -240,7 +240,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     lines = (folder_of(tmp_path / "skips") / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "lr" in record]
     assert [record["step"] for record in records if "skipped" in record] == [3]
-    adapter = safe_io.load_tensors(folder_of(tmp_path / "skips") / "epoch_1.pth")
+    adapter = common.files.load_tensors(folder_of(tmp_path / "skips") / "epoch_1.pth")
     assert all(value.isfinite().all() for value in adapter.values() if torch.is_tensor(value))
 
 

@@ -14,7 +14,7 @@ import pytest
 import SimpleITK as sitk
 from test_scans import placed, volume, write_dicom
 
-from safe_io import InputError
+from common.errors import InputError
 from scans.files import DICOM, ScanFile, find_scans, read_scan, read_scan_header, stamp
 from scans.volumes import read_volume, write_volume
 

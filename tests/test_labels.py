@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 from test_scans import placed, volume
 
-from safe_io import InputError
+from common.errors import InputError
 from scans.files import ScanFile, scan_file, suffix_of
 from scans.labels import write_like
 from scans.volumes import Geometry, read_header, read_volume, write_volume

@@ -19,11 +19,12 @@ from test_scans import placed, write_dicom
 import predict
 import test as test_program
 import train
+from common.errors import exit_on_bad_input
+from common.files import load_arrays
 from datasets.registry import MR, PERCENTILES, PICTURE, RANGE, WINDOW, stored_spec
 from preprocess.prepare import main as prepare
 from report import __main__ as report
 from report.tables import read_json
-from safe_io import exit_on_bad_input, load_arrays
 from scans.orientation import orientation_of, turned
 from scans.volumes import Geometry, read_volume, write_volume
 

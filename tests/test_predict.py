@@ -22,9 +22,9 @@ from test_scans import placed, write_dicom
 from torch import nn
 
 import predict
+from common.errors import exit_on_bad_input
 from datasets.registry import MR, PICTURE, RANGE, WINDOW, DatasetSpec, Intensity
 from inference import predict_volume
-from safe_io import exit_on_bad_input
 from scans.volumes import Geometry, read_volume, write_volume
 
 SPEC = DatasetSpec(

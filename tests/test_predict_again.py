@@ -19,7 +19,8 @@ from test_predict import SPEC, Bands, make_adapter, marked, run
 from test_scans import placed, write_dicom
 
 import predict
-from safe_io import EXIT_KEYBOARD, partial_name
+from common.errors import EXIT_KEYBOARD
+from common.files import partial_name
 from scans.volumes import Geometry, read_volume, write_volume
 
 

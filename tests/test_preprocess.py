@@ -18,12 +18,12 @@ import pytest
 from scipy import ndimage
 from test_volumes import OBLIQUE, cut, junk, write_image
 
+from common.files import load_arrays
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.registry import SPEC_FILE, SYNAPSE, case_names, stored_spec
 from preprocess.cases import Split, choose_roles
 from preprocess.layouts import RawCase, RawData
 from preprocess.prepare import main
-from safe_io import load_arrays
 from scans.files import ScanFile
 from scans.orientation import orientation_of
 from scans.volumes import Geometry, read_volume, write_volume

@@ -19,9 +19,9 @@ from test_predict import SPEC, make_adapter, marked
 from test_resume import step_of, wait_for_step
 from test_scans import placed
 
+from common.files import load_tensors
 from interruption import EXIT_INTERRUPTED
 from losses import SegmentationLoss
-from safe_io import load_tensors
 from scans.volumes import write_volume
 from trainer import freeze_unreached, make_optimizer, training_step
 

@@ -17,8 +17,9 @@ import torch
 from conftest import TINY_FLAGS, tiny_sam, write_slices
 
 import train
+from common.errors import InputError
+from common.files import sha256_of
 from interruption import EXIT_INTERRUPTED, ONE_REQUEST
-from safe_io import InputError, sha256_of
 from training.state import STATES, newest_state, saved_states
 
 FLAGS = [

@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from PIL import ExifTags, Image
 from scipy.spatial.transform import Rotation
 
-from safe_io import InputError, MissingFileError
+from common.errors import InputError, MissingFileError
 from scans.files import ScanFile, find_scans, of_channel, read_scan, read_scan_header
 from scans.orientation import OPPOSITE, orientation_of, turned, turned_geometry
 from scans.pictures import read_index_picture, read_picture

@@ -12,8 +12,8 @@ from conftest import randomise_updates, tiny_model, tiny_sam
 from golden_rule import MODULES
 
 from benchmarks.plain import PlainAttention, plain_copy
+from common.errors import InputError, MissingFileError
 from packing import can_pack, pack_encoder
-from safe_io import InputError, MissingFileError
 from segment_anything import ENCODERS, Sam, SamPredictor, sam_model_registry
 from segment_anything.modeling import relative_attention
 from segment_anything.modeling.relative_attention import (

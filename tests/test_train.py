@@ -15,11 +15,11 @@ from conftest import TINY_FLAGS, write_slices
 
 import train
 from adapter_file import read_adapter
+from common.errors import InputError
 from config import parse_args
 from flags import test_parser as parser_of_test
 from flags import train_parser
 from run_folder import CONTENT
-from safe_io import InputError
 from utils import build_model, environment
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -16,11 +16,11 @@ from test_datasets import write_volume_h5
 import train
 import trainer
 from adapter_file import read_adapter
+from common.errors import InputError
 from datasets.dataset_synapse import Synapse_dataset
 from inference import predict_volume
 from lora import LoRAModel
 from metrics import score_volume
-from safe_io import InputError
 from segment_anything.modeling.relative_attention import folded_attention
 from training.memory import GIB, estimate_training_memory, kept_for_gradient
 from training.validation import Validation, case_of, hold_out, validate

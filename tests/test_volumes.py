@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from safe_io import InputError, MissingFileError
+from common.errors import InputError, MissingFileError
 from scans.volumes import Geometry, read_header, read_volume, write_volume
 
 

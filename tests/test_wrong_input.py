@@ -171,7 +171,7 @@ def test_damaged_files_end_no_program_badly(folder: Path, name: str):
 def test_damaged_bytes_never_escape_the_readers(
     good: Path, tmp_path_factory: pytest.TempPathFactory, name: str, keep: float, flips: list
 ):
-    from safe_io import InputError
+    from common.errors import InputError
 
     path = tmp_path_factory.getbasetemp() / f"fuzz-{Path(name).name}"
     path.write_bytes(spoilt((good / name).read_bytes(), keep, flips))

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.errors import InputError
 from datasets.augmentation import Augmentation, draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
 from interruption import ignore_in_worker
 from ranks import ALONE, Ranks
-from safe_io import InputError
 
 
 class EpochBatches(Sampler[list[int]]):

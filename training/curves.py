@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from common.files import atomic_path
 from datasets.registry import label_colours
-from safe_io import atomic_path
 from training.run_log import METRICS
 
 PICTURE = "curves.png"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.errors import first_few
 from datasets.samples import SampleFacts
-from safe_io import first_few
 from training.validation import case_of, mistaken_slices
 
 SHOWN_SHAPES = 6

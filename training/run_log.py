@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.errors import EXIT_BAD_INPUT, InputError, cannot_write
 from datasets.registry import label_colours
-from safe_io import EXIT_BAD_INPUT, InputError, cannot_write
 from training.tensorboard import Events
 
 METRICS = "metrics.jsonl"

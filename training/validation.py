@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.errors import InputError
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.registry import NUMBERED, are_slices
 from inference import predict_volume
 from metrics import confusion, mean
 from ranks import ALONE, Ranks
-from safe_io import InputError
 from training.run_log import RunLog
 from training.state import Progress
 

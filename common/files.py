@@ -7,12 +7,10 @@ command-line programs print before they exit with code 2.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import pickle
-import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,56 +19,14 @@ import numpy as np
 import safetensors
 import torch
 
-EXIT_BAD_INPUT = 2
-EXIT_KEYBOARD = 130  # as shells report Ctrl-C
-NOTES = "SAMED_NOTES"  # environment: the folder where the processes of one launch leave word
-NO_PLACE = {errno.EISDIR, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY}
-NOT_WRITABLE = NO_PLACE | {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full, or a limit is reached
-    *(errno.EROFS, errno.EACCES, errno.EPERM),  # not allowed
-}
-
-
-class InputError(ValueError):
-    """The user's input is wrong; the message says what, where, what was expected, what to do."""
-
-
-class MissingFileError(InputError, FileNotFoundError):
-    """A file or folder that the user named does not exist."""
-
-
-@contextlib.contextmanager
-def exit_on_bad_input() -> Iterator[None]:
-    """Turn an `InputError` into one line on stderr and exit code 2; a bug keeps its traceback.
-
-    A file or folder that the system does not let us use is the user's to mend as well.
-    """
-    try:
-        yield
-    except InputError as error:
-        _say_once(f"error: {error}")
-        raise SystemExit(EXIT_BAD_INPUT) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        raise SystemExit(EXIT_KEYBOARD) from None
-    except OSError as error:
-        if error.errno not in NOT_WRITABLE or error.filename is None:
-            raise
-        _say_once(
-            f"error: {error.filename} cannot be used ({error.strerror}); give the right to read "
-            "and write there, make room, or choose another path"
-        )
-        raise SystemExit(EXIT_BAD_INPUT) from None
-
-
-def _say_once(text: str) -> None:
-    """Print a line on stderr, unless another process of the same launch has said just that."""
-    if folder := os.environ.get(NOTES):
-        try:
-            (Path(folder) / hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
-        except FileExistsError:
-            return
-    print(text, file=sys.stderr)
+from common.errors import (
+    NOT_WRITABLE,
+    InputError,
+    MissingFileError,
+    cannot_make,
+    cannot_write,
+    first_line,
+)
 
 
 @contextlib.contextmanager
@@ -118,11 +74,6 @@ def make_folder(path: str | Path, *, flag: str, exist_ok: bool = True) -> Path:
     return Path(path)
 
 
-def cannot_make(folder: str | Path, error: OSError, *, flag: str) -> InputError:
-    """What to say of a folder that cannot be made."""
-    return InputError(f"cannot make the folder {folder} ({error.strerror}); pass another {flag}")
-
-
 def safe_name(name: str, *, source: str | Path) -> str:
     """Return `name` if it is one plain path component, else refuse it (`../`, `/`, empty)."""
     if not name or name in (".", "..") or "\\" in name or PurePosixPath(name).name != name:
@@ -150,7 +101,7 @@ def load_tensors(path: str | Path) -> Any:
         ) from None
     except Exception as error:  # on damaged bytes the parser raises nearly anything
         raise InputError(
-            f"{path} is not a readable PyTorch checkpoint ({_first_line(error)}); "
+            f"{path} is not a readable PyTorch checkpoint ({first_line(error)}); "
             "it may be truncated: fetch or save it again"
         ) from None
 
@@ -168,7 +119,7 @@ def load_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # on damaged bytes the parser raises nearly anything
         raise InputError(
-            f"{path} is not a readable safetensors file ({_first_line(error)}); it may be "
+            f"{path} is not a readable safetensors file ({first_line(error)}); it may be "
             "truncated: fetch or convert it again"
         ) from None
 
@@ -240,16 +191,6 @@ def save_tensors(
             temporary.unlink()
 
 
-def cannot_write(path: Path, error: OSError) -> InputError:
-    """What to say when the disk is full, the folder read-only, or the path taken."""
-    if error.errno in NO_PLACE:
-        return InputError(f"cannot write {path} ({error.strerror}); choose another path")
-    return InputError(
-        f"cannot write {path} ({error.strerror}); make room or give the right to write there, and "
-        "start again: what was saved before is intact"
-    )
-
-
 def partial_name(path: Path) -> Path:
     """The name that a file has until it is whole; it keeps the suffixes, writers look at them."""
     return path.with_name(f".{os.getpid()}.partial.{path.name}")
@@ -291,7 +232,7 @@ def load_arrays(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray
             if isinstance(error, SystemError) and again:
                 continue  # CPython's parser, before 3.11.9, when threads read headers at once
             raise InputError(
-                f"{path} is not a readable npz file ({_first_line(error)}); run preprocess again"
+                f"{path} is not a readable npz file ({first_line(error)}); run preprocess again"
             ) from None
     raise AssertionError("the second attempt returns or raises")
 
@@ -301,23 +242,3 @@ def write_json(path: Path, content: object) -> None:
     text = json.dumps(content, indent=2, allow_nan=False, default=str)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def warn(message: str) -> None:
-    """Print one line of warning on stderr."""
-    _say_once(f"warning: {message}")
-
-
-def first_few(names: list[Any], count: int = 5) -> str:
-    """`a, b, c, d, e and 7 more`: the names of an error message."""
-    shown = ", ".join(str(name) for name in names[:count])
-    return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return (
-        f"{type(error).__name__}: {text.splitlines()[0].split('. ')[0][:160]}"
-        if text
-        else type(error).__name__
-    )

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from adapter_file import read_adapter
+from common.errors import InputError, exit_on_bad_input
+from common.files import atomic_path, load_arrays, safe_name
 from datasets.dataset_synapse import Synapse_dataset
-from safe_io import InputError, atomic_path, exit_on_bad_input, load_arrays, safe_name
 
 ROUNDS = 150
 

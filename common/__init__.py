@@ -1,0 +1,1 @@
+"""Errors of the user's input; reading safely and writing whole."""

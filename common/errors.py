@@ -1,0 +1,106 @@
+"""Errors of the user's input: one sentence, an exit code, a warning."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+EXIT_BAD_INPUT = 2
+
+
+EXIT_KEYBOARD = 130  # as shells report Ctrl-C
+
+
+NOTES = "SAMED_NOTES"  # environment: the folder where the processes of one launch leave word
+
+
+NO_PLACE = {errno.EISDIR, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY}
+
+
+NOT_WRITABLE = NO_PLACE | {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full, or a limit is reached
+    *(errno.EROFS, errno.EACCES, errno.EPERM),  # not allowed
+}
+
+
+class InputError(ValueError):
+    """The user's input is wrong; the message says what, where, what was expected, what to do."""
+
+
+class MissingFileError(InputError, FileNotFoundError):
+    """A file or folder that the user named does not exist."""
+
+
+@contextlib.contextmanager
+def exit_on_bad_input() -> Iterator[None]:
+    """Turn an `InputError` into one line on stderr and exit code 2; a bug keeps its traceback.
+
+    A file or folder that the system does not let us use is the user's to mend as well.
+    """
+    try:
+        yield
+    except InputError as error:
+        _say_once(f"error: {error}")
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(EXIT_KEYBOARD) from None
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE or error.filename is None:
+            raise
+        _say_once(
+            f"error: {error.filename} cannot be used ({error.strerror}); give the right to read "
+            "and write there, make room, or choose another path"
+        )
+        raise SystemExit(EXIT_BAD_INPUT) from None
+
+
+def _say_once(text: str) -> None:
+    """Print a line on stderr, unless another process of the same launch has said just that."""
+    if folder := os.environ.get(NOTES):
+        try:
+            (Path(folder) / hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
+        except FileExistsError:
+            return
+    print(text, file=sys.stderr)
+
+
+def cannot_make(folder: str | Path, error: OSError, *, flag: str) -> InputError:
+    """What to say of a folder that cannot be made."""
+    return InputError(f"cannot make the folder {folder} ({error.strerror}); pass another {flag}")
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """What to say when the disk is full, the folder read-only, or the path taken."""
+    if error.errno in NO_PLACE:
+        return InputError(f"cannot write {path} ({error.strerror}); choose another path")
+    return InputError(
+        f"cannot write {path} ({error.strerror}); make room or give the right to write there, and "
+        "start again: what was saved before is intact"
+    )
+
+
+def warn(message: str) -> None:
+    """Print one line of warning on stderr."""
+    _say_once(f"warning: {message}")
+
+
+def first_few(names: list[Any], count: int = 5) -> str:
+    """`a, b, c, d, e and 7 more`: the names of an error message."""
+    shown = ", ".join(str(name) for name in names[:count])
+    return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return (
+        f"{type(error).__name__}: {text.splitlines()[0].split('. ')[0][:160]}"
+        if text
+        else type(error).__name__
+    )

@@ -20,6 +20,8 @@ from common.errors import EXIT_BAD_INPUT, EXIT_KEYBOARD, InputError, exit_on_bad
 from common.files import make_folder
 from config import dataset_spec, parse_args
 from datasets.registry import DatasetSpec
+from distributed.launch import launch, processes_here
+from distributed.ranks import Ranks, joined, local_device
 from flags import predict_parser
 from inference import predict_volume
 from packing import pack_encoder
@@ -34,7 +36,6 @@ from predictions import (
     write_case,
     write_summary,
 )
-from ranks import Ranks, joined, launch, local_device, processes_here
 from scans.files import DICOM, ScanFile, find_scans, of_channel
 from utils import allow_tf32, amp_dtype, build_model, choose_device, seed_everything, start_logging
 

@@ -21,11 +21,12 @@ from common.errors import exit_on_bad_input
 from common.files import make_folder
 from config import class_names, parse_args
 from datasets.dataset_synapse import Synapse_dataset
+from distributed.launch import launch, processes_here
+from distributed.ranks import Ranks, joined, local_device
 from flags import test_parser
 from inference import predict_volume
 from metrics import compare_volume
 from packing import pack_encoder
-from ranks import Ranks, joined, launch, local_device, processes_here
 from report.figures import CasePanel, case_panel, save_row, shown_slice, worst_slices, write_pages
 from report.groups import with_groups
 from report.page import write_page

@@ -16,9 +16,10 @@ from common.files import atomic_path, write_json
 from config import class_names, parse_args
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.samples import SampleFacts
+from distributed.launch import launch, processes_here, was_restarted
+from distributed.ranks import Ranks, joined, local_device
 from flags import train_parser
 from lora import LoRAModel
-from ranks import Ranks, joined, launch, local_device, processes_here, was_restarted
 from run_folder import (
     AUTO,
     SCRATCH,

@@ -17,9 +17,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config import class_names, complete
 from datasets.dataset_synapse import Synapse_dataset
-from interruption import Interruption
+from distributed.ranks import ALONE, Ranks, under_torchrun
+from distributed.signals import Interruption
 from losses import SegmentationLoss
-from ranks import ALONE, Ranks, under_torchrun
 from training.batches import augmented_batch, make_loader, read_batches, watched_workers
 from training.curves import draw_curves
 from training.run_log import RunLog

@@ -8,8 +8,8 @@ import statistics
 import torch
 
 from config import complete
+from distributed.ranks import ALONE
 from losses import SegmentationLoss
-from ranks import ALONE
 from trainer import freeze_unreached, make_optimizer, training_step
 from training.run_log import RunLog
 from training.state import Checkpoint, Progress, newest_state

@@ -17,7 +17,7 @@ import torch
 
 import train
 from common.errors import exit_on_bad_input
-from interruption import Interruption
+from distributed.signals import Interruption
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # the server of forks starts no thread of PyTorch's, so that its forks can

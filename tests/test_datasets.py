@@ -17,7 +17,7 @@ from datasets.augmentation import Augmentation, draw_augmentation, keyed_rng, pr
 from datasets.dataset_synapse import PUBLISHED_LISTS, RandomGenerator, Synapse_dataset, read_list
 from datasets.registry import SYNAPSE, label_colours
 from datasets.resampling import resize_images, resize_labels
-from ranks import Ranks
+from distributed.ranks import Ranks
 from training.batches import EpochBatches, collate_slices
 
 SIZES = [

@@ -20,7 +20,7 @@ from test_resume import step_of, wait_for_step
 from test_scans import placed
 
 from common.files import load_tensors
-from interruption import EXIT_INTERRUPTED
+from distributed.signals import EXIT_INTERRUPTED
 from losses import SegmentationLoss
 from scans.volumes import write_volume
 from trainer import freeze_unreached, make_optimizer, training_step

@@ -19,7 +19,7 @@ from conftest import TINY_FLAGS, tiny_sam, write_slices
 import train
 from common.errors import InputError
 from common.files import sha256_of
-from interruption import EXIT_INTERRUPTED, ONE_REQUEST
+from distributed.signals import EXIT_INTERRUPTED, ONE_REQUEST
 from training.state import STATES, newest_state, saved_states
 
 FLAGS = [

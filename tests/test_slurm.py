@@ -14,7 +14,7 @@ import pytest
 from conftest import TINY_FLAGS, write_slices
 from test_resume import folder_of, step_of, wait_for_step
 
-from interruption import EXIT_INTERRUPTED
+from distributed.signals import EXIT_INTERRUPTED
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SLURM runs on Linux")

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.errors import InputError
 from datasets.augmentation import Augmentation, draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
-from interruption import ignore_in_worker
-from ranks import ALONE, Ranks
+from distributed.ranks import ALONE, Ranks
+from distributed.signals import ignore_in_worker
 
 
 class EpochBatches(Sampler[list[int]]):

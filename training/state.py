@@ -23,9 +23,9 @@ from torch import nn
 from common.errors import EXIT_BAD_INPUT, InputError
 from common.files import load_tensors, remove_partials, save_tensors, sha256_of
 from config import adapter_settings
-from interruption import EXIT_INTERRUPTED, Interruption
+from distributed.ranks import SAVED, Ranks, note_for_launcher
+from distributed.signals import EXIT_INTERRUPTED, Interruption
 from lora import LoRAModel
-from ranks import SAVED, Ranks, note_for_launcher
 from training.run_log import RunLog
 
 GO_ON, SAVE, STOP = range(3)  # what a rank may wish after a step; the largest wish counts

@@ -1,0 +1,1 @@
+"""Several processes as one, and the signals that ask them to stop."""

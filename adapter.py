@@ -12,7 +12,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from adapter_file import (
+from common.errors import InputError, exit_on_bad_input
+from common.files import atomic_path, save_tensors, sha256_of
+from config import parse_args
+from flags import add_dataset_flag, add_network_flags
+from lora.adapter_file import (
     SAFETENSORS,
     SETTINGS_KEY,
     holds_every_weight,
@@ -21,10 +25,6 @@ from adapter_file import (
     trained_classes,
     variant_of,
 )
-from common.errors import InputError, exit_on_bad_input
-from common.files import atomic_path, save_tensors, sha256_of
-from config import parse_args
-from flags import add_dataset_flag, add_network_flags
 from utils import build_model
 
 SUFFIXES = (".pth", SAFETENSORS)

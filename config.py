@@ -12,11 +12,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from adapter_file import holds_every_weight, read_adapter
 from common.errors import InputError
 from common.files import require_file
 from datasets.registry import SYNAPSE, DatasetSpec, get_dataset, spec_from_json, stored_spec
 from flags import train_parser
+from lora.adapter_file import holds_every_weight, read_adapter
 from run_folder import AUTO, CONFIG_FILE, SCRATCH, newest_adapter, read_config_file
 from segment_anything import ENCODERS
 

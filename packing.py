@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lora import LoRALinear, LoRAModel
+from lora import LoRAModel
+from lora.layers import LoRALinear
 from segment_anything.modeling.common import MLPBlock
 
 

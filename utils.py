@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from adapter_file import HEAD_ROWS, holds_every_weight, read_adapter, trained_classes
 from common.errors import InputError
 from config import base_checkpoint, class_names
 from datasets.registry import SYNAPSE
 from inference import predict_volume
 from lora import LoRAModel
+from lora.adapter_file import HEAD_ROWS, holds_every_weight, read_adapter, trained_classes
 from losses import DiceLoss, Focal_loss
 from metrics import calculate_metric_percase
 from run_folder import SCRATCH

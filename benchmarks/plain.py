@@ -20,7 +20,8 @@ from scipy import ndimage
 from torch import nn
 
 from datasets.augmentation import Augmentation
-from lora import LoRALinear, LoRAModel
+from lora import LoRAModel
+from lora.layers import LoRALinear
 from losses import SegmentationLoss
 from segment_anything.modeling import relative_attention, transformer
 

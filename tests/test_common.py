@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from adapter_file import read_adapter
 from common.errors import InputError, exit_on_bad_input
 from common.files import atomic_path, load_arrays, safe_name
 from datasets.dataset_synapse import Synapse_dataset
+from lora.adapter_file import read_adapter
 
 ROUNDS = 150
 

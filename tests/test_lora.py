@@ -10,7 +10,7 @@ from torch import nn
 import sam_lora_image_encoder
 import sam_lora_image_encoder_mask_decoder
 from common.errors import InputError
-from lora import LoRALinear
+from lora.layers import LoRALinear
 
 VARIANTS = [sam_lora_image_encoder, sam_lora_image_encoder_mask_decoder]
 

@@ -14,7 +14,7 @@ from conftest import tiny_sam, write_slices
 from test_datasets import write_volume_h5
 
 import utils
-from adapter_file import read_adapter
+from lora.adapter_file import read_adapter
 from metrics import FALSE_ORGAN, score_volume
 
 SCRIPTS = Path(__file__).parent / "older_scripts"

@@ -14,11 +14,11 @@ import torch
 from conftest import TINY_FLAGS, write_slices
 
 import train
-from adapter_file import read_adapter
 from common.errors import InputError
 from config import parse_args
 from flags import test_parser as parser_of_test
 from flags import train_parser
+from lora.adapter_file import read_adapter
 from run_folder import CONTENT
 from utils import build_model, environment
 

@@ -15,11 +15,11 @@ from test_datasets import write_volume_h5
 
 import train
 import trainer
-from adapter_file import read_adapter
 from common.errors import InputError
 from datasets.dataset_synapse import Synapse_dataset
 from inference import predict_volume
 from lora import LoRAModel
+from lora.adapter_file import read_adapter
 from metrics import score_volume
 from segment_anything.modeling.relative_attention import folded_attention
 from training.memory import GIB, estimate_training_memory, kept_for_gradient

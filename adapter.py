@@ -14,8 +14,8 @@ import torch
 
 from common.errors import InputError, exit_on_bad_input
 from common.files import atomic_path, save_tensors, sha256_of
-from config import parse_args
-from flags import add_dataset_flag, add_network_flags
+from config.flags import add_dataset_flag, add_network_flags
+from config.settings import parse_args
 from lora.adapter_file import (
     SAFETENSORS,
     SETTINGS_KEY,

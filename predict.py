@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from common.errors import EXIT_BAD_INPUT, EXIT_KEYBOARD, InputError, exit_on_bad_input, first_few
 from common.files import make_folder
-from config import dataset_spec, parse_args
+from config.flags import predict_parser
+from config.settings import dataset_spec, parse_args
 from datasets.registry import DatasetSpec
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
-from flags import predict_parser
 from inference import predict_volume
 from packing import pack_encoder
 from predictions import (

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from common.errors import exit_on_bad_input
 from common.files import make_folder
-from config import class_names, parse_args
+from config.flags import test_parser
+from config.settings import class_names, parse_args
 from datasets.dataset_synapse import Synapse_dataset
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
-from flags import test_parser
 from inference import predict_volume
 from metrics import compare_volume
 from packing import pack_encoder

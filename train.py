@@ -13,14 +13,8 @@ import torch
 
 from common.errors import InputError, exit_on_bad_input
 from common.files import atomic_path, write_json
-from config import class_names, parse_args
-from datasets.dataset_synapse import Synapse_dataset
-from datasets.samples import SampleFacts
-from distributed.launch import launch, processes_here, was_restarted
-from distributed.ranks import Ranks, joined, local_device
-from flags import train_parser
-from lora import LoRAModel
-from run_folder import (
+from config.flags import train_parser
+from config.run_folder import (
     AUTO,
     SCRATCH,
     find_run,
@@ -30,6 +24,12 @@ from run_folder import (
     only_writer,
     save_config,
 )
+from config.settings import class_names, parse_args
+from datasets.dataset_synapse import Synapse_dataset
+from datasets.samples import SampleFacts
+from distributed.launch import launch, processes_here, was_restarted
+from distributed.ranks import Ranks, joined, local_device
+from lora import LoRAModel
 from trainer import freeze_unreached, trainer_synapse
 from training.data_check import Page, check_page
 from training.memory import GIB, estimate_training_memory, out_of_memory

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from config import class_names, complete
+from config.settings import class_names, complete
 from datasets.dataset_synapse import Synapse_dataset
 from distributed.ranks import ALONE, Ranks, under_torchrun
 from distributed.signals import Interruption

@@ -20,14 +20,14 @@ import torch
 from torch import nn
 
 from common.errors import InputError
-from config import base_checkpoint, class_names
+from config.run_folder import SCRATCH
+from config.settings import base_checkpoint, class_names
 from datasets.registry import SYNAPSE
 from inference import predict_volume
 from lora import LoRAModel
 from lora.adapter_file import HEAD_ROWS, holds_every_weight, read_adapter, trained_classes
 from losses import DiceLoss, Focal_loss
 from metrics import calculate_metric_percase
-from run_folder import SCRATCH
 from scans.volumes import Geometry, write_volume
 from segment_anything import sam_model_registry
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import complete
+from config.settings import complete
 from datasets.dataset_synapse import Synapse_dataset
 from losses import SegmentationLoss
 from trainer import freeze_unreached, make_optimizer, training_step

@@ -7,7 +7,7 @@ import statistics
 
 import torch
 
-from config import complete
+from config.settings import complete
 from distributed.ranks import ALONE
 from losses import SegmentationLoss
 from trainer import freeze_unreached, make_optimizer, training_step

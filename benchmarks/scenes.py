@@ -15,10 +15,10 @@ import torch
 from scipy import ndimage
 from torch import nn
 
+from config.flags import test_parser
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.phantom import make_phantom
 from datasets.registry import SYNAPSE
-from flags import test_parser
 from lora import LoRAModel
 from sam_lora_image_encoder import LoRA_Sam
 from segment_anything import sam_model_registry

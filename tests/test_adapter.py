@@ -14,9 +14,9 @@ import sam_lora_image_encoder
 import sam_lora_image_encoder_mask_decoder
 import train
 from common.errors import InputError
-from config import parse_args
+from config.flags import train_parser
+from config.settings import parse_args
 from datasets.registry import SYNAPSE
-from flags import train_parser
 from lora import LoRAModel
 from lora.adapter_file import read_adapter
 from segment_anything import sam_model_registry

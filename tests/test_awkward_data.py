@@ -16,7 +16,8 @@ from test_scans import placed, write_dicom
 
 from common.errors import InputError
 from common.files import load_arrays
-from config import dataset_spec, parse_args
+from config.flags import test_parser as evaluation_parser
+from config.settings import dataset_spec, parse_args
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.registry import (
     CT,
@@ -29,7 +30,6 @@ from datasets.registry import (
     spec_from_json,
     stored_spec,
 )
-from flags import test_parser as evaluation_parser
 from scans.orientation import turned, turned_geometry
 from scans.volumes import write_volume
 

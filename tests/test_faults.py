@@ -23,8 +23,8 @@ import common.files
 import train
 import trainer
 from common.errors import InputError
+from config.flags import train_parser
 from distributed.signals import EXIT_INTERRUPTED
-from flags import train_parser
 from losses import SegmentationLoss
 from training import state as training_state
 from training.memory import out_of_memory

@@ -15,11 +15,11 @@ from conftest import TINY_FLAGS, write_slices
 
 import train
 from common.errors import InputError
-from config import parse_args
-from flags import test_parser as parser_of_test
-from flags import train_parser
+from config.flags import test_parser as parser_of_test
+from config.flags import train_parser
+from config.run_folder import CONTENT
+from config.settings import parse_args
 from lora.adapter_file import read_adapter
-from run_folder import CONTENT
 from utils import build_model, environment
 
 REPOSITORY = Path(__file__).resolve().parent.parent

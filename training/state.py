@@ -22,7 +22,7 @@ from torch import nn
 
 from common.errors import EXIT_BAD_INPUT, InputError
 from common.files import load_tensors, remove_partials, save_tensors, sha256_of
-from config import adapter_settings
+from config.settings import adapter_settings
 from distributed.ranks import SAVED, Ranks, note_for_launcher
 from distributed.signals import EXIT_INTERRUPTED, Interruption
 from lora import LoRAModel

@@ -14,13 +14,13 @@ from typing import Any
 
 from common.errors import InputError
 from common.files import require_file
+from config.flags import train_parser
+from config.run_folder import AUTO, CONFIG_FILE, SCRATCH, newest_adapter, read_config_file
 from datasets.registry import SYNAPSE, DatasetSpec, get_dataset, spec_from_json, stored_spec
-from flags import train_parser
 from lora.adapter_file import holds_every_weight, read_adapter
-from run_folder import AUTO, CONFIG_FILE, SCRATCH, newest_adapter, read_config_file
 from segment_anything import ENCODERS
 
-REPOSITORY = Path(__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parent.parent
 CHECKPOINTS = REPOSITORY / "checkpoints"
 # Fields of an adapter's settings that rebuild its network.
 NETWORK = ("vit_name", "img_size", "num_classes", "rank", "module")

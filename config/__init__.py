@@ -1,0 +1,1 @@
+"""Flags and defaults, where values come from, and the folder of a run."""

@@ -19,9 +19,9 @@ from config.settings import class_names, complete
 from datasets.dataset_synapse import Synapse_dataset
 from distributed.ranks import ALONE, Ranks, under_torchrun
 from distributed.signals import Interruption
-from losses import SegmentationLoss
 from training.batches import augmented_batch, make_loader, read_batches, watched_workers
 from training.curves import draw_curves
+from training.losses import SegmentationLoss
 from training.run_log import RunLog
 from training.state import Checkpoint, Progress, newest_state, restore
 from training.validation import hold_out, note_validation, validate

@@ -26,10 +26,10 @@ from datasets.registry import SYNAPSE
 from inference import predict_volume
 from lora import LoRAModel
 from lora.adapter_file import HEAD_ROWS, holds_every_weight, read_adapter, trained_classes
-from losses import DiceLoss, Focal_loss
 from metrics import calculate_metric_percase
 from scans.volumes import Geometry, write_volume
 from segment_anything import sam_model_registry
+from training.losses import DiceLoss, Focal_loss
 
 __all__ = [
     "DiceLoss",

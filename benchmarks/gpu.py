@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config.settings import complete
 from datasets.dataset_synapse import Synapse_dataset
-from losses import SegmentationLoss
 from trainer import freeze_unreached, make_optimizer, training_step
 from training.batches import augmented_batch, make_loader
+from training.losses import SegmentationLoss
 
 from . import plain, scenes
 from .timing import Row, compare

@@ -22,8 +22,8 @@ from torch import nn
 from datasets.augmentation import Augmentation
 from lora import LoRAModel
 from lora.layers import LoRALinear
-from losses import SegmentationLoss
 from segment_anything.modeling import relative_attention, transformer
+from training.losses import SegmentationLoss
 
 
 class PlainAttention(nn.Module):

@@ -9,8 +9,8 @@ import torch
 
 from config.settings import complete
 from distributed.ranks import ALONE
-from losses import SegmentationLoss
 from trainer import freeze_unreached, make_optimizer, training_step
+from training.losses import SegmentationLoss
 from training.run_log import RunLog
 from training.state import Checkpoint, Progress, newest_state
 

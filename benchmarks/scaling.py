@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 import test
-from losses import SegmentationLoss
 from report.figures import save
 from trainer import freeze_unreached, make_optimizer, training_step
+from training.losses import SegmentationLoss
 
 from . import scenes
 from .timing import timed, wait

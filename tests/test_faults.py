@@ -25,8 +25,8 @@ import trainer
 from common.errors import InputError
 from config.flags import train_parser
 from distributed.signals import EXIT_INTERRUPTED
-from losses import SegmentationLoss
 from training import state as training_state
+from training.losses import SegmentationLoss
 from training.memory import out_of_memory
 from training.state import newest_state, saved_states
 

@@ -11,8 +11,8 @@ from golden_rule import read_json, read_npz
 
 from datasets.augmentation import Augmentation, prepare_batch
 from datasets.resampling import resize_images
-from losses import Focal_loss, SegmentationLoss
 from metrics import score_volume
+from training.losses import Focal_loss, SegmentationLoss
 
 
 @pytest.mark.parametrize("case", ["all", "absent"])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from golden_rule import MODULES, golden_model, read_json
 
-from losses import SegmentationLoss
 from trainer import freeze_unreached, learning_rate, make_optimizer, training_step
+from training.losses import SegmentationLoss
 
 
 @pytest.mark.parametrize("key", read_json("lr_schedule.json"))

@@ -15,10 +15,10 @@ from golden_rule import assert_golden, golden_images, golden_model, read_npz
 import train
 from benchmarks.plain import PlainAttention
 from config.settings import complete
-from losses import SegmentationLoss
 from segment_anything.modeling import relative_attention
 from trainer import freeze_unreached, make_optimizer, training_step
 from training.batches import augmented_batch
+from training.losses import SegmentationLoss
 
 pytestmark = [
     pytest.mark.gpu,

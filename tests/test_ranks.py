@@ -21,9 +21,9 @@ from test_scans import placed
 
 from common.files import load_tensors
 from distributed.signals import EXIT_INTERRUPTED
-from losses import SegmentationLoss
 from scans.volumes import write_volume
 from trainer import freeze_unreached, make_optimizer, training_step
+from training.losses import SegmentationLoss
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -23,9 +23,9 @@ from config.settings import dataset_spec, parse_args
 from datasets.registry import DatasetSpec
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
-from inference import predict_volume
-from packing import pack_encoder
-from predictions import (
+from evaluation.cpu_speed import pack_encoder
+from evaluation.predict_volume import predict_volume
+from evaluation.scan_results import (
     Case,
     finished,
     read_case,

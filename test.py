@@ -24,13 +24,20 @@ from config.settings import class_names, parse_args
 from datasets.dataset_synapse import Synapse_dataset
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
-from inference import predict_volume
-from metrics import compare_volume
-from packing import pack_encoder
-from report.figures import CasePanel, case_panel, save_row, shown_slice, worst_slices, write_pages
-from report.groups import with_groups
-from report.page import write_page
-from report.tables import (
+from evaluation.cpu_speed import pack_encoder
+from evaluation.figures import (
+    CasePanel,
+    case_panel,
+    save_row,
+    shown_slice,
+    worst_slices,
+    write_pages,
+)
+from evaluation.groups import with_groups
+from evaluation.metrics import compare_volume
+from evaluation.page import write_page
+from evaluation.predict_volume import predict_volume
+from evaluation.tables import (
     CaseResult,
     WorstSlice,
     format_table,

@@ -12,8 +12,8 @@ import test
 from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.resampling import resize_images
-from metrics import score_volume
-from packing import pack_encoder
+from evaluation.cpu_speed import pack_encoder
+from evaluation.metrics import score_volume
 from trainer import freeze_unreached, make_optimizer, training_step
 from training.batches import collate_slices
 from training.losses import SegmentationLoss

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import test
-from report.figures import save
+from evaluation.figures import save
 from trainer import freeze_unreached, make_optimizer, training_step
 from training.losses import SegmentationLoss
 

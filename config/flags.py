@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from datasets.registry import DATASETS
-from metrics import NSD_TOLERANCE
+from evaluation.metrics import NSD_TOLERANCE
 from segment_anything import ENCODERS
 
 

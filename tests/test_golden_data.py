@@ -11,7 +11,7 @@ from golden_rule import read_json, read_npz
 
 from datasets.augmentation import Augmentation, prepare_batch
 from datasets.resampling import resize_images
-from metrics import score_volume
+from evaluation.metrics import score_volume
 from training.losses import Focal_loss, SegmentationLoss
 
 

@@ -7,7 +7,7 @@ import pytest
 from medpy.metric import binary
 from scipy import ndimage
 
-from metrics import ABSENT, FALSE_ORGAN, MISSED, confusion, mean, score_volume
+from evaluation.metrics import ABSENT, FALSE_ORGAN, MISSED, confusion, mean, score_volume
 
 SPACING = (3.0, 0.7, 0.8)
 

@@ -14,8 +14,8 @@ from conftest import tiny_sam, write_slices
 from test_datasets import write_volume_h5
 
 import utils
+from evaluation.metrics import FALSE_ORGAN, score_volume
 from lora.adapter_file import read_adapter
-from metrics import FALSE_ORGAN, score_volume
 
 SCRIPTS = Path(__file__).parent / "older_scripts"
 REPOSITORY = SCRIPTS.parent.parent

@@ -22,9 +22,9 @@ import train
 from common.errors import exit_on_bad_input
 from common.files import load_arrays
 from datasets.registry import MR, PERCENTILES, PICTURE, RANGE, WINDOW, stored_spec
+from evaluation import __main__ as report
+from evaluation.tables import read_json
 from preprocess.prepare import main as prepare
-from report import __main__ as report
-from report.tables import read_json
 from scans.orientation import orientation_of, turned
 from scans.volumes import Geometry, read_volume, write_volume
 

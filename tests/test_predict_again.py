@@ -74,7 +74,9 @@ def test_what_was_written_when_it_was_killed_is_not_taken_for_another_s(
 ):
     scans, out = write_scans(tmp_path / "in", "a"), tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("predictions.case_panel", None)  # after the labels, before the record
+        patched.setattr(
+            "evaluation.scan_results.case_panel", None
+        )  # after the labels, before the record
         assert run(scans, out, adapter) == 2
     assert (out / "a.nii.gz").exists()
     assert run(scans, out, adapter) == 0

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metrics import compare_volume
-from report import __main__ as report
-from report.compare import FEWEST_GROUPS, compare, overview, paired
-from report.page import short_names
-from report.tables import (
+from evaluation import __main__ as report
+from evaluation.compare import FEWEST_GROUPS, compare, overview, paired
+from evaluation.metrics import compare_volume
+from evaluation.page import short_names
+from evaluation.tables import (
     COLUMNS,
     CaseResult,
     WorstSlice,

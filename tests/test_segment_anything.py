@@ -13,7 +13,7 @@ from golden_rule import MODULES
 
 from benchmarks.plain import PlainAttention, plain_copy
 from common.errors import InputError, MissingFileError
-from packing import can_pack, pack_encoder
+from evaluation.cpu_speed import can_pack, pack_encoder
 from segment_anything import ENCODERS, Sam, SamPredictor, sam_model_registry
 from segment_anything.modeling import relative_attention
 from segment_anything.modeling.relative_attention import (

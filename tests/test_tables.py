@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, compare_volume
-from report.charts import as_data, draw_boxes
-from report.figures import (
+from evaluation.charts import as_data, draw_boxes
+from evaluation.figures import (
     CASES_A_PAGE,
     SLICES_A_CASE,
     CasePanel,
@@ -24,8 +23,9 @@ from report.figures import (
     save_row,
     write_pages,
 )
-from report.groups import with_groups
-from report.tables import (
+from evaluation.groups import with_groups
+from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, compare_volume
+from evaluation.tables import (
     DEFINITIONS,
     OUTCOMES,
     SCORES,

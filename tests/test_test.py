@@ -16,10 +16,10 @@ from PIL import Image
 from real_data import REAL_DATA, needs_real_data
 
 import train
-from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, score_volume
+from evaluation.figures import case_panel, choose_slices, overlay, write_pages
+from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, score_volume
+from evaluation.tables import CaseResult, class_means, format_table, total_means, write_json
 from preprocess.prepare import main as prepare
-from report.figures import case_panel, choose_slices, overlay, write_pages
-from report.tables import CaseResult, class_means, format_table, total_means, write_json
 from scans.volumes import Geometry, read_volume
 
 REPOSITORY = Path(__file__).resolve().parent.parent

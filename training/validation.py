@@ -18,8 +18,8 @@ from common.errors import InputError
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.registry import NUMBERED, are_slices
 from distributed.ranks import ALONE, Ranks
-from inference import predict_volume
-from metrics import confusion, mean
+from evaluation.metrics import confusion, mean
+from evaluation.predict_volume import predict_volume
 from training.run_log import RunLog
 from training.state import Progress
 

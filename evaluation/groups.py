@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from datasets.registry import SUMMARY_FILE, are_slices
-from report.tables import CaseResult
+from evaluation.tables import CaseResult
 
 
 def with_groups(results: Sequence[CaseResult], folder: Path) -> list[CaseResult]:

@@ -13,8 +13,8 @@ from scipy.ndimage import binary_erosion
 
 from common.files import atomic_path
 from datasets.registry import label_colours
-from report.charts import add_legend, draw_scores, render
-from report.tables import CaseResult, case_means
+from evaluation.charts import add_legend, draw_scores, render
+from evaluation.tables import CaseResult, case_means
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,8 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from common.errors import InputError
-from metrics import ABSENT, FALSE_ORGAN, MISSED, mean
-from report.tables import (
+from evaluation.metrics import ABSENT, FALSE_ORGAN, MISSED, mean
+from evaluation.tables import (
     COLUMNS,
     SAMED,
     CaseResult,

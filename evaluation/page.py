@@ -14,10 +14,10 @@ from markupsafe import Markup, escape
 from common.errors import InputError
 from common.files import atomic_path
 from datasets.registry import label_colours
-from report.charts import as_data, draw_boxes, draw_differences
-from report.compare import FEWEST_GROUPS, compare, overview
-from report.figures import WORST_A_CASE
-from report.tables import (
+from evaluation.charts import as_data, draw_boxes, draw_differences
+from evaluation.compare import FEWEST_GROUPS, compare, overview
+from evaluation.figures import WORST_A_CASE
+from evaluation.tables import (
     COLUMNS,
     OUTCOMES,
     SAMED,

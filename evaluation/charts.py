@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from datasets.registry import label_colours
-from metrics import BOTH, FALSE_ORGAN, MISSED
-from report.tables import CaseResult, class_means, counted, total_means
+from evaluation.metrics import BOTH, FALSE_ORGAN, MISSED
+from evaluation.tables import CaseResult, class_means, counted, total_means
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

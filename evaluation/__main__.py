@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import exit_on_bad_input
-from report.page import write_page
-from report.tables import read_json
+from evaluation.page import write_page
+from evaluation.tables import read_json
 
 
 def main(argv: Sequence[str] | None = None) -> None:

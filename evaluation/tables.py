@@ -19,7 +19,7 @@ import numpy as np
 from common.errors import InputError
 from common.files import atomic_path, require_file, safe_name
 from common.files import write_json as write_json_file
-from metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, NSD_TOLERANCE, ClassScore, mean
+from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, NSD_TOLERANCE, ClassScore, mean
 
 SCORES = tuple(field.name for field in fields(ClassScore) if field.name != "outcome")
 FACTS = ("slices", "spacing", "sides", "group")  # of a case

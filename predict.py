@@ -21,6 +21,7 @@ from common.files import make_folder
 from config.flags import predict_parser
 from config.settings import dataset_spec, parse_args
 from datasets.registry import DatasetSpec
+from datasets.scans.files import DICOM, ScanFile, find_scans, of_channel
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
 from evaluation.cpu_speed import pack_encoder
@@ -36,7 +37,6 @@ from evaluation.scan_results import (
     write_case,
     write_summary,
 )
-from scans.files import DICOM, ScanFile, find_scans, of_channel
 from utils import allow_tf32, amp_dtype, build_model, choose_device, seed_everything, start_logging
 
 EXIT_SOME_FAILED = 3

@@ -22,6 +22,8 @@ from common.files import make_folder
 from config.flags import test_parser
 from config.settings import class_names, parse_args
 from datasets.dataset_synapse import Synapse_dataset
+from datasets.scans.orientation import orientation_of, turned, turned_geometry
+from datasets.scans.volumes import Geometry, write_volume
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
 from evaluation.cpu_speed import pack_encoder
@@ -46,8 +48,6 @@ from evaluation.tables import (
     write_csv,
     write_json,
 )
-from scans.orientation import orientation_of, turned, turned_geometry
-from scans.volumes import Geometry, write_volume
 from utils import (
     allow_tf32,
     amp_dtype,

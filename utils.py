@@ -23,11 +23,11 @@ from common.errors import InputError
 from config.run_folder import SCRATCH
 from config.settings import base_checkpoint, class_names
 from datasets.registry import SYNAPSE
+from datasets.scans.volumes import Geometry, write_volume
 from evaluation.metrics import calculate_metric_percase
 from evaluation.predict_volume import predict_volume
 from lora import LoRAModel
 from lora.adapter_file import HEAD_ROWS, holds_every_weight, read_adapter, trained_classes
-from scans.volumes import Geometry, write_volume
 from segment_anything import sam_model_registry
 from training.losses import DiceLoss, Focal_loss
 

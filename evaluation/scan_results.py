@@ -20,11 +20,11 @@ from PIL import Image
 from common.errors import InputError, cannot_write, first_few
 from common.files import atomic_path, sha256_of, write_json
 from datasets.registry import DatasetSpec, to_unit, with_channels
+from datasets.scans.files import ScanFile, read_scan, stamp
+from datasets.scans.labels import label_suffix, write_label_tables, write_labels, write_like
+from datasets.scans.orientation import orientation_of, turned, turned_geometry
+from datasets.scans.volumes import Geometry
 from evaluation.figures import case_panel, draw_overlays, save
-from scans.files import ScanFile, read_scan, stamp
-from scans.labels import label_suffix, write_label_tables, write_labels, write_like
-from scans.orientation import orientation_of, turned, turned_geometry
-from scans.volumes import Geometry
 from utils import environment
 
 RECORDS = ".done"

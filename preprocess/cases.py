@@ -12,9 +12,9 @@ import numpy as np
 
 from common.errors import InputError, MissingFileError, first_few
 from datasets.registry import DatasetSpec, case_names, slice_name
-from scans.files import read_scan_header, stamp
-from scans.orientation import orientation_of, turned, turned_geometry
-from scans.volumes import Geometry
+from datasets.scans.files import read_scan_header, stamp
+from datasets.scans.orientation import orientation_of, turned, turned_geometry
+from datasets.scans.volumes import Geometry
 
 from .layouts import RawCase, RawData
 

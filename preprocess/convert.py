@@ -14,8 +14,8 @@ from common.errors import InputError, first_few
 from common.files import atomic_path, write_json
 from datasets.registry import DatasetSpec, to_unit, with_channels
 from datasets.resampling import resize_images, resize_labels
-from scans.files import read_scan
-from scans.orientation import orientation_of, turned
+from datasets.scans.files import read_scan
+from datasets.scans.orientation import orientation_of, turned
 
 from .cases import TEST, TRAIN, Job, laid_on_image
 from .descriptor import distinct, read_label

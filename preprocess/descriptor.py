@@ -25,10 +25,10 @@ from datasets.registry import (
     check_class_names,
     read_json,
 )
-from scans.files import ScanFile, read_scan
-from scans.orientation import CANONICAL
-from scans.pictures import read_index_picture, read_picture
-from scans.volumes import Geometry
+from datasets.scans.files import ScanFile, read_scan
+from datasets.scans.orientation import CANONICAL
+from datasets.scans.pictures import read_index_picture, read_picture
+from datasets.scans.volumes import Geometry
 
 DESCRIPTOR = "dataset.json"
 AIR = -200  # a scan with values below it is taken as CT where nothing says what it is

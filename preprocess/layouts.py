@@ -16,7 +16,7 @@ from pathlib import Path
 from common.errors import InputError, MissingFileError, first_few, warn
 from common.files import require_folder
 from datasets.registry import NUMBERED, DatasetSpec, are_slices, get_dataset
-from scans.files import ScanFile, find_scans, read_scan_header
+from datasets.scans.files import ScanFile, find_scans, read_scan_header
 
 from .descriptor import DESCRIPTOR, choose_intensity, make_spec, read_descriptor, values_in_use
 

@@ -33,8 +33,8 @@ from common.errors import (
 )
 from common.files import make_folder, write_json
 from datasets.registry import SPEC_FILE, SUMMARY_FILE, DatasetSpec
-from scans.orientation import orientation_of
-from scans.volumes import Geometry
+from datasets.scans.orientation import orientation_of
+from datasets.scans.volumes import Geometry
 
 from .cases import (
     LISTS,

@@ -30,8 +30,8 @@ from datasets.registry import (
     spec_from_json,
     stored_spec,
 )
-from scans.orientation import turned, turned_geometry
-from scans.volumes import write_volume
+from datasets.scans.orientation import turned, turned_geometry
+from datasets.scans.volumes import write_volume
 
 ERRORS = pytest.CaptureFixture[str]
 

@@ -16,7 +16,7 @@ from benchmarks.plain import plain_copy, plain_sample, plain_test
 from benchmarks.timing import DisagreementError, Row, compare
 from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
-from scans.volumes import read_volume
+from datasets.scans.volumes import read_volume
 
 
 def volume(shape: tuple[int, ...], *, labelled: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -15,8 +15,8 @@ import SimpleITK as sitk
 from test_scans import placed, volume, write_dicom
 
 from common.errors import InputError
-from scans.files import DICOM, ScanFile, find_scans, read_scan, read_scan_header, stamp
-from scans.volumes import read_volume, write_volume
+from datasets.scans.files import DICOM, ScanFile, find_scans, read_scan, read_scan_header, stamp
+from datasets.scans.volumes import read_volume, write_volume
 
 
 def test_names_that_are_not_utf_8(tmp_path: Path):

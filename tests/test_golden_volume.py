@@ -16,7 +16,7 @@ from real_data import REAL_DATA, needs_real_data
 
 import utils
 from datasets.registry import SYNAPSE
-from scans.volumes import read_volume
+from datasets.scans.volumes import read_volume
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -14,9 +14,9 @@ import SimpleITK as sitk
 from test_scans import placed, volume
 
 from common.errors import InputError
-from scans.files import ScanFile, scan_file, suffix_of
-from scans.labels import write_like
-from scans.volumes import Geometry, read_header, read_volume, write_volume
+from datasets.scans.files import ScanFile, scan_file, suffix_of
+from datasets.scans.labels import write_like
+from datasets.scans.volumes import Geometry, read_header, read_volume, write_volume
 
 PIXDIM, QFORM, SFORM = 76, 252, 254  # offsets in a NIfTI-1 header
 

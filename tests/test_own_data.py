@@ -22,11 +22,11 @@ import train
 from common.errors import exit_on_bad_input
 from common.files import load_arrays
 from datasets.registry import MR, PERCENTILES, PICTURE, RANGE, WINDOW, stored_spec
+from datasets.scans.orientation import orientation_of, turned
+from datasets.scans.volumes import Geometry, read_volume, write_volume
 from evaluation import __main__ as report
 from evaluation.tables import read_json
 from preprocess.prepare import main as prepare
-from scans.orientation import orientation_of, turned
-from scans.volumes import Geometry, read_volume, write_volume
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 SHAPE = (4, 11, 13)

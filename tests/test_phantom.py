@@ -9,8 +9,8 @@ import pytest
 
 from datasets.phantom import make_phantom
 from datasets.registry import SYNAPSE
+from datasets.scans.volumes import read_volume
 from preprocess.phantom import main
-from scans.volumes import read_volume
 
 # raw label -> smallest and largest volume in ml, generous for an adult
 VOLUMES = {

@@ -24,8 +24,8 @@ from torch import nn
 import predict
 from common.errors import exit_on_bad_input
 from datasets.registry import MR, PICTURE, RANGE, WINDOW, DatasetSpec, Intensity
+from datasets.scans.volumes import Geometry, read_volume, write_volume
 from evaluation.predict_volume import predict_volume
-from scans.volumes import Geometry, read_volume, write_volume
 
 SPEC = DatasetSpec(
     name="marks",

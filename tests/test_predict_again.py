@@ -21,7 +21,7 @@ from test_scans import placed, write_dicom
 import predict
 from common.errors import EXIT_KEYBOARD
 from common.files import partial_name
-from scans.volumes import Geometry, read_volume, write_volume
+from datasets.scans.volumes import Geometry, read_volume, write_volume
 
 
 @pytest.fixture

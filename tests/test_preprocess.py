@@ -21,12 +21,12 @@ from test_volumes import OBLIQUE, cut, junk, write_image
 from common.files import load_arrays
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.registry import SPEC_FILE, SYNAPSE, case_names, stored_spec
+from datasets.scans.files import ScanFile
+from datasets.scans.orientation import orientation_of
+from datasets.scans.volumes import Geometry, read_volume, write_volume
 from preprocess.cases import Split, choose_roles
 from preprocess.layouts import RawCase, RawData
 from preprocess.prepare import main
-from scans.files import ScanFile
-from scans.orientation import orientation_of
-from scans.volumes import Geometry, read_volume, write_volume
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_CT = REPOSITORY.parent / "shared" / "data" / "ct"

@@ -20,8 +20,8 @@ from test_resume import step_of, wait_for_step
 from test_scans import placed
 
 from common.files import load_tensors
+from datasets.scans.volumes import write_volume
 from distributed.signals import EXIT_INTERRUPTED
-from scans.volumes import write_volume
 from trainer import freeze_unreached, make_optimizer, training_step
 from training.losses import SegmentationLoss
 

@@ -14,10 +14,10 @@ from PIL import ExifTags, Image
 from scipy.spatial.transform import Rotation
 
 from common.errors import InputError, MissingFileError
-from scans.files import ScanFile, find_scans, of_channel, read_scan, read_scan_header
-from scans.orientation import OPPOSITE, orientation_of, turned, turned_geometry
-from scans.pictures import read_index_picture, read_picture
-from scans.volumes import Geometry, write_volume
+from datasets.scans.files import ScanFile, find_scans, of_channel, read_scan, read_scan_header
+from datasets.scans.orientation import OPPOSITE, orientation_of, turned, turned_geometry
+from datasets.scans.pictures import read_index_picture, read_picture
+from datasets.scans.volumes import Geometry, write_volume
 
 AXES = {"L": (1, 0, 0), "P": (0, 1, 0), "S": (0, 0, 1)}
 ORIENTATIONS = [

@@ -16,11 +16,11 @@ from PIL import Image
 from real_data import REAL_DATA, needs_real_data
 
 import train
+from datasets.scans.volumes import Geometry, read_volume
 from evaluation.figures import case_panel, choose_slices, overlay, write_pages
 from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, score_volume
 from evaluation.tables import CaseResult, class_means, format_table, total_means, write_json
 from preprocess.prepare import main as prepare
-from scans.volumes import Geometry, read_volume
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OBLIQUE = Geometry((0.8, 0.7, 3.0), (10.0, -20.0, 5.0), (0.6, -0.8, 0, 0.8, 0.6, 0, 0, 0, 1))

@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk
 
 from common.errors import InputError, MissingFileError
-from scans.volumes import Geometry, read_header, read_volume, write_volume
+from datasets.scans.volumes import Geometry, read_header, read_volume, write_volume
 
 
 def oblique_geometry() -> Geometry:

@@ -15,8 +15,8 @@ from test_scans import placed, volume, write_dicom
 from wrong_input import PROGRAMS, REPOSITORY, ROWS, Wrong, arguments, make_good, page_row, run
 
 import adapter
-from scans.files import read_scan, scan_file, suffix_of
-from scans.pictures import read_picture
+from datasets.scans.files import read_scan, scan_file, suffix_of
+from datasets.scans.pictures import read_picture
 
 FUZZED = 40  # examples a kind of file
 
@@ -119,7 +119,7 @@ def test_damaged_files_end_no_program_badly(folder: Path, name: str):
         target = sorted(write_dicom(folder / "series", volume(), placed("LPS")).iterdir())[2]
         flags = ("--input", "series")
     elif name.startswith("scan."):
-        from scans.volumes import read_volume, write_volume
+        from datasets.scans.volumes import read_volume, write_volume
 
         if not target.exists():
             write_volume(target, *read_volume(folder / "scan.nii.gz"))

@@ -32,11 +32,11 @@ import predict  # noqa: E402
 import test as test_program  # noqa: E402
 import train  # noqa: E402
 from common.errors import exit_on_bad_input  # noqa: E402
+from datasets.scans.volumes import Geometry, write_volume  # noqa: E402
 from evaluation import __main__ as report  # noqa: E402
 from evaluation.metrics import compare_volume  # noqa: E402
 from evaluation.tables import CaseResult, write_json  # noqa: E402
 from preprocess import prepare  # noqa: E402
-from scans.volumes import Geometry, write_volume  # noqa: E402
 
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "preprocess.prepare": prepare.main,

@@ -17,8 +17,8 @@ from PIL import Image
 from common.errors import InputError
 from common.files import atomic_path
 from datasets.registry import DatasetSpec, label_colours
-from scans.files import DICOM, ScanFile
-from scans.volumes import Geometry, read_header, unpacked, write_volume
+from datasets.scans.files import DICOM, ScanFile
+from datasets.scans.volumes import Geometry, read_header, unpacked, write_volume
 
 NIFTI = (".nii.gz", ".nii")
 # What a segmentation of another format is written as; the others keep theirs. NIfTI rounds

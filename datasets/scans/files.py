@@ -16,9 +16,9 @@ import numpy as np
 
 from common.errors import InputError, MissingFileError, first_few, warn
 from common.files import safe_name
-from scans.dicom import holds_dicom, read_dicom, read_dicom_header
-from scans.pictures import opened_picture, read_picture
-from scans.volumes import Geometry, accessible, known_name, read_header, read_volume
+from datasets.scans.dicom import holds_dicom, read_dicom, read_dicom_header
+from datasets.scans.pictures import opened_picture, read_picture
+from datasets.scans.volumes import Geometry, accessible, known_name, read_header, read_volume
 
 SCANS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import SimpleITK as sitk
 
-from scans.volumes import Geometry
+from datasets.scans.volumes import Geometry
 
 CANONICAL = "LPS"
 OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))

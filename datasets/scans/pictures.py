@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from common.errors import InputError
 from common.files import require_file
-from scans.volumes import accessible
+from datasets.scans.volumes import accessible
 
 
 def read_picture(path: Path) -> np.ndarray:

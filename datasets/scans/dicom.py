@@ -10,7 +10,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from common.errors import InputError, first_few
-from scans.volumes import (
+from datasets.scans.volumes import (
     Geometry,
     accessible,
     geometry_of,

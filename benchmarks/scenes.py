@@ -17,9 +17,9 @@ from torch import nn
 
 from config.flags import test_parser
 from datasets.dataset_synapse import Synapse_dataset
-from datasets.phantom import make_phantom
 from datasets.registry import SYNAPSE
 from lora import LoRAModel
+from preprocess.phantom_volume import make_phantom
 from sam_lora_image_encoder import LoRA_Sam
 from segment_anything import sam_model_registry
 

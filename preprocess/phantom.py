@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from common.errors import InputError, exit_on_bad_input
 from common.files import make_folder
-from datasets.phantom import make_phantom
 from datasets.scans.volumes import Geometry, write_volume
+from preprocess.phantom_volume import make_phantom
 
 NUMBERS = (*range(1, 11), *range(21, 41))  # BTCV's cases, so that the published split applies
 

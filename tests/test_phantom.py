@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets.phantom import make_phantom
 from datasets.registry import SYNAPSE
 from datasets.scans.volumes import read_volume
 from preprocess.phantom import main
+from preprocess.phantom_volume import make_phantom
 
 # raw label -> smallest and largest volume in ml, generous for an adult
 VOLUMES = {

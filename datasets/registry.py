@@ -7,23 +7,16 @@ the run's configuration and inside the adapter.
 
 from __future__ import annotations
 
-import colorsys
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common.errors import InputError, first_few
 
 from .intensity import CT, PERCENTILES, RANGE, WINDOW, Intensity
-from .intensity import MR as MR  # these are imported from here
-from .intensity import PICTURE as PICTURE
-from .intensity import to_unit as to_unit
-from .intensity import with_channels as with_channels
+from .names import case_names
 
 SPEC_FILE = "dataset_spec.json"  # beside train_npz/ and test_vol_h5/
 SUMMARY_FILE = "preprocess.json"  # there too: what preparation did, case by case
@@ -83,27 +76,6 @@ class DatasetSpec:
             del values["intensity"]["sure"]
         values["raw_labels"] = {str(raw): index for raw, index in self.raw_labels.items()}
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
-
-
-def case_names(*numbers: int) -> tuple[str, ...]:
-    """`case0001` …: the names of BTCV's cases in the lists and test volumes."""
-    return tuple(f"case{number:04d}" for number in numbers)
-
-
-def slice_name(case: str, index: int) -> str:
-    """`case0001_slice000`: the name of a training slice in the lists and on disk."""
-    return f"{case}_slice{index:03d}"
-
-
-NUMBERED = re.compile(r"(.+)_(\d+)")  # SCAN_NUMBER, as slices of scans are often called
-
-
-def are_slices(scans: Sequence[str]) -> bool:
-    """Whether names as SCAN_NUMBER, of these scans, are slices: several of several scans.
-
-    Of one scan alone, or each of another, the number may as well count pictures.
-    """
-    return 1 < len(set(scans)) < len(scans)
 
 
 SYNAPSE = DatasetSpec(
@@ -235,13 +207,3 @@ _COLOURS = (
     (60, 110, 255),  # aorta
     (190, 240, 70),  # pancreas
 )
-
-
-def label_colours(num_classes: int) -> np.ndarray:
-    """The colour of every class, (num_classes + 1, 3) uint8, no two alike; background is black."""
-    rows = [(0, 0, 0), *_COLOURS[:num_classes]]
-    for index in range(len(_COLOURS), num_classes):
-        hue = index * 0.618034 % 1  # golden ratio: far from those just before
-        colour = colorsys.hsv_to_rgb(hue, (0.9, 0.55)[index % 2], (1, 0.8, 0.6)[index % 3])
-        rows.append(tuple(round(255 * part) for part in colour))
-    return np.array(rows, dtype=np.uint8)

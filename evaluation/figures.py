@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
 from common.files import atomic_path
-from datasets.registry import label_colours
+from datasets.colours import label_colours
 from evaluation.charts import add_legend, draw_scores, render
 from evaluation.tables import CaseResult, case_means
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from datasets.registry import SUMMARY_FILE, are_slices
+from datasets.names import are_slices
+from datasets.registry import SUMMARY_FILE
 from evaluation.tables import CaseResult
 
 

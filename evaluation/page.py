@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from common.errors import InputError
 from common.files import atomic_path
-from datasets.registry import label_colours
+from datasets.colours import label_colours
 from evaluation.charts import as_data, draw_boxes, draw_differences
 from evaluation.compare import FEWEST_GROUPS, compare, overview
 from evaluation.figures import WORST_A_CASE

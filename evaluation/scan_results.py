@@ -19,7 +19,8 @@ from PIL import Image
 
 from common.errors import InputError, cannot_write, first_few
 from common.files import atomic_path, sha256_of, write_json
-from datasets.registry import DatasetSpec, to_unit, with_channels
+from datasets.intensity import to_unit, with_channels
+from datasets.registry import DatasetSpec
 from datasets.scans.files import ScanFile, read_scan, stamp
 from datasets.scans.labels import label_suffix, write_label_tables, write_labels, write_like
 from datasets.scans.orientation import orientation_of, turned, turned_geometry

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError, MissingFileError, first_few
-from datasets.registry import DatasetSpec, case_names, slice_name
+from datasets.names import case_names, slice_name
+from datasets.registry import DatasetSpec
 from datasets.scans.files import read_scan_header, stamp
 from datasets.scans.orientation import orientation_of, turned, turned_geometry
 from datasets.scans.volumes import Geometry

@@ -12,7 +12,8 @@ import torch
 
 from common.errors import InputError, first_few
 from common.files import atomic_path, write_json
-from datasets.registry import DatasetSpec, to_unit, with_channels
+from datasets.intensity import to_unit, with_channels
+from datasets.registry import DatasetSpec
 from datasets.resampling import resize_images, resize_labels
 from datasets.scans.files import read_scan
 from datasets.scans.orientation import orientation_of, turned

@@ -13,18 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import InputError, first_few, warn
-from datasets.registry import (
-    CT,
-    MR,
-    PERCENTILES,
-    PICTURE,
-    RANGE,
-    WINDOW,
-    DatasetSpec,
-    Intensity,
-    check_class_names,
-    read_json,
-)
+from datasets.intensity import CT, MR, PERCENTILES, PICTURE, RANGE, WINDOW, Intensity
+from datasets.registry import DatasetSpec, check_class_names, read_json
 from datasets.scans.files import ScanFile, read_scan
 from datasets.scans.orientation import CANONICAL
 from datasets.scans.pictures import read_index_picture, read_picture

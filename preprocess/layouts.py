@@ -15,7 +15,8 @@ from pathlib import Path
 
 from common.errors import InputError, MissingFileError, first_few, warn
 from common.files import require_folder
-from datasets.registry import NUMBERED, DatasetSpec, are_slices, get_dataset
+from datasets.names import NUMBERED, are_slices
+from datasets.registry import DatasetSpec, get_dataset
 from datasets.scans.files import ScanFile, find_scans, read_scan_header
 
 from .descriptor import DESCRIPTOR, choose_intensity, make_spec, read_descriptor, values_in_use

@@ -9,7 +9,8 @@ from typing import Any
 
 from common.errors import first_few, warn
 from common.files import atomic_path, write_json
-from datasets.registry import SUMMARY_FILE, WINDOW, DatasetSpec
+from datasets.intensity import WINDOW
+from datasets.registry import SUMMARY_FILE, DatasetSpec
 
 from .cases import LISTS, TEST, TRAIN, Job
 

@@ -19,17 +19,8 @@ from common.files import load_arrays
 from config.flags import test_parser as evaluation_parser
 from config.settings import dataset_spec, parse_args
 from datasets.dataset_synapse import Synapse_dataset
-from datasets.registry import (
-    CT,
-    MR,
-    PICTURE,
-    RANGE,
-    SYNAPSE,
-    WINDOW,
-    Intensity,
-    spec_from_json,
-    stored_spec,
-)
+from datasets.intensity import CT, MR, PICTURE, RANGE, WINDOW, Intensity
+from datasets.registry import SYNAPSE, spec_from_json, stored_spec
 from datasets.scans.orientation import turned, turned_geometry
 from datasets.scans.volumes import write_volume
 

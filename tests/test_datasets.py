@@ -14,8 +14,9 @@ from scipy import ndimage
 
 from common.errors import InputError
 from datasets.augmentation import Augmentation, draw_augmentation, keyed_rng, prepare_batch
+from datasets.colours import label_colours
 from datasets.dataset_synapse import PUBLISHED_LISTS, RandomGenerator, Synapse_dataset, read_list
-from datasets.registry import SYNAPSE, label_colours
+from datasets.registry import SYNAPSE
 from datasets.resampling import resize_images, resize_labels
 from distributed.ranks import Ranks
 from training.batches import EpochBatches, collate_slices

@@ -21,7 +21,8 @@ import test as test_program
 import train
 from common.errors import exit_on_bad_input
 from common.files import load_arrays
-from datasets.registry import MR, PERCENTILES, PICTURE, RANGE, WINDOW, stored_spec
+from datasets.intensity import MR, PERCENTILES, PICTURE, RANGE, WINDOW
+from datasets.registry import stored_spec
 from datasets.scans.orientation import orientation_of, turned
 from datasets.scans.volumes import Geometry, read_volume, write_volume
 from evaluation import __main__ as report

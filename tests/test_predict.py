@@ -23,7 +23,8 @@ from torch import nn
 
 import predict
 from common.errors import exit_on_bad_input
-from datasets.registry import MR, PICTURE, RANGE, WINDOW, DatasetSpec, Intensity
+from datasets.intensity import MR, PICTURE, RANGE, WINDOW, Intensity
+from datasets.registry import DatasetSpec
 from datasets.scans.volumes import Geometry, read_volume, write_volume
 from evaluation.predict_volume import predict_volume
 

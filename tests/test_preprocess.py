@@ -20,7 +20,8 @@ from test_volumes import OBLIQUE, cut, junk, write_image
 
 from common.files import load_arrays
 from datasets.dataset_synapse import Synapse_dataset
-from datasets.registry import SPEC_FILE, SYNAPSE, case_names, stored_spec
+from datasets.names import case_names
+from datasets.registry import SPEC_FILE, SYNAPSE, stored_spec
 from datasets.scans.files import ScanFile
 from datasets.scans.orientation import orientation_of
 from datasets.scans.volumes import Geometry, read_volume, write_volume

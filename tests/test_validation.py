@@ -17,13 +17,14 @@ import train
 import trainer
 from common.errors import InputError
 from datasets.dataset_synapse import Synapse_dataset
+from datasets.names import case_of
 from evaluation.metrics import score_volume
 from evaluation.predict_volume import predict_volume
 from lora import LoRAModel
 from lora.adapter_file import read_adapter
 from segment_anything.modeling.relative_attention import folded_attention
 from training.memory import GIB, estimate_training_memory, kept_for_gradient
-from training.validation import Validation, case_of, hold_out, validate
+from training.validation import Validation, hold_out, validate
 
 FLAGS = ["--batch_size", "4", "--AdamW", "--base_lr", "1e-3", "--max_epochs", "9"]
 

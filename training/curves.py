@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.files import atomic_path
-from datasets.registry import label_colours
+from datasets.colours import label_colours
 from training.run_log import METRICS
 
 PICTURE = "curves.png"

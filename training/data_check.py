@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import first_few
+from datasets.names import case_of, mistaken_slices
 from datasets.samples import SampleFacts
-from training.validation import case_of, mistaken_slices
 
 SHOWN_SHAPES = 6
 EXPECTED_RANGE = (-0.3, 1.3)  # of intensities after cubic zoom of [0, 1]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from common.errors import EXIT_BAD_INPUT, InputError, cannot_write
-from datasets.registry import label_colours
+from datasets.colours import label_colours
 from training.tensorboard import Events
 
 METRICS = "metrics.jsonl"

@@ -6,7 +6,6 @@ Cases are held out whole: neighbouring slices of one scan are nearly the same pi
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,14 +15,13 @@ from torch import nn
 
 from common.errors import InputError
 from datasets.dataset_synapse import Synapse_dataset
-from datasets.registry import NUMBERED, are_slices
+from datasets.names import case_of, slices_by_case
 from distributed.ranks import ALONE, Ranks
 from evaluation.metrics import confusion, mean
 from evaluation.predict_volume import predict_volume
 from training.run_log import RunLog
 from training.state import Progress
 
-SLICE = re.compile(r"_slice\d+$")
 ZERO = 1e-3  # DSC that counts as not learned
 AT_ZERO = 3  # validations in a row at 0 before it is worth a warning
 
@@ -39,34 +37,6 @@ class Validation:
     def score(self) -> float:
         """What `best.pth` is best in: the mean DSC of the classes that the cases have."""
         return mean(self.dsc) or 0.0
-
-
-def case_of(name: str) -> str:
-    """`case0005_slice012` is of `case0005`."""
-    return SLICE.sub("", name)
-
-
-def mistaken_slices(names: Sequence[str]) -> list[str]:
-    """A warning if `case0005_002` and the like count as cases; pictures may be named so rightly.
-
-    They are taken for slices where `preprocess` takes pictures for slices of scans.
-    """
-    scans = [match[1] for match in map(NUMBERED.fullmatch, names) if match]
-    if len(scans) < len(names) or not are_slices(scans):
-        return []
-    return [
-        f"{len(names)} slices named as {min(names)} count as {len(names)} cases, not "
-        f"{len(set(scans))}: --val_every would validate on neighbours of what is trained; if they "
-        "are slices of scans, name them <case>_slice<number>"
-    ]
-
-
-def slices_by_case(names: Sequence[str]) -> dict[str, list[int]]:
-    """Indices of every case's slices, in the order of their names."""
-    cases: dict[str, list[int]] = {}
-    for index in sorted(range(len(names)), key=lambda i: names[i]):
-        cases.setdefault(case_of(names[index]), []).append(index)
-    return cases
 
 
 def hold_out(

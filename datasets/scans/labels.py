@@ -16,7 +16,8 @@ from PIL import Image
 
 from common.errors import InputError
 from common.files import atomic_path
-from datasets.registry import DatasetSpec, label_colours
+from datasets.colours import label_colours
+from datasets.registry import DatasetSpec
 from datasets.scans.files import DICOM, ScanFile
 from datasets.scans.volumes import Geometry, read_header, unpacked, write_volume
 

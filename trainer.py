@@ -20,10 +20,10 @@ from datasets.dataset_synapse import Synapse_dataset
 from distributed.ranks import ALONE, Ranks, under_torchrun
 from distributed.signals import Interruption
 from training.batches import augmented_batch, make_loader, read_batches, watched_workers
+from training.checkpoint import Checkpoint, Progress, newest_state, restore
 from training.curves import draw_curves
 from training.losses import SegmentationLoss
 from training.run_log import RunLog
-from training.state import Checkpoint, Progress, newest_state, restore
 from training.validation import hold_out, note_validation, validate
 from utils import amp_dtype, unwrap
 

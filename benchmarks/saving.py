@@ -10,9 +10,9 @@ import torch
 from config.settings import complete
 from distributed.ranks import ALONE
 from trainer import freeze_unreached, make_optimizer, training_step
+from training.checkpoint import Checkpoint, Progress, newest_state
 from training.losses import SegmentationLoss
 from training.run_log import RunLog
-from training.state import Checkpoint, Progress, newest_state
 
 from . import scenes
 from .timing import Row, check_agreement, largest, timed

@@ -25,10 +25,10 @@ import trainer
 from common.errors import InputError
 from config.flags import train_parser
 from distributed.signals import EXIT_INTERRUPTED
-from training import state as training_state
+from training import checkpoint as training_state
+from training.checkpoint import newest_state, saved_states
 from training.losses import SegmentationLoss
 from training.memory import out_of_memory
-from training.state import newest_state, saved_states
 
 
 @pytest.fixture(scope="module")

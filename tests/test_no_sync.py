@@ -11,8 +11,8 @@ from conftest import TINY_FLAGS, write_slices
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+from training.checkpoint import Checkpoint
 from training.run_log import RunLog
-from training.state import Checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Tensor methods that bring a value to the host, and operators whose result's size does.

@@ -20,7 +20,7 @@ import train
 from common.errors import InputError
 from common.files import sha256_of
 from distributed.signals import EXIT_INTERRUPTED, ONE_REQUEST
-from training.state import STATES, newest_state, saved_states
+from training.checkpoint import STATES, newest_state, saved_states
 
 FLAGS = [
     *TINY_FLAGS,

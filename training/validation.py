@@ -19,8 +19,8 @@ from datasets.names import case_of, slices_by_case
 from distributed.ranks import ALONE, Ranks
 from evaluation.metrics import confusion, mean
 from evaluation.predict_volume import predict_volume
+from training.checkpoint import Progress
 from training.run_log import RunLog
-from training.state import Progress
 
 ZERO = 1e-3  # DSC that counts as not learned
 AT_ZERO = 3  # validations in a row at 0 before it is worth a warning

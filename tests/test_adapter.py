@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import TINY_FLAGS, randomise_updates, tiny_model, tiny_sam, write_slices
 
-import adapter
 import sam_lora_image_encoder
 import sam_lora_image_encoder_mask_decoder
 import train
@@ -20,6 +19,7 @@ from datasets.registry import SYNAPSE
 from lora import LoRAModel
 from lora.adapter_file import read_adapter
 from segment_anything import sam_model_registry
+from tools import adapter
 from utils import build_model
 
 VARIANTS = [sam_lora_image_encoder, sam_lora_image_encoder_mask_decoder]

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from test_scans import placed, volume, write_dicom
 from wrong_input import PROGRAMS, REPOSITORY, ROWS, Wrong, arguments, make_good, page_row, run
 
-import adapter
 from datasets.scans.files import read_scan, scan_file, suffix_of
 from datasets.scans.pictures import read_picture
+from tools import adapter
 
 FUZZED = 40  # examples a kind of file
 

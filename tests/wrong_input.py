@@ -27,7 +27,6 @@ sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 from conftest import TINY_FLAGS, tiny_model  # noqa: E402
 from test_scans import placed, volume, write_dicom  # noqa: E402
 
-import adapter  # noqa: E402
 import predict  # noqa: E402
 import test as test_program  # noqa: E402
 import train  # noqa: E402
@@ -37,6 +36,7 @@ from evaluation import __main__ as report  # noqa: E402
 from evaluation.metrics import compare_volume  # noqa: E402
 from evaluation.tables import CaseResult, write_json  # noqa: E402
 from preprocess import prepare  # noqa: E402
+from tools import adapter  # noqa: E402
 
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "preprocess.prepare": prepare.main,

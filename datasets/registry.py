@@ -194,16 +194,3 @@ def is_orientation(letters: str) -> bool:
     """Whether the letters name three axes, as LPS."""
     pairs = sorted("".join(pair) for pair in AXIS_PAIRS for one in letters if one in pair)
     return len(letters) == 3 and pairs == sorted(AXIS_PAIRS)
-
-
-# One colour per class, told apart on grey CT; classes beyond the table get one of `label_colours`.
-_COLOURS = (
-    (230, 60, 60),  # spleen
-    (250, 190, 40),  # right kidney
-    (60, 180, 75),  # left kidney
-    (70, 240, 240),  # gallbladder
-    (190, 120, 60),  # liver
-    (240, 80, 230),  # stomach
-    (60, 110, 255),  # aorta
-    (190, 240, 70),  # pancreas
-)

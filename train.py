@@ -24,15 +24,13 @@ from config.run_folder import (
     only_writer,
     save_config,
 )
-from config.settings import class_names, parse_args
+from config.settings import parse_args
 from datasets.dataset_synapse import Synapse_dataset
-from datasets.samples import SampleFacts
 from distributed.launch import launch, processes_here, was_restarted
 from distributed.ranks import Ranks, joined, local_device
-from lora import LoRAModel
 from trainer import freeze_unreached, trainer_synapse
-from training.data_check import Page, check_page
-from training.memory import GIB, estimate_training_memory, out_of_memory
+from training.data_check import Page, describe
+from training.memory import out_of_memory
 from training.validation import hold_out
 from utils import (
     allow_tf32,
@@ -109,38 +107,6 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
             *(args, model, folder, args.num_classes > 1, low_res), dataset=dataset, ranks=ranks
         )
         logging.info("test it: python test.py --config %s --volume_path …", folder)
-
-
-def describe(
-    args: argparse.Namespace, facts: list[SampleFacts], model: LoRAModel, device: torch.device
-) -> Page:
-    """The page of facts about data and memory; test volumes are read too if they lie beside."""
-    tested: list[SampleFacts] = []
-    faults: list[str] = []
-    if (Path(args.root_path) / "test_vol_h5").is_dir():
-        try:
-            test = Synapse_dataset(
-                args.root_path, args.list_dir, "test_vol", num_classes=args.num_classes
-            )
-            tested = test.check(workers=2)  # volumes are large: few at once
-        except InputError as error:
-            if args.check:
-                raise
-            faults.append(f"the test data cannot be used: {error}")  # training can go on
-    memory = estimate_training_memory(
-        model,
-        batch_size=args.batch_size,
-        img_size=args.img_size,
-        adamw=args.AdamW,
-        device_type=device.type,
-        checkpoint_blocks=args.checkpoint_blocks,
-    )
-    capacity = None
-    if device.type == "cuda":
-        capacity = torch.cuda.get_device_properties(device).total_memory / GIB
-    page = check_page(facts, tested, class_names(args), memory, capacity)
-    page.warnings.extend(faults)
-    return page
 
 
 def write_facts(

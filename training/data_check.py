@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from common.errors import first_few
+import torch
+
+from common.errors import InputError, first_few
+from config.settings import class_names
+from datasets.dataset_synapse import Synapse_dataset
 from datasets.names import case_of, mistaken_slices
 from datasets.samples import SampleFacts
+from lora.model import LoRAModel
+from training.memory import GIB, estimate_training_memory
 
 SHOWN_SHAPES = 6
 EXPECTED_RANGE = (-0.3, 1.3)  # of intensities after cubic zoom of [0, 1]
@@ -143,3 +151,35 @@ def _intensities(samples: Sequence[SampleFacts]) -> list[str]:
     if constant:
         found.append(f"{len(constant)} images are constant: {first_few(constant)}")
     return found
+
+
+def describe(
+    args: argparse.Namespace, facts: list[SampleFacts], model: LoRAModel, device: torch.device
+) -> Page:
+    """The page of facts about data and memory; test volumes are read too if they lie beside."""
+    tested: list[SampleFacts] = []
+    faults: list[str] = []
+    if (Path(args.root_path) / "test_vol_h5").is_dir():
+        try:
+            test = Synapse_dataset(
+                args.root_path, args.list_dir, "test_vol", num_classes=args.num_classes
+            )
+            tested = test.check(workers=2)  # volumes are large: few at once
+        except InputError as error:
+            if args.check:
+                raise
+            faults.append(f"the test data cannot be used: {error}")  # training can go on
+    memory = estimate_training_memory(
+        model,
+        batch_size=args.batch_size,
+        img_size=args.img_size,
+        adamw=args.AdamW,
+        device_type=device.type,
+        checkpoint_blocks=args.checkpoint_blocks,
+    )
+    capacity = None
+    if device.type == "cuda":
+        capacity = torch.cuda.get_device_properties(device).total_memory / GIB
+    page = check_page(facts, tested, class_names(args), memory, capacity)
+    page.warnings.extend(faults)
+    return page

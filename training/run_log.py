@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from common.errors import EXIT_BAD_INPUT, InputError, cannot_write
 from datasets.colours import label_colours
-from training.tensorboard import Events
 
 METRICS = "metrics.jsonl"
 
@@ -208,3 +212,42 @@ class RunLog:
                 for file in (self.metrics, self.events):
                     with contextlib.suppress(OSError):  # of a full disk, which was reported
                         file.close()
+
+
+class Events:
+    """One file of events, written by this thread.
+
+    tensorboardX's `SummaryWriter` hands events to a thread of its own; on a full disk that thread
+    dies, and the training waits for it for ever. Here the disk's error is the caller's.
+
+    Args:
+        folder: made if it is missing.
+        step: the next one; events from it on that an earlier file holds are hidden, since these
+            steps are trained again.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        if step:
+            start = SessionLog(status=SessionLog.START)
+            self.file.write_event(Event(wall_time=time.time(), step=step, session_log=start))
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """A point of a curve."""
+        self._add(summary.scalar(name, value), step)
+
+    def picture(self, name: str, picture: np.ndarray, step: int) -> None:  # (H, W, 3) uint8
+        """A picture of a step."""
+        self._add(summary.image(name, picture, dataformats="HWC"), step)
+
+    def _add(self, what: Summary, step: int) -> None:
+        self.file.write_event(Event(wall_time=time.time(), step=step, summary=what))
+
+    def flush(self) -> None:
+        """Show what was written to a TensorBoard that watches."""
+        self.file.flush()
+
+    def close(self) -> None:
+        """No event follows."""
+        self.file.close()

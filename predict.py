@@ -37,7 +37,15 @@ from evaluation.scan_results import (
     write_case,
     write_summary,
 )
-from utils import allow_tf32, amp_dtype, build_model, choose_device, seed_everything, start_logging
+from utils import (
+    allow_tf32,
+    amp_dtype,
+    build_model,
+    choose_device,
+    environment,
+    seed_everything,
+    start_logging,
+)
 
 EXIT_SOME_FAILED = 3
 
@@ -107,7 +115,7 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
         return
     results = {s.name: everything[s.name] for s in scans if isinstance(everything[s.name], dict)}
     failures = {name: one for name, one in everything.items() if isinstance(one, str)}
-    write_summary(args, spec, folder, results, failures, key=key)
+    write_summary(args, spec, folder, results, failures, key=key, environment=environment())
     _exit_if_failed(failures, len(scans))
 
 

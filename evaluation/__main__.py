@@ -1,4 +1,4 @@
-"""One page of test runs, alone or side by side: `python -m report --help`."""
+"""One page of test runs, alone or side by side: `python -m evaluation --help`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from evaluation.tables import read_json
 def main(argv: Sequence[str] | None = None) -> None:
     """Write one page of one or more test runs."""
     parser = argparse.ArgumentParser(
-        prog="python -m report",
+        prog="python -m evaluation",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Write one HTML page of test runs, which needs no network and no other file.\n"
         "With several runs, those after the first are compared with the first, case by case:\n"
-        "  python -m report output/RUN1 output/RUN2 --output comparison.html",
+        "  python -m evaluation output/RUN1 output/RUN2 --output comparison.html",
     )
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN",

@@ -26,7 +26,6 @@ from datasets.scans.labels import label_suffix, write_label_tables, write_labels
 from datasets.scans.orientation import orientation_of, turned, turned_geometry
 from datasets.scans.volumes import Geometry
 from evaluation.figures import case_panel, draw_overlays, save
-from utils import environment
 
 RECORDS = ".done"
 OBLONG = 2.0  # pixels are about square in the plane that a scan was taken in
@@ -246,6 +245,7 @@ def write_summary(
     failures: dict[str, str],
     *,
     key: dict[str, Any],
+    environment: dict[str, Any],
 ) -> None:
     """Write `volumes.csv`, `predictions.json` and the tables of names and colours.
 
@@ -266,6 +266,6 @@ def write_summary(
                        strict=True)  # fmt: skip
             writer.writerows([result["case"], *row] for row in rows)
     content = {"cases": cases, "failed": failures, "spec": spec.to_json(),
-               "flags": vars(args), "environment": environment()}  # fmt: skip
+               "flags": vars(args), "environment": environment}  # fmt: skip
     write_json(folder / "predictions.json", content)
     logging.info("%d segmentations in %s", len(results), folder)

@@ -106,8 +106,8 @@ FILES = {  # what is damaged -> the program that reads it
     "npz": "train.py",
     "h5": "test.py",
     "adapter.pth": "test.py",
-    "adapter.safetensors": "adapter.py",
-    "tested/results.json": "report",
+    "adapter.safetensors": "tools.adapter",
+    "tested/results.json": "evaluation",
 }
 
 

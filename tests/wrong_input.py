@@ -43,10 +43,13 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "train.py": train.main,
     "test.py": test_program.main,
     "predict.py": predict.main,
-    "report": report.main,
-    "adapter.py": adapter.main,
+    "evaluation": report.main,
+    "tools.adapter": adapter.main,
 }
-GOOD_FLAGS = {"report": ["tested"], "adapter.py": ["convert", "adapter.pth", "new.safetensors"]}
+GOOD_FLAGS = {
+    "evaluation": ["tested"],
+    "tools.adapter": ["convert", "adapter.pth", "new.safetensors"],
+}
 SHAPE = (3, 12, 14)
 
 
@@ -97,7 +100,7 @@ def make_good(folder: Path) -> None:
 
 def arguments(row: Wrong, folder: Path) -> list[str]:
     """The command line of a row; its flags come last and overrule, or are all of it."""
-    if row.program in ("report", "adapter.py"):
+    if row.program in ("evaluation", "tools.adapter"):
         return list(row.flags) or GOOD_FLAGS[row.program]
     own = {
         "preprocess.prepare": ["--input", "raw", "--output", "new", "--workers", "1"],

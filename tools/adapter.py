@@ -1,4 +1,4 @@
-"""Look into adapter files, convert and merge them: `python adapter.py --help`."""
+"""Look into adapter files, convert and merge them: `python -m tools.adapter --help`."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ SUFFIXES = (".pth", SAFETENSORS)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one of the commands."""
     parser = argparse.ArgumentParser(
-        prog="adapter.py",
+        prog="python -m tools.adapter",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Look into adapter files, convert and merge them.\n\n"
-        "  python adapter.py show output/RUN/best.pth\n"
-        "  python adapter.py convert output/RUN/best.pth best.safetensors   (and back)\n"
-        "  python adapter.py merge merged.pth --lora_ckpt output/RUN/best.pth",
+        "  python -m tools.adapter show output/RUN/best.pth\n"
+        "  python -m tools.adapter convert output/RUN/best.pth best.safetensors   (and back)\n"
+        "  python -m tools.adapter merge merged.pth --lora_ckpt output/RUN/best.pth",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="what a file holds")

@@ -44,5 +44,4 @@ class LoRA_Sam(LoRAModel):
             r,
             updates=encoder_updates(blocks),
             frozen=("image_encoder.",),
-            variant="sam_lora_image_encoder",
         )

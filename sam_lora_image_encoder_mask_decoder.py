@@ -58,5 +58,4 @@ class LoRA_Sam(LoRAModel):
             r,
             updates=[*encoder_updates(blocks), *decoder_updates(depth)],
             frozen=("image_encoder.", f"{TRANSFORMER}."),
-            variant="sam_lora_image_encoder_mask_decoder",
         )

@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +16,6 @@ from common.errors import InputError, exit_on_bad_input
 from common.files import atomic_path, write_json
 from config.flags import train_parser
 from config.run_folder import (
-    AUTO,
-    SCRATCH,
     find_run,
     fingerprint_data,
     fingerprint_weights,
@@ -25,9 +24,11 @@ from config.run_folder import (
     save_config,
 )
 from config.settings import parse_args
+from config.shared_flags import AUTO, SCRATCH
 from datasets.dataset_synapse import Synapse_dataset
 from distributed.launch import launch, processes_here, was_restarted
 from distributed.ranks import Ranks, joined, local_device
+from lora import LoRAModel
 from trainer import freeze_unreached, trainer_synapse
 from training.data_check import Page, describe
 from training.memory import out_of_memory
@@ -41,11 +42,12 @@ from utils import (
     start_logging,
 )
 
-RUN = "run"  # the name under which torchrun's store holds the run's folder
+# The key under which torchrun's store keeps the run folder for ranks that are started again.
+RUN = "run"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check everything that was given, then train, on every GPU of the recipe that is here."""
+    """Check the flags, then train on as many GPUs of the recipe as this machine has."""
     args = parse_args(train_parser(), argv)
     processes = 1 if args.check else processes_here(args.device, args.processes, args.n_gpu)
     if processes > 1:
@@ -61,19 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
-    """One run, or what is left of it, as one of its ranks."""
+    """Train one run, or the rest of it, as one of its ranks."""
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     allow_tf32(args.tf32)
-    if args.check:
-        args.resume = None
-    elif args.resume is None:  # ranks that torchrun started again go on with what they began
-        args.resume = ranks.remembered(RUN) or (AUTO if was_restarted() else None)
-    if args.resume not in (None, AUTO) and ranks.first:
-        find_run(args)  # other settings are refused now rather than after the check
-
+    choose_resume(args, ranks)
     dataset = Synapse_dataset(args.root_path, args.list_dir, "train", num_classes=args.num_classes)
     if args.val_every:
-        hold_out(dataset, args.val_cases, args.seed)  # refused now as well
+        hold_out(dataset, args.val_cases, args.seed)  # Refuse a wrong number of cases now.
     facts = dataset.check() if ranks.first else []
     model, low_res = build_model(args, device, move_heads=True)
     freeze_unreached(model)
@@ -95,50 +91,72 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     with only_writer(folder, ranks.first):
         start_logging(folder / "log.txt" if ranks.first else None)
         if ranks.first:
-            write_facts(args, folder, page, device, ranks)
-            warn(args, page)
-            total = sum(parameter.numel() for parameter in model.parameters())
-            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            if model.moved_heads:
-                moved, fresh = (", ".join(names) or "none" for names in model.moved_heads)
-                logging.info("heads of %s: moved %s; fresh %s", args.lora_ckpt, moved, fresh)
-            logging.info("%s: %s parameters, %s train", folder, f"{total:,}", f"{trainable:,}")
+            write_facts(args, folder, page, environment(device) | {"processes": ranks.count})
+            log_warnings(args, page)
+            log_model(args, folder, model)
+        multimask_output = args.num_classes > 1
         trainer_synapse(
-            *(args, model, folder, args.num_classes > 1, low_res), dataset=dataset, ranks=ranks
+            args, model, folder, multimask_output, low_res, dataset=dataset, ranks=ranks
         )
         logging.info("test it: python test.py --config %s --volume_path …", folder)
 
 
+def choose_resume(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Set `args.resume`: ranks that torchrun started again continue the run they began."""
+    if args.check:
+        args.resume = None
+    elif args.resume is None:
+        args.resume = ranks.remembered(RUN) or (AUTO if was_restarted() else None)
+    if args.resume not in (None, AUTO) and ranks.first:
+        find_run(args)  # Refuse other settings now rather than after all data were read.
+
+
 def write_facts(
-    args: argparse.Namespace, folder: Path, page: Page | None, device: torch.device, ranks: Ranks
+    args: argparse.Namespace, folder: Path, page: Page | None, start: dict[str, Any]
 ) -> None:
-    """What tells afterwards what was run: flags, environment, data. Only a new run has a page."""
+    """Record the flags, the environment and the data of a run.
+
+    Args:
+        page: what was found in the data; None: the run is resumed.
+        start: the environment of this start of the run.
+    """
     starts_file = folder / "environment.json"
     starts = json.loads(starts_file.read_text("utf-8")) if starts_file.is_file() else []
-    starts.append(environment(device) | {"processes": ranks.count})
     save_config(args, folder)
-    write_json(starts_file, starts)
+    write_json(starts_file, [*starts, start])
     if page is not None:
         write_json(folder / "check.json", page.facts)
         with atomic_path(folder / "check.txt") as temporary:
             temporary.write_text(f"{page}\n", encoding="utf-8")
 
 
-def warn(args: argparse.Namespace, page: Page | None) -> None:
-    """Say what is odd about a new run."""
+def log_warnings(args: argparse.Namespace, page: Page | None) -> None:
+    """Log what is odd about the data and the flags of a new run."""
     for text in page.warnings if page else []:
         logging.warning("warning: %s", text)
     if args.max_epochs < args.stop_epoch != train_parser().get_default("stop_epoch"):
         logging.warning(
             "warning: --stop_epoch %d is beyond the schedule: --max_epochs %d is trained",
-            *(args.stop_epoch, args.max_epochs),
+            args.stop_epoch,
+            args.max_epochs,
         )
     if args.ckpt == SCRATCH and args.base_lr >= 1e-3 and args.clip_grad is None:
         logging.warning(
-            "from scratch, --base_lr %g has been seen to collapse to background; "
-            "3e-4 to 1e-3 with --warmup --AdamW --clip_grad 0.5 learns",
+            "warning: training from scratch with --base_lr %g has been seen to collapse to "
+            "background; 3e-4 to 1e-3 with --warmup --AdamW --clip_grad 0.5 learns",
             args.base_lr,
         )
+
+
+def log_model(args: argparse.Namespace, folder: Path, model: LoRAModel) -> None:
+    """Log the size of the network, and which heads an adapter of other classes gave it."""
+    if model.moved_heads:
+        moved, fresh = (", ".join(names) or "none" for names in model.moved_heads)
+        logging.info("heads of %s: moved %s; fresh %s", args.lora_ckpt, moved, fresh)
+    parameters = list(model.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    logging.info("%s: %s parameters, %s train", folder, f"{total:,}", f"{trainable:,}")
 
 
 if __name__ == "__main__":

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
 import math
-import time
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from config.settings import class_names, complete
+from config.settings import complete
 from datasets.dataset_synapse import Synapse_dataset
-from distributed.ranks import ALONE, Ranks, under_torchrun
-from distributed.signals import Interruption
-from training.batches import augmented_batch, make_loader, read_batches, watched_workers
-from training.checkpoint import Checkpoint, Progress, newest_state, restore
-from training.curves import draw_curves
+from distributed.ranks import ALONE, Ranks
+from training.batches import augmented_batch, make_loader
 from training.losses import SegmentationLoss
-from training.run_log import RunLog
-from training.validation import hold_out, note_validation, validate
+from training.parts import BatchInParts
+from training.run import TrainingRun
+from training.validation import training_data, validate
 from utils import amp_dtype, unwrap
 
-SAVE_EVERY = 20  # epochs; epoch_159.pth is the published adapter
-PICTURES_EVERY = 200  # steps
-
-# Without prompts the loss never reaches these; frozen, they keep their values on any number of
-# GPUs. They still go into the adapter file.
+# Without prompts the loss does not depend on these parameters. They are frozen, so that they keep
+# their values on any number of GPUs. The adapter file holds them all the same.
 UNREACHED = (
     "prompt_encoder.point_embeddings.",
     "prompt_encoder.not_a_point_embed.",
@@ -43,15 +34,17 @@ UNREACHED = (
 def learning_rate(
     step: int, *, base_lr: float, warmup: int, max_iterations: int, exponent: float
 ) -> float:
-    """The rate that step `step` runs with.
+    """Return the learning rate of a step.
 
-    The original sets the rate *after* a step from that step's number, so each step runs with the
-    one of the step before; the first runs as if it followed itself. The published numbers were
-    trained so.
+    The original sets the rate after a step, from the number of that step. So every step runs with
+    the rate of the step before it, and the first step as if it followed itself. The published
+    numbers were trained this way.
 
     Args:
-        warmup: steps of the linear rise; 0 for none.
-        max_iterations: length of the polynomial decay.
+        step: number of the step, from 0.
+        warmup: number of steps of the linear rise; 0: no warmup.
+        max_iterations: number of steps of the polynomial decay.
+        exponent: of the polynomial decay.
     """
     previous = max(step - 1, 0)
     if previous < warmup:
@@ -60,7 +53,7 @@ def learning_rate(
 
 
 def make_optimizer(model: nn.Module, *, adamw: bool, base_lr: float) -> torch.optim.Optimizer:
-    """AdamW (betas 0.9 and 0.999, decay 0.1) or SGD (momentum 0.9, decay 1e-4)."""
+    """Return AdamW (betas 0.9 and 0.999, decay 0.1) or SGD (momentum 0.9, decay 1e-4)."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if adamw:
         return torch.optim.AdamW(trainable, lr=base_lr, betas=(0.9, 0.999), weight_decay=0.1)
@@ -68,10 +61,48 @@ def make_optimizer(model: nn.Module, *, adamw: bool, base_lr: float) -> torch.op
 
 
 def freeze_unreached(model: nn.Module) -> None:
-    """Exclude the parameters that get no gradient from training."""
+    """Freeze the parameters that get no gradient."""
     for name, parameter in unwrap(model).sam.named_parameters():
         if name.startswith(UNREACHED):
             parameter.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What is the same in every training step.
+
+    Args:
+        at_once: slices to compute at a time (`BatchInParts`); None: all.
+        clip_grad: largest norm of the gradient; None, as published: no clipping.
+        skip_not_finite: skip the update if the loss or the gradient is NaN or infinite. Every step
+            then waits for the GPU.
+        amp_dtype: dtype of autocast; None: full precision.
+        scaler: scales the gradients of fp16, which would underflow, and skips steps that overflow.
+    """
+
+    at_once: int | None = None
+    clip_grad: float | None = None
+    skip_not_finite: bool = False
+    amp_dtype: torch.dtype | None = None
+    scaler: torch.amp.GradScaler = field(
+        default_factory=lambda: torch.amp.GradScaler(enabled=False)
+    )
+    ranks: Ranks = ALONE
+
+    @classmethod
+    def from_flags(
+        cls, args: argparse.Namespace, device: torch.device, ranks: Ranks
+    ) -> StepOptions:
+        """Return the options that the flags of `train.py` describe."""
+        dtype = amp_dtype(device) if args.use_amp else None
+        return cls(
+            at_once=args.batch_size,
+            clip_grad=args.clip_grad,
+            skip_not_finite=args.skip_nan > 0,
+            amp_dtype=dtype,
+            scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+            ranks=ranks,
+        )
 
 
 def training_step(
@@ -80,75 +111,58 @@ def training_step(
     criterion: SegmentationLoss,
     optimizer: torch.optim.Optimizer,
     lr: float,
-    *,
-    at_once: int | None = None,
-    clip_grad: float | None = None,
-    skip_not_finite: bool = False,
-    scaler: torch.amp.GradScaler | None = None,
-    autocast: contextlib.AbstractContextManager[Any] | None = None,
-    ranks: Ranks = ALONE,
+    options: StepOptions | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """One optimiser update.
+    """Make one optimiser update.
 
     Args:
         batch: this rank's slices: `image` (B, 3, S, S) about [0, 1] and `low_res_label`
             (B, S/4, S/4) int64; B may be 0 on some ranks.
-        at_once: slices through the network at a time. Dice pools its sums over the batch, so
-            parts are not independent: their logits are made first, the loss of all gives the
-            gradient of the logits, and each part is then computed again for its weights. The
-            gradient is that of the whole batch, but for rounding, at the price of one more
-            forward pass.
-        clip_grad: largest norm of the whole gradient; None, as published, leaves it alone.
-        skip_not_finite: leave the weights alone if the loss or, without `scaler`, the gradient is
-            NaN or infinite; waits for both.
 
     Returns:
-        The detached loss terms, of the batches of all ranks together, and this rank's logits
+        The detached loss terms of the batches of all ranks together, and this rank's logits
         (B, classes + 1, S/4, S/4), still on the device.
     """
+    options = options or StepOptions()
+    images, labels, scaler = batch["image"], batch["low_res_label"], options.scaler
     for group in optimizer.param_groups:
         group["lr"] = lr
-    images, labels = batch["image"], batch["low_res_label"]
-
-    def forward(part: slice) -> torch.Tensor:
-        with autocast or contextlib.nullcontext():
-            # the loss reads only low_res_logits: full-size masks are not made
-            return model(images[part], full_size_masks=False)["low_res_logits"]
-
-    at_once = at_once or len(images)
-    parts = [slice(start, start + at_once) for start in range(0, len(images), at_once or 1)]
-    if len(parts) == 1:
-        logits = forward(parts[0])
-    elif parts:
-        with torch.no_grad():
-            logits = torch.cat([forward(part) for part in parts])
-        logits.requires_grad_()
-    else:
+    if len(images):
+        forward = partial(_low_res_logits, model, options.amp_dtype)
+        parts = BatchInParts(forward, images, options.at_once)
+        logits = parts.logits()
+    else:  # There are fewer slices in this step than ranks.
+        parts = None
         logits = images.new_zeros(0, criterion.n_classes, *labels.shape[1:], requires_grad=True)
     terms = criterion(logits, labels)
     optimizer.zero_grad(set_to_none=True)
-    measure = clip_grad is not None or skip_not_finite
-    if skip_not_finite and not math.isfinite(terms["loss"].item()):
-        terms["grad_norm"] = terms["loss"]  # there is none, and every step has the same terms
+    if options.skip_not_finite and not math.isfinite(terms["loss"].item()):
+        terms["grad_norm"] = terms["loss"]  # Every step has the same terms.
         return {name: value.detach() for name, value in terms.items()}, logits.detach()
 
-    scaler = scaler or torch.amp.GradScaler(enabled=False)  # which passes everything through
-    # fp16 gradients underflow unless scaled; a step that overflowed is skipped
     scaler.scale(terms["loss"]).backward()
-    if len(parts) > 1:
-        for part in parts:
-            forward(part).backward(logits.grad[part])
+    if parts is not None:
+        parts.backward(logits)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    ranks.add_gradients(parameters)
-    if measure:
+    options.ranks.add_gradients(parameters)
+    if options.clip_grad is not None or options.skip_not_finite:
         scaler.unscale_(optimizer)
-        terms["grad_norm"] = nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
-    # with a scaler an overflow is nothing out of the common: it leaves that step out by itself
-    left_out = skip_not_finite and not scaler.is_enabled() and not terms["grad_norm"].isfinite()
-    if not left_out:
+        largest = options.clip_grad or math.inf
+        terms["grad_norm"] = nn.utils.clip_grad_norm_(parameters, largest)
+    # A scaler skips steps that overflow by itself, which is normal under fp16.
+    watches = options.skip_not_finite and not scaler.is_enabled()
+    if not watches or terms["grad_norm"].isfinite():
         scaler.step(optimizer)
         scaler.update()
     return {name: value.detach() for name, value in terms.items()}, logits.detach()
+
+
+def _low_res_logits(
+    model: nn.Module, amp_dtype: torch.dtype | None, images: torch.Tensor
+) -> torch.Tensor:  # (B, 3, S, S) -> (B, classes + 1, S/4, S/4)
+    with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
+        # The loss does not need the masks at full size.
+        return model(images, full_size_masks=False)["low_res_logits"]
 
 
 def trainer_synapse(
@@ -161,156 +175,59 @@ def trainer_synapse(
     dataset: Synapse_dataset | None = None,
     ranks: Ranks = ALONE,
 ) -> str:
-    """Train `model` and save its adapter at the published epochs, its full state more often.
+    """Train `model`; save its adapter at the published epochs, and its full state more often.
 
     Args:
-        args: the flags of `train.py`; those that the original did not have may be absent.
+        args: the flags of `train.py`; a script written against the original may lack some.
         model: a `LoRA_Sam` on its device.
-        snapshot_path: the run folder. If it holds a state and `args.resume` is given, training
-            goes on from there.
-        multimask_output: kept for callers; every class is always predicted.
+        snapshot_path: the run folder. With `args.resume`, training continues from its newest state.
+        multimask_output: has no effect; every class is always predicted.
         low_res: side of the logits, S/4.
-        dataset: checked training slices; None: opened from `args` and checked.
+        dataset: checked training slices; None: those of `args.root_path`.
 
     Raises:
-        InputError: what a user can mend: a full disk, a loss that is not finite, too little GPU
-            memory. States saved before are intact.
-        SystemExit: with `EXIT_INTERRUPTED`, after a signal and when the state is saved.
+        InputError: the user can mend it: a full disk, a loss that is not finite, too little GPU
+            memory. The states that were saved before are intact.
+        SystemExit: a signal asked to stop, and the state is saved (`EXIT_INTERRUPTED`).
     """
     del multimask_output
-    args = complete(args)
-    folder = Path(snapshot_path)
-    model = unwrap(model)
+    args, model = complete(args), unwrap(model)
     device = next(model.parameters()).device
-    if dataset is None:
-        dataset = Synapse_dataset(
-            args.root_path, args.list_dir, "train", num_classes=args.num_classes
-        )
-        dataset.check()
-    held_out: dict[str, Synapse_dataset] = {}
-    if args.val_every:
-        dataset, held_out = hold_out(dataset, args.val_cases, args.seed)
+    dataset, held_out = training_data(args, dataset)
     freeze_unreached(model)
+    model.require_trained_is_saved()
     model.sam.image_encoder.checkpoint_blocks = args.checkpoint_blocks
-
-    loader = make_loader(dataset, args, device, ranks)
-    batches, steps_an_epoch = loader.batch_sampler, len(loader)
+    network = torch.compile(model) if args.compile else model
     criterion = SegmentationLoss(args.num_classes + 1, args.dice_param, ranks.total)
     optimizer = make_optimizer(model, adamw=args.AdamW, base_lr=args.base_lr)
-    names = class_names(args)
-    network = torch.compile(model) if args.compile else model
-    dtype = amp_dtype(device) if args.use_amp else None
-    scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
-    max_iterations = args.max_epochs * steps_an_epoch  # of the schedule
-    epochs = min(args.stop_epoch, args.max_epochs)
-    last_step = min(epochs * steps_an_epoch, args.max_iterations or math.inf)
+    options = StepOptions.from_flags(args, device, ranks)
+    loader = make_loader(dataset, args, device, ranks)
 
-    ranks.copy_first(model.state_dict().values())
-    state = ranks.from_first(newest_state(folder) if args.resume and ranks.first else None)
-    run = restore(state, model, optimizer, scaler, ranks) if state else Progress()
-    logging.info(
-        "%d slices, %d steps an epoch of %d slices on %d process(es), %d at once; %d steps in all, "
-        "on %s in %s",
-        *(len(dataset), steps_an_epoch, batches.global_batch, ranks.count, args.batch_size),
-        *(last_step, device, dtype or "full precision"),
-    )
-    if state:
-        logging.info("going on after step %d", run.step)
-    if held_out:
-        logging.info("held out for validation: %s", ", ".join(held_out))
-        if last_step < args.val_every * steps_an_epoch:
-            logging.warning("it ends before the first validation, after --val_every epochs")
-
-    def names_of(facts: dict[str, Any]) -> list[str]:
-        of_step = batches.step(facts["epoch"], facts["step"] - facts["epoch"] * steps_an_epoch)
-        return [dataset.sample_list[index] for index in of_step]
-
-    model.train()
-    with (
-        watched_workers(loader),
-        Interruption(with_parent=under_torchrun()) as interruption,
-        RunLog(
-            folder if ranks.first else None,
-            every=args.log_every,
-            names_of=names_of,
-            skip=args.skip_nan,
-            watched=("loss",) if scaler else ("loss", "grad_norm"),
-            position=state["log"] if state else None,
-            step=run.step,
-        ) as log,
-        # no bar where nobody watches it move: there the log's line per epoch tells
-        tqdm(
-            total=last_step,
-            initial=run.step,
-            desc="training",
-            unit="step",
-            disable=None if ranks.first else True,
-        ) as bar,
-        logging_redirect_tqdm(),
-    ):
-        checkpoint = Checkpoint(folder, args, run, model, optimizer, scaler, log, ranks)
-        for epoch in range(run.epoch, epochs):
-            if run.out_of_patience(args.patience):
-                logging.info("no better score in %d validations: stopping", run.not_better)
-                break
-            batches.enter(epoch, run.done)
-            now = time.perf_counter()
-            for slices in read_batches(loader) if run.step < last_step else ():
+    folder, scaler = Path(snapshot_path), options.scaler
+    with TrainingRun(folder, args, model, optimizer, scaler, loader, bool(held_out), ranks) as run:
+        for epoch in run.epochs():
+            for slices in run.batches(epoch):
                 lr = learning_rate(
                     run.step,
                     base_lr=args.base_lr,
                     warmup=args.warmup_period if args.warmup else 0,
-                    max_iterations=max_iterations,
+                    max_iterations=run.max_iterations,
                     exponent=args.lr_exp,
                 )
                 batch = augmented_batch(slices, epoch, args, low_res, device)
-                terms, logits = training_step(
-                    *(network, batch, criterion, optimizer, lr),
-                    at_once=args.batch_size,
-                    clip_grad=args.clip_grad,
-                    skip_not_finite=args.skip_nan > 0,
-                    scaler=scaler,
-                    autocast=torch.autocast(device.type, dtype, enabled=args.use_amp),
-                    ranks=ranks,
-                )
-                log.step({"step": run.step, "epoch": epoch, "lr": lr}, terms)
-                if run.step % PICTURES_EVERY == 0 and len(logits):
-                    log.pictures(run.step, batch["image"][0], logits[0], batch["low_res_label"][0])
-                run.step += 1
-                run.done += 1
-                before, now = now, time.perf_counter()
-                run.seconds += now - before
-                bar.update()
-                bar.set_postfix(epoch=epoch, loss=f"{log.last_loss:.4f}", refresh=False)
-                checkpoint.after_step(interruption)
-                if run.step >= last_step:
-                    break
-
-            last = run.step >= last_step
-            whole = run.done == steps_an_epoch
-            due = bool(held_out) and whole and (epoch + 1) % args.val_every == 0
-            if last or due:  # what follows can be done again: by a run that was asked to stop
-                checkpoint.save()  # meanwhile, or that shall go on to more epochs
-            loss = log.end_epoch(epoch, run.step, run.seconds)
-            logging.info("epoch %d: mean loss %.4f, %.0f s", epoch, loss, run.seconds)
-            if due:
+                terms, logits = training_step(network, batch, criterion, optimizer, lr, options)
+                run.end_step(lr, terms, batch, logits)
+            run.end_epoch(epoch)
+            if run.validates(epoch):
                 found = validate(
                     model,
                     held_out,
                     num_classes=args.num_classes,
                     img_size=args.img_size,
-                    amp_dtype=dtype,
-                    between_cases=lambda: interruption.asked and checkpoint.stop(),
+                    amp_dtype=options.amp_dtype,
+                    between_cases=run.stop_if_asked,
                     ranks=ranks,
                 )
-                if note_validation(run, found, epoch, names, log):
-                    checkpoint.save_adapter("best.pth")
-            if (epoch + 1) % SAVE_EVERY == 0 or last or run.out_of_patience(args.patience):
-                checkpoint.save_adapter(f"epoch_{epoch}.pth")
-            if last:
-                break
-            run.epoch, run.done, run.seconds = epoch + 1, 0, 0.0
-            checkpoint.save()
-    if ranks.first:
-        draw_curves(folder, names)
+                run.end_validation(epoch, found)
+            run.save_adapter(epoch)
     return "Training Finished!"

@@ -1,4 +1,4 @@
-"""Seeding, logging, devices, building the network; and names that older scripts import."""
+"""Seeding, logging, devices, building the network, and names that older scripts import."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ import torch
 from torch import nn
 
 from common.errors import InputError
-from config.run_folder import SCRATCH
-from config.settings import base_checkpoint, class_names
+from config.settings import base_checkpoint, class_names, warn_of_changed_code
+from config.shared_flags import SCRATCH
 from datasets.registry import SYNAPSE
 from datasets.scans.volumes import Geometry, write_volume
 from evaluation.metrics import calculate_metric_percase
 from evaluation.predict_volume import predict_volume
 from lora import LoRAModel
-from lora.adapter_file import HEAD_ROWS, holds_every_weight, read_adapter, trained_classes
+from lora.adapter_file import class_count, holds_every_weight, read_adapter, trained_classes
 from segment_anything import sam_model_registry
 from training.losses import DiceLoss, Focal_loss
 
@@ -48,11 +48,16 @@ __all__ = [
 
 
 def start_logging(path: Path | None) -> None:
-    """Send log lines to the terminal and, with the time, to `path`; None: only warnings, there."""
+    """Send log lines to the terminal and, with the time, to a file.
+
+    Args:
+        path: the log file; None: only warnings go to the terminal, as on all ranks but the first.
+    """
     if path is None:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
         return
-    logging.raiseExceptions = False  # a full disk is reported once, not per line
+    # The program reports a full disk once; logging would report it for every line.
+    logging.raiseExceptions = False
     to_file = logging.FileHandler(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
     to_terminal = logging.StreamHandler(sys.stdout)
@@ -61,19 +66,28 @@ def start_logging(path: Path | None) -> None:
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:
-    """Seed every generator; `deterministic` also picks repeatable GPU kernels, at some speed."""
+    """Seed every random generator.
+
+    Args:
+        deterministic: use only repeatable GPU kernels, which costs some speed.
+    """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        # CUDA reads this variable when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU."""
+    """Return the device that `--device` names; `auto` is the first GPU, or the CPU without one.
+
+    Raises:
+        InputError: the name is unknown, or PyTorch does not find that GPU.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -81,22 +95,22 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise InputError(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device is {name} but this PyTorch sees no CUDA GPU; pass --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+        raise InputError(f"--device is {name} but PyTorch finds no CUDA GPU; pass --device cpu")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise InputError(f"--device is {name} but there are {count} GPUs, counted from 0")
     return device
 
 
 def amp_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the device has it; fp16, with scaled gradients, on older GPUs."""
+    """Return bf16 if the device supports it, else fp16, whose gradients have to be scaled."""
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether NVIDIA GPUs may round the factors of float32 products to 10 bits, for speed."""
+    """Set whether NVIDIA GPUs may round the factors of float32 products to 10 bits, for speed."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
@@ -104,58 +118,63 @@ def allow_tf32(allowed: bool) -> None:
 def build_model(
     args: argparse.Namespace, device: torch.device, *, move_heads: bool = False
 ) -> tuple[LoRAModel, int]:
-    """The network that the flags describe, with base weights and adapter loaded.
+    """Build the network that the flags describe, with base weights and adapter loaded.
 
     Args:
-        move_heads: of an adapter for other classes, take over those with the same name.
+        move_heads: if the adapter was trained on other classes, take over the heads of the classes
+            that have the same name.
 
     Returns:
-        The network on `device` and the side of its logits, S/4.
+        The network on `device`, and the side of its logits, S/4.
 
     Raises:
         InputError: a checkpoint is missing or does not fit.
     """
-    complete = bool(args.lora_ckpt) and holds_every_weight(read_adapter(args.lora_ckpt)[0])
+    state, settings = read_adapter(args.lora_ckpt) if args.lora_ckpt else ({}, {})
+    warn_of_changed_code(args, settings)
+    needs_base = args.ckpt != SCRATCH and not holds_every_weight(state)
     sam, image_embedding_size = sam_model_registry[args.vit_name](
         image_size=args.img_size,
         num_classes=args.num_classes,
-        checkpoint=None if complete else base_checkpoint(args),
+        checkpoint=base_checkpoint(args) if needs_base else None,
         pixel_mean=[0, 0, 0],
         pixel_std=[1, 1, 1],
     )
     model = import_module(args.module).LoRA_Sam(sam, args.rank)
-    if complete or args.ckpt == SCRATCH:
+    if args.ckpt == SCRATCH or holds_every_weight(state):
         model.train_all_weights()
+    model.require_trained_is_saved()
     if args.lora_ckpt:
         classes = None
         if move_heads:
-            trained, wanted = _trained_classes(args.lora_ckpt, args.num_classes), class_names(args)
+            trained = _trained_classes(args.lora_ckpt, args.num_classes)
+            wanted = class_names(args)
             classes = (trained, wanted) if trained and trained != wanted else None
         model.load_lora_parameters(args.lora_ckpt, classes)
     return model.to(device), 4 * image_embedding_size
 
 
 def _trained_classes(adapter: str, wanted: int) -> list[str] | None:
-    """Class names of an adapter; None if it names none and fits the wanted number as it is.
+    """Return the class names of an adapter; None if it has no names and the number fits as it is.
 
     Raises:
-        InputError: it names none, and has another number of heads than Synapse's or the wanted.
+        InputError: it has no names, and neither Synapse's nor the wanted number of classes.
     """
     state, settings = read_adapter(adapter)
-    heads = len(state.get(HEAD_ROWS[0], ())) - 1
-    named = trained_classes(state, settings)
-    if named is None and heads == SYNAPSE.num_classes:  # as the published adapters
+    count = class_count(state, settings)
+    names = trained_classes(state, settings)
+    if names is None and count == SYNAPSE.num_classes:  # a published adapter
         return list(SYNAPSE.class_names)
-    if named is None and heads != wanted:
+    if names is None and count != wanted:
         raise InputError(
-            f"{adapter} has {heads} classes and names none, the data have {wanted}: which belong "
-            "together is not known; pass an adapter that was trained here, or data of its classes"
+            f"{adapter} has {count} classes without names but the data have {wanted} classes, so "
+            "they cannot be matched; pass an adapter that was trained here, or data of its classes"
         )
-    return named
+    return names
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside `torch.compile` or a parallel wrapper."""
+    """Return the network inside `torch.compile` or a parallel wrapper."""
     for name in ("_orig_mod", "module"):
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module):
@@ -164,10 +183,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def environment(device: torch.device | None = None) -> dict[str, str | None]:
-    """What a run ran on: versions, commit, hardware, command line.
+    """Describe where a program runs: versions, commit, hardware, command line.
 
     Args:
-        device: the one in use; None: the current GPU if there is one.
+        device: the device in use; None: the current GPU if there is one.
     """
     try:
         commit = subprocess.run(
@@ -210,7 +229,7 @@ def test_single_volume(
         image, label: (1, D, H, W) or (D, H, W), or one slice as (1, 1, H, W).
         classes: foreground classes.
         patch_size: (rows, columns) of the network's input.
-        input_size: of the training slices.
+        input_size: (rows, columns) of the training slices.
         test_save_path: folder for `<case>_{pred,img,gt}.nii.gz`.
         z_spacing: mm between slices in those files; in the plane it is 1.
 
@@ -235,7 +254,7 @@ def test_single_volume(
             ("gt", label.astype(np.uint8)),
         ):
             write_volume(Path(test_save_path) / f"{case}_{suffix}.nii.gz", array, geometry)
-    if len(prediction) == 1:  # distances of a single slice are those of the plane
+    if len(prediction) == 1:  # A single slice is scored in its plane.
         prediction, label = prediction[0], label[0]
     return [
         calculate_metric_percase(prediction == index, label == index)

@@ -11,47 +11,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError, cannot_make, cannot_write, warn
+from common.errors import InputError, cannot_make, cannot_write, first_few, warn
 from common.files import make_folder, require_folder, sha256_of, write_json
+from config.parser import that_change_numbers
+from config.shared_flags import AUTO, SCRATCH
+from config.source_code import changed_files
+from config.train_flags import TRAIN, slices_of_update
 from datasets.samples import SampleFacts
 
-SCRATCH = "none"  # --ckpt none: no base weights, every weight is trained
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
-AUTO = "auto"  # --resume auto
-CONTENT = ("data", "weights")  # in config.json, no flags: what is in the files that were given
-# What a run may be continued with: nothing here changes what is computed, but for rounding. Files
-# may have moved: their content counts.
-FREE = {
-    *("config", "resume", "check", "output", "root_path", "list_dir", "device", "num_workers"),
-    *("ckpt", "lora_ckpt", "processes", "batch_size", "n_gpu", "log_every"),
-    *("compile", "checkpoint_blocks"),
-    *("save_minutes", "save_steps", "keep_states", "skip_nan", "patience"),
-    *("stop_epoch", "max_iterations"),  # the rate's schedule does not depend on them
-}
+# Entries of config.json that are no flags: fingerprints of the files that a run started from.
+CONTENT = ("data", "weights", "code")
 
 
 def run_name(args: argparse.Namespace) -> str:
-    """What tells two runs apart, e.g. `Synapse_512_vit_b_encoder_r4_adamw_lr0.005_wu250_…`."""
-    variant = args.module.removeprefix("sam_lora_image_")
-    parts = [
-        f"{args.dataset}_{args.img_size}_{args.vit_name}_{variant}_r{args.rank}",
-        "scratch" if args.ckpt == SCRATCH else None,
-        "tuned" if args.lora_ckpt else None,
-        "adamw" if args.AdamW else "sgd",
-        f"lr{args.base_lr:g}",
-        f"wu{args.warmup_period}" if args.warmup else None,
-        f"exp{args.lr_exp:g}" if args.lr_exp != 0.9 else None,
-        f"dice{args.dice_param:g}" if args.dice_param != 0.8 else None,
-        f"bs{args.global_batch or args.batch_size * args.n_gpu}",
-        f"epo{args.stop_epoch}of{args.max_epochs}",
-        f"it{args.max_iterations}" if args.max_iterations else None,
-        f"clip{args.clip_grad:g}" if args.clip_grad else None,
-        "noaug" if args.no_augment else None,
-        "amp" if args.use_amp else None,
-        f"val{args.val_every}" if args.val_every else None,
-        f"s{args.seed}",
-    ]
+    """Return a name that tells runs apart, e.g. `Synapse_512_vit_b_encoder_r4_adamw_lr0.005_…`."""
+    rows = (flag for group in TRAIN.values() for flag in group if flag.in_name)
+    parts = [flag.in_name(args) for flag in rows]
     return "_".join(part for part in parts if part)
 
 
@@ -71,29 +48,21 @@ def make_run_folder(args: argparse.Namespace) -> Path:
             raise cannot_make(folder, error, flag="--output") from None
 
 
-def settings_that_matter(values: dict[str, Any]) -> dict[str, Any]:
-    """Of the flags' values, what has to stay the same for a run to go on."""
-    batch = values.get("global_batch") or values["batch_size"] * values["n_gpu"]
-    return {key: value for key, value in values.items() if key not in FREE} | {
-        "global_batch": batch
-    }
-
-
 def find_run(args: argparse.Namespace) -> Path | None:
-    """The run that `--resume` means; None: start a new one.
+    """Return the run that `--resume` means; None if a new one has to be started.
 
     Args:
-        args: with what `CONTENT` names once it is known.
+        args: the flags, and the fingerprints of `CONTENT` as far as they are known.
 
     Raises:
-        InputError: no run folder is given, or its settings differ.
+        InputError: `--resume` names no run folder, or its settings differ.
     """
     if args.resume == AUTO:
         return _newest_that_fits(args)
     folder = require_folder(
         args.resume, what="run folder", remedy="pass one that train.py made, or 'auto'"
     )
-    found = _unlike(read_config_file(folder / CONFIG_FILE), args)
+    found = differences(read_config_file(folder / CONFIG_FILE), args)
     if found:
         schedule = (
             " (the learning rate's schedule depends on --max_epochs; --stop_epoch may be raised)"
@@ -101,8 +70,8 @@ def find_run(args: argparse.Namespace) -> Path | None:
             else ""
         )
         raise InputError(
-            f"{folder} cannot go on with other settings: {', '.join(found)}{schedule}; leave them "
-            "as they were, or start a new run without --resume"
+            f"{folder} cannot be continued with other settings: {', '.join(found)}{schedule}; "
+            "restore them, or start a new run without --resume"
         )
     return folder
 
@@ -114,29 +83,38 @@ def _newest_that_fits(args: argparse.Namespace) -> Path | None:
     nearest = None
     for config in reversed(runs):
         try:
-            found = _unlike(read_config_file(config), args)
+            found = differences(read_config_file(config), args)
         except (InputError, KeyError, TypeError):
-            continue  # of another program
+            continue  # Another program wrote this file.
         if not found:
             return config.parent
-        nearest = nearest or f"the newest, {config.parent.name}, differs in {', '.join(found)}"
+        nearest = nearest or f"the newest run, {config.parent.name}, differs in {', '.join(found)}"
     if nearest:
-        warn(f"no run in {args.output} fits, so a new one is started: {nearest}")
+        warn(f"no run in {args.output} has these settings, so a new run starts: {nearest}")
     return None
 
 
-def _unlike(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """`--base_lr 0.005 → 0.001` for every setting of a saved run that is another now.
+def differences(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """List the settings of a saved run that differ now, e.g. `--base_lr 0.005 → 0.001`.
 
-    What only one of them says is no difference.
+    A setting that only the saved run or only `args` has is no difference.
     """
-    now = settings_that_matter(vars(args))
-    before = settings_that_matter(vars(args) | saved)
-    return [
-        f"{key if key in CONTENT else f'--{key}'} {before[key]} → {now[key]}"
-        for key in sorted(now)
-        if before[key] != now[key]
+    now = _settings_to_keep(vars(args))
+    before = _settings_to_keep(vars(args) | saved)
+    names = sorted(name for name in now if before[name] != now[name] and name != "code")
+    found = [
+        f"{name if name in CONTENT else f'--{name}'} {before[name]} → {now[name]}" for name in names
     ]
+    edited = changed_files(saved.get("code"), args.code)
+    if edited and not args.same_code:
+        found.append(f"source code ({first_few(edited)}; if the change means nothing, --same_code)")
+    return found
+
+
+def _settings_to_keep(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a run must keep when it is continued."""
+    flags = {flag.name: flag for group in TRAIN.values() for flag in group}
+    return that_change_numbers(values, flags) | {"global_batch": slices_of_update(values)}
 
 
 def fingerprint_data(facts: Sequence[SampleFacts]) -> str:
@@ -196,7 +174,8 @@ def only_writer(folder: Path, first: bool = True) -> Iterator[None]:
 
 def save_config(args: argparse.Namespace, folder: Path) -> None:
     """Write `config.json`, which `--config` reads back unchanged."""
-    values = {k: v for k, v in vars(args).items() if k not in ("config", "resume", "check")}
+    once = {flag.name for group in TRAIN.values() for flag in group if not flag.in_config}
+    values = {name: value for name, value in vars(args).items() if name not in once}
     write_json(folder / CONFIG_FILE, values)
 
 

@@ -1,8 +1,9 @@
-"""What an adapter file holds: a flat dict of tensors by their published keys, and settings.
+"""The adapter file: a flat dict of tensors under their published keys, and settings.
 
-`w_a_000` … are the low-rank matrices, `prompt_encoder.*` and `mask_decoder.*` what trains beside
-them. One entry, `samed_settings`, is no tensor: plain values that rebuild the network. A network
-trained from scratch adds `image_encoder.*`, so that the file needs no base weights.
+`w_a_000` … are the low-rank matrices; `prompt_encoder.*` and `mask_decoder.*` are the parts of SAM
+that train with them. One entry, `samed_settings`, is no tensor: it holds plain values that rebuild
+the network. A network trained from scratch adds `image_encoder.*`, so that its file needs no base
+weights.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from common.errors import InputError, first_few
 from common.files import load_safetensors, load_tensors, require_file
 
 SETTINGS_KEY = "samed_settings"
-SAFETENSORS = ".safetensors"  # the same tensors; the settings as JSON in the file's metadata
-# What the mask decoder has for every class, background first: rows of these, and a network each.
+# A of the first update, in every published adapter.
+FIRST_KEY = "w_a_000"
+# In this format the settings stand as JSON in the file's metadata.
+SAFETENSORS = ".safetensors"
+# Each class has a row in these tensors and a small network, background first.
 HEAD_ROWS = (
     "mask_decoder.mask_tokens.weight",
     "mask_decoder.iou_prediction_head.layers.2.weight",
@@ -29,39 +33,54 @@ HEAD_NETWORKS = "mask_decoder.output_hypernetworks_mlps."
 
 
 def read_adapter(filename: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors of an adapter file and the settings saved beside them ({} if none).
+    """Read the tensors of an adapter file and the settings beside them ({} if there are none).
 
     Raises:
-        InputError: not an adapter, or damaged.
+        InputError: the file is no adapter, or it is damaged.
     """
     require_file(filename, what="adapter", remedy="put one there or pass another by --lora_ckpt")
     state = _read_safetensors(filename) if is_safetensors(filename) else load_tensors(filename)
-    if not isinstance(state, dict) or "w_a_000" not in state:
+    settings = state.pop(SETTINGS_KEY, None) if isinstance(state, dict) else None
+    settings = settings if isinstance(settings, dict) else {}
+    if not isinstance(state, dict) or not (FIRST_KEY in state or "updates" in settings):
         is_base = isinstance(state, dict) and "image_encoder.pos_embed" in state
         raise InputError(
-            f"{filename} is not a LoRA adapter (it has no w_a_000); "
+            f"{filename} is not a LoRA adapter (it has no {FIRST_KEY}); "
             + ("it looks like base weights: pass it by --ckpt" if is_base else "pass another file")
         )
-    settings = state.pop(SETTINGS_KEY, None)
     not_tensors = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
     if not_tensors:
         raise InputError(f"{filename} holds entries that are no tensors: {first_few(not_tensors)}")
-    return state, settings if isinstance(settings, dict) else {}
+    return state, settings
 
 
 def holds_every_weight(state: dict[str, torch.Tensor]) -> bool:
-    """Whether an adapter file brings the encoder too, so that no base weights are needed."""
+    """Return whether an adapter file holds the encoder too, so that it needs no base weights."""
     return "image_encoder.pos_embed" in state
 
 
-def variant_of(state: dict[str, torch.Tensor]) -> str:
-    """The module whose `LoRA_Sam` wrote an adapter, told by its keys."""
+def variant_of(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> str:
+    """Return the module whose `LoRA_Sam` wrote an adapter; published ones show it by their keys."""
+    recorded = settings.get("module")
+    if isinstance(recorded, str):
+        return recorded
     both = "sa_a_000" in state
     return "sam_lora_image_encoder_mask_decoder" if both else "sam_lora_image_encoder"
 
 
+def rank_of(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> int | None:
+    """Return the rank of an adapter; None if the file does not show it."""
+    return len(state[FIRST_KEY]) if FIRST_KEY in state else settings.get("rank")
+
+
+def class_count(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> int | None:
+    """Return the number of foreground classes of an adapter; None if the file does not show it."""
+    tokens = state.get(HEAD_ROWS[0])
+    return settings.get("num_classes") if tokens is None else len(tokens) - 1
+
+
 def is_safetensors(filename: str | Path) -> bool:
-    """Whether a file is of the safetensors format, by its name."""
+    """Return whether the name of a file says that its format is safetensors."""
     return Path(filename).suffix.lower() == SAFETENSORS
 
 
@@ -77,11 +96,10 @@ def _read_safetensors(filename: str | Path) -> dict[str, Any]:
 
 
 def trained_classes(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> list[str] | None:
-    """The class names of an adapter in order; None if it does not tell, as published ones."""
+    """Return the class names of an adapter in order; None for a published one, which has none."""
     names = settings.get("class_names")
-    count = len(state.get("mask_decoder.mask_tokens.weight", ())) - 1
-    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names if known and len(names) == count else None
+    valid = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if valid and len(names) == class_count(state, settings) else None
 
 
 def with_classes(
@@ -90,42 +108,54 @@ def with_classes(
     wanted: Sequence[str],
     fresh: dict[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], list[str], list[str]]:
-    """An adapter for other classes: heads of classes with the same name move, others start fresh.
+    """Convert an adapter to other classes: heads move to classes of the same name.
 
-    Names are the same without regard to case, `_` and spaces. Background always moves.
+    The heads of all other classes start fresh. Case, `_` and spaces do not matter in names.
+    The background head always moves.
 
     Args:
-        state: of the adapter.
+        state: tensors of the adapter.
         trained, wanted: class names without background, in the order of the heads.
         fresh: the state of a new network for the wanted classes.
 
     Returns:
-        The state for the new network, the names that moved and those that start fresh.
+        The state for the new network, the names that moved, and the names that start fresh.
 
     Raises:
-        InputError: a name is there twice, or the adapter's heads are not those of its names.
+        InputError: a name occurs twice, or the adapter's heads do not fit its class names.
     """
-    plain = [["".join(name.lower().split("_")).replace(" ", "") for name in n]
-             for n in (trained, wanted)]  # fmt: skip
-    for names in plain:
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        if doubled:
-            raise InputError(f"the class names {first_few(doubled)} are there twice; rename one")
-    place = {name: index for index, name in enumerate(plain[0], start=1)}
-    sources = [0, *(place.get(name) for name in plain[1])]
-    result = {k: v for k, v in state.items() if k not in HEAD_ROWS and HEAD_NETWORKS not in k}
-    for key, own in fresh.items():
+    place = {name: index for index, name in enumerate(_plain_names(trained), start=1)}
+    # For each head of the new network: the head of the adapter that it takes, or None.
+    sources = [0, *(place.get(name) for name in _plain_names(wanted))]
+    result = {
+        key: value
+        for key, value in state.items()
+        if key not in HEAD_ROWS and HEAD_NETWORKS not in key
+    }
+    for key, new in fresh.items():
         if key in HEAD_ROWS:
-            theirs = state.get(key)
-            if theirs is None or theirs.shape != (len(trained) + 1, *own.shape[1:]):
+            old = state.get(key)
+            if old is None or old.shape != (len(trained) + 1, *new.shape[1:]):
                 raise InputError(f"the adapter's {key} does not fit its {len(trained)} classes")
-            rows = [own[i] if s is None else theirs[s] for i, s in enumerate(sources)]
+            rows = [
+                new[index] if source is None else old[source]
+                for index, source in enumerate(sources)
+            ]
             result[key] = torch.stack(rows)
         elif key.startswith(HEAD_NETWORKS):
             index, rest = key.removeprefix(HEAD_NETWORKS).split(".", 1)
             source = sources[int(index)]
-            theirs = own if source is None else state.get(f"{HEAD_NETWORKS}{source}.{rest}")
-            if theirs is not None:  # what is missing is named when it is loaded
-                result[key] = theirs
+            old = new if source is None else state.get(f"{HEAD_NETWORKS}{source}.{rest}")
+            if old is not None:  # Loading reports what is missing.
+                result[key] = old
     moved = [name for name, source in zip(wanted, sources[1:], strict=True) if source is not None]
     return result, moved, [name for name in wanted if name not in moved]
+
+
+def _plain_names(names: Sequence[str]) -> list[str]:
+    """Return class names as they are compared; raise an `InputError` if two are the same."""
+    plain = [name.lower().replace("_", "").replace(" ", "") for name in names]
+    doubled = sorted({name for name in plain if plain.count(name) > 1})
+    if doubled:
+        raise InputError(f"the class names {first_few(doubled)} are there twice; rename one")
+    return plain

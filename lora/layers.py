@@ -1,4 +1,9 @@
-"""How a low-rank update is computed and merged (SAMed, section 3.2)."""
+"""How a low-rank update is computed and merged (SAMed, section 3.2).
+
+All updates of a layer are computed in one product. To change how an update is computed (a scale, a
+dropout, another decomposition), change `LoRALinear.low_rank`: the forward pass, merging and the
+packed layers of `evaluation/cpu_speed.py` all use it.
+"""
 
 from __future__ import annotations
 
@@ -13,30 +18,36 @@ from common.errors import InputError
 
 
 class LoRABranch(nn.Module):
-    """Low-rank update ``x -> up(down(x))``; exactly zero at initialisation."""
+    """The two matrices A and B of one low-rank update, ``x -> B A x``; zero at initialisation.
+
+    It has no forward pass: `LoRALinear` computes all branches of a layer together.
+    """
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
         if rank < 1:
             raise InputError(f"LoRA rank is {rank}, expected at least 1; pass another --rank")
-        self.down = nn.Linear(in_features, rank, bias=False)
-        self.up = nn.Linear(rank, out_features, bias=False)
+        self.down = nn.Linear(in_features, rank, bias=False)  # A
+        self.up = nn.Linear(rank, out_features, bias=False)  # B
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A Kaiming-uniform, B zero: the wrapped layer starts unchanged."""
+        """Make A Kaiming-uniform and B zero, so that the wrapped layer starts unchanged."""
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
-        return self.up(self.down(x))
-
 
 class LoRALinear(nn.Module):
-    """A linear layer with a low-rank update on some equal parts of its output.
+    """A linear layer with low-rank updates on some equal parts of its output.
 
-    It takes over the wrapped layer's parameters under their own names, so the network around it
-    keeps SAM's state-dict keys.
+    It takes over the parameters of the wrapped layer under their names, so that the network around
+    it keeps SAM's state-dict keys.
+
+    Args:
+        linear: the layer to wrap.
+        rank: rank of every update.
+        parts: number of equal parts of the output: 3 for a fused qkv projection.
+        updated: indices of the parts that get an update.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, *, parts: int, updated: Sequence[int]) -> None:
@@ -48,7 +59,7 @@ class LoRALinear(nn.Module):
         self.updates = nn.ModuleDict(
             {str(part): LoRABranch(linear.in_features, self.part_width, rank) for part in updated}
         )
-        # The weight with the updates added, while merged; the weight itself is never changed.
+        # The weight with the updates added, while merged. `weight` itself never changes.
         self.register_buffer("merged_weight", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
@@ -58,11 +69,11 @@ class LoRALinear(nn.Module):
         out = F.linear(tokens, self.weight, self.bias)  # (N, out)
         down, up = self.low_rank()
         hidden = F.linear(tokens, down)  # (N, updates · rank)
-        # all updates in one product that adds in place; parts without one get a product with 0
+        # One product adds all updates in place. A part without an update gets a product with 0.
         return out.addmm_(hidden, up.T.to(hidden.dtype)).unflatten(0, x.shape[:-1])
 
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All updates as one: (updates · rank, in) and (out, updates · rank)."""
+        """Return all updates as one: A (updates · rank, in) and B (out, updates · rank)."""
         updates = dict(self.updates.items())
         branches = [updates.get(part) for part in self.parts]
         down = torch.cat([branch.down.weight for branch in branches if branch is not None])
@@ -72,14 +83,19 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def folded_weight(self) -> torch.Tensor:  # (out, in)
-        """The weight with the updates added."""
+        """Return the weight with the updates added."""
         down, up = self.low_rank()
         return torch.addmm(self.weight, up, down)
 
     def merge(self) -> None:
-        """Compute with the folded weight: inference at the cost of a plain layer."""
+        """Compute with the folded weight from now on: as fast as the plain layer."""
         self.merged_weight = self.folded_weight()
 
     def unmerge(self) -> None:
-        """Drop the merged copy; the weight was never touched, so nothing is lost to rounding."""
+        """Drop the merged copy. The weight was never changed, so nothing is lost to rounding."""
         self.merged_weight = None
+
+
+def inference_weight(layer: nn.Module) -> torch.Tensor:  # (out, in)
+    """Return the weight that a linear layer multiplies with, its updates included."""
+    return layer.folded_weight() if isinstance(layer, LoRALinear) else layer.weight

@@ -1,13 +1,13 @@
-"""How a low-rank update is computed, merged, saved and restored (SAMed, section 3.2).
+"""A SAM network with low-rank updates: which tensors train, which are saved, how they are loaded.
 
-Which projections get one is the business of `sam_lora_image_encoder.py` and
-`sam_lora_image_encoder_mask_decoder.py`: each is a list of `Update` rows.
+The variants (`sam_lora_image_encoder.py`, `sam_lora_image_encoder_mask_decoder.py`, or a module of
+your own beside them) say which projections get an update, as a list of `Update` rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,23 @@ from common.errors import InputError, first_few
 from common.files import save_tensors
 from lora.adapter_file import (
     SETTINGS_KEY,
+    class_count,
     holds_every_weight,
+    rank_of,
     read_adapter,
     variant_of,
     with_classes,
 )
 from lora.layers import LoRABranch, LoRALinear
 
-TRAINED_WITH_THE_ADAPTER = ("prompt_encoder.", "mask_decoder.")
-
 
 @dataclass(frozen=True)
 class Update:
-    """One low-rank update: where it is added and what its two matrices are called on disk."""
+    """One low-rank update: where it is added, and the names of its two matrices in the file."""
 
     layer: str  # path of the linear layer inside the network
-    part: int  # which of the equal parts of its output: q, k, v of a fused projection
-    parts: int  # how many parts the layer's output has
+    part: int  # index of the equal part of the layer's output: 0, 1, 2 for q, k, v of a fused qkv
+    parts: int  # number of equal parts
     down: str  # key of A, (rank, in)
     up: str  # key of B, (out / parts, rank)
 
@@ -44,10 +44,14 @@ class LoRAModel(nn.Module):
 
     Args:
         sam: the network; its updated layers are replaced in place.
-        rank: of every update.
+        rank: rank of every update.
         updates: the rows of the variant.
         frozen: name prefixes of the parameters that do not train.
-        variant: module name that users pass by `--module`.
+        not_saved: name prefixes of the tensors that the adapter file leaves out, because the base
+            weights hold them; None: those of `frozen`. A frozen part that starts at random, as the
+            mask heads do, has to be saved.
+        variant: name of the module that defines the subclass, as users pass it by `--module`; None:
+            the module where the subclass is defined.
     """
 
     def __init__(
@@ -57,23 +61,22 @@ class LoRAModel(nn.Module):
         *,
         updates: Sequence[Update],
         frozen: Sequence[str],
-        variant: str,
+        not_saved: Sequence[str] | None = None,
+        variant: str | None = None,
     ) -> None:
         super().__init__()
         self.sam = sam
         self.rank = rank
         self.updates = tuple(updates)
-        self.variant = variant
-        # Of an adapter for other classes: the names whose heads were taken over, and the others.
+        self.variant = variant or type(self).__module__
+        # After loading an adapter of other classes: the names of the classes whose heads were taken
+        # from it, and the names of those that start fresh.
         self.moved_heads: list[list[str]] = []
-        # SAM's own tensors that the adapter file holds; parameters outside it do not train.
-        self.saved = {
-            name
-            for name in sam.state_dict()
-            if name.startswith(TRAINED_WITH_THE_ADAPTER) and not name.startswith(tuple(frozen))
-        }
+        left_out = tuple(frozen if not_saved is None else not_saved)
+        # SAM's tensors that the adapter file holds.
+        self.saved = {name for name in sam.state_dict() if not name.startswith(left_out)}
         for name, parameter in sam.named_parameters():
-            parameter.requires_grad_(name in self.saved)
+            parameter.requires_grad_(not name.startswith(tuple(frozen)))
         for path in dict.fromkeys(update.layer for update in updates):
             rows = [update for update in updates if update.layer == path]
             layer = LoRALinear(
@@ -83,20 +86,36 @@ class LoRAModel(nn.Module):
                 updated=[row.part for row in rows],
             )
             sam.set_submodule(path, layer)
+        self.require_trained_is_saved()
+
+    def require_trained_is_saved(self) -> None:
+        """Raise an `InputError` if a parameter trains that the adapter file would not hold."""
+        saved = {id(tensor) for tensor in self._adapter_tensors().values()}
+        lost = [
+            name.removeprefix("sam.")
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad and id(parameter) not in saved
+        ]
+        if lost:
+            raise InputError(
+                f"the LoRA variant {self.variant} trains {len(lost)} parameters that its adapter "
+                f"file does not hold, first {first_few(lost, 3)}; freeze them (frozen=), save them "
+                "(not_saved=), or list them as an Update"
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Sam.forward`."""
+        """Compute `Sam.forward`."""
         return self.sam(*args, **kwargs)
 
     def reset_parameters(self) -> None:
-        """Start every update anew at zero."""
+        """Start every update at zero again."""
         for update in self.updates:
             self._branch(update).reset_parameters()
 
     def train_all_weights(self) -> None:
-        """Unfreeze the network: a random encoder is of no use frozen (`--ckpt none`).
+        """Train and save every weight (`--ckpt none`): a frozen random encoder would be useless.
 
-        What is saved from then on holds the encoder too, so it needs no base weights.
+        The adapter file then holds the encoder too and needs no base weights.
         """
         self.saved = {name for name, _ in self._plain_tensors()}
         for parameter in self.sam.parameters():
@@ -108,39 +127,41 @@ class LoRAModel(nn.Module):
             layer.merge()
 
     def unmerge(self) -> None:
-        """Undo `merge`, exactly."""
+        """Undo `merge` exactly."""
         for layer in self._lora_layers():
             layer.unmerge()
 
     def plain_state(self) -> dict[str, torch.Tensor]:
-        """The network without LoRA, by SAM's own keys: every update folded into its weight."""
+        """Return the network without LoRA under SAM's keys, each update folded into its weight."""
         state = {name: value.detach() for name, value in self._plain_tensors()}
         for path in dict.fromkeys(update.layer for update in self.updates):
-            layer = self.sam.get_submodule(path)
-            state[f"{path}.weight"] = layer.folded_weight()
+            state[f"{path}.weight"] = self.sam.get_submodule(path).folded_weight()
         return state
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
-        """What the adapter file holds, by its published keys; the tensors are the live ones."""
+        """Return what the adapter file holds under its published keys; values are not copied."""
         return {key: value.detach() for key, value in self._adapter_tensors().items()}
 
     def save_lora_parameters(
         self, filename: str | Path, settings: dict[str, Any] | None = None
     ) -> str:
-        """Write the adapter file; returns its SHA-256.
+        """Write the adapter file and return its SHA-256.
 
         Args:
             filename: `….pth`.
-            settings: plain values to keep beside the tensors (classes, image size, …); with
-                None the file holds the published keys alone.
+            settings: plain values to record beside the tensors (classes, image size, …). None:
+                the file holds nothing but the published keys.
         """
         state: dict[str, Any] = {
             key: value.cpu().clone() for key, value in self.adapter_state().items()
         }
         if settings is not None:
-            own = {"rank": self.rank, "module": self.variant}
-            base = {"base_fingerprint": getattr(self.sam, "base_fingerprint", None)}
-            state[SETTINGS_KEY] = settings | own | base
+            state[SETTINGS_KEY] = settings | {
+                "rank": self.rank,
+                "module": self.variant,
+                "updates": [list(astuple(update)) for update in self.updates],
+                "base_fingerprint": self.sam.base_fingerprint,
+            }
         return save_tensors(state, filename)[1]
 
     def load_lora_parameters(
@@ -148,46 +169,33 @@ class LoRAModel(nn.Module):
         filename: str | Path,
         classes: tuple[Sequence[str], Sequence[str]] | None = None,
     ) -> dict[str, Any]:
-        """Fill the adapter's tensors from a file, this project's or the original's.
+        """Fill the adapter's tensors from a file of this project or of the original.
 
-        A file that also holds the frozen weights (`train_all_weights`) restores them too.
+        A file that also holds the frozen weights (`train_all_weights`) restores these too.
 
         Args:
-            classes: names of the file's classes and of this network's, to move the heads of those
-                with the same name; `moved_heads` then says which. None: the classes are the same.
+            classes: class names of the file and of this network. Heads move to classes of the same
+                name, and `moved_heads` says which ones. None: the classes are the same.
 
         Returns:
-            The settings saved beside the tensors, {} where there are none.
+            The settings that the file records beside the tensors; {} if it has none.
 
         Raises:
-            InputError: another variant, rank, number of classes or encoder, or anything missing.
+            InputError: the variant, rank, number of classes, encoder, base weights or updated
+                layers differ, or a tensor is missing. Nothing was changed then.
         """
         state, settings = read_adapter(filename)
-        own = self._adapter_tensors()
         if classes is not None:
             state, *self.moved_heads = with_classes(state, *classes, self.adapter_state())
-        self._require_fit(state, settings, filename)
+        self._require_same_network(state, settings, filename)
+        targets = self._adapter_tensors()
         if holds_every_weight(state):
-            own |= dict(self._plain_tensors())
-        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        if missing or unexpected:
-            raise InputError(
-                f"{filename} does not fit this {self.variant} network: missing "
-                f"{first_few(missing) or 'nothing'}, unexpected "
-                f"{first_few(unexpected) or 'nothing'}; pass the --vit_name of its training"
-            )
-        wrong = [key for key in own if own[key].shape != state[key].shape]
-        if wrong:
-            found = [
-                f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in wrong
-            ]
-            raise InputError(
-                f"{filename} was trained with another encoder or image size than this network: "
-                f"{first_few(found)}; pass the --vit_name and --img_size of its training"
-            )
-        self.unmerge()  # what was merged is about to change
+            targets |= dict(self._plain_tensors())
+        self._require_same_tensors(state, targets, filename)
+        self._require_same_updates(settings, filename)
+        self.unmerge()  # The merged weights are about to become wrong.
         with torch.no_grad():
-            for key, tensor in own.items():
+            for key, tensor in targets.items():
                 tensor.copy_(state[key])
         return settings
 
@@ -201,7 +209,7 @@ class LoRAModel(nn.Module):
         return tensors
 
     def _plain_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """SAM's own parameters and persistent buffers by their public names."""
+        """Yield SAM's parameters and persistent buffers under their public names."""
         state = self.sam.state_dict(keep_vars=True)
         yield from ((name, value) for name, value in state.items() if ".updates." not in name)
 
@@ -211,36 +219,74 @@ class LoRAModel(nn.Module):
     def _branch(self, update: Update) -> LoRABranch:
         return self.sam.get_submodule(update.layer).updates[str(update.part)]
 
-    def _require_fit(
+    def _require_same_network(
         self, state: dict[str, torch.Tensor], settings: dict[str, Any], filename: str | Path
     ) -> None:
-        """Name the cause where an adapter is of another variant, rank, class count or base."""
-        for label, flag, found, own in (
-            ("variant", "--module", variant_of(state), self.variant),
-            ("LoRA rank", "--rank", len(state["w_a_000"]), self.rank),
-            (
-                "number of classes",
-                "--num_classes",
-                len(state.get("mask_decoder.mask_tokens.weight", [])) - 1,
-                len(self.sam.mask_decoder.mask_tokens.weight) - 1,
-            ),
+        """Refuse an adapter of another variant, rank, number of classes, encoder or base."""
+        classes = len(self.sam.mask_decoder.mask_tokens.weight) - 1
+        for label, flag, found, expected in (
+            ("variant", "--module", variant_of(state, settings), self.variant),
+            ("LoRA rank", "--rank", rank_of(state, settings), self.rank),
+            ("number of classes", "--num_classes", class_count(state, settings), classes),
         ):
-            if found != own:
+            if found not in (None, expected):
                 raise InputError(
-                    f"{filename} has {label} {found}, this network was built with {own}; "
+                    f"{filename} has {label} {found}, this network was built with {expected}; "
                     f"pass {flag} {found}"
                 )
-        width = self.adapter_state()["w_a_000"].shape[1]
-        if state["w_a_000"].shape[1] != width:
+        first = self.updates[0].down
+        width, expected = (
+            tensors[first].shape[1] if first in tensors else None
+            for tensors in (state, self._adapter_tensors())
+        )
+        if width not in (None, expected):
             raise InputError(
-                f"{filename} was trained with another encoder, of width "
-                f"{state['w_a_000'].shape[1]}, this network's is {width}; pass --vit_name "
+                f"{filename} was trained with another encoder, of width {width}; the width of this "
+                f"network is {expected}; pass --vit_name "
                 f"{settings.get('vit_name', 'of its training')}"
             )
-        trained_on = settings.get("base_fingerprint")
-        loaded = getattr(self.sam, "base_fingerprint", None)
-        if not holds_every_weight(state) and trained_on != loaded and trained_on is not None:
+        trained_on, loaded = settings.get("base_fingerprint"), self.sam.base_fingerprint
+        if not holds_every_weight(state) and trained_on not in (None, loaded):
             raise InputError(
                 f"{filename} was trained on base weights {trained_on}, this network holds "
                 f"{loaded or 'none'}; pass the --ckpt of its training"
             )
+
+    def _require_same_tensors(
+        self,
+        state: dict[str, torch.Tensor],
+        targets: dict[str, torch.Tensor],
+        filename: str | Path,
+    ) -> None:
+        """Refuse an adapter that lacks a tensor, has one too many, or one of another shape."""
+        missing = sorted(targets.keys() - state.keys())
+        unexpected = sorted(state.keys() - targets.keys())
+        if missing or unexpected:
+            raise InputError(
+                f"{filename} does not fit this {self.variant} network: missing "
+                f"{first_few(missing) or 'nothing'}, unexpected "
+                f"{first_few(unexpected) or 'nothing'}; pass the --vit_name of its training"
+            )
+        wrong = [
+            f"{key} {tuple(state[key].shape)} for {tuple(tensor.shape)}"
+            for key, tensor in targets.items()
+            if tensor.shape != state[key].shape
+        ]
+        if wrong:
+            raise InputError(
+                f"{filename} was trained with another encoder or image size than this network: "
+                f"{first_few(wrong)}; pass the --vit_name and --img_size of its training"
+            )
+
+    def _require_same_updates(self, settings: dict[str, Any], filename: str | Path) -> None:
+        """Refuse an adapter whose updates belong to other layers; old files do not record them."""
+        recorded = settings.get("updates")
+        rows = [list(astuple(update)) for update in self.updates]
+        if recorded is None or recorded == rows:
+            return
+        pairs = zip(recorded, rows, strict=False) if isinstance(recorded, list) else ()
+        found, expected = next(((a, b) for a, b in pairs if a != b), (recorded, rows[0]))
+        raise InputError(
+            f"{filename} has its updates in other layers than this network: {found!s:.120} for "
+            f"{expected}; build the network with the layers of its training"
+        )

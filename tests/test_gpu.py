@@ -16,7 +16,7 @@ import train
 from benchmarks.plain import PlainAttention
 from config.settings import complete
 from segment_anything.modeling import relative_attention
-from trainer import freeze_unreached, make_optimizer, training_step
+from trainer import StepOptions, freeze_unreached, make_optimizer, training_step
 from training.batches import augmented_batch
 from training.losses import SegmentationLoss
 
@@ -39,6 +39,7 @@ def test_a_training_step_waits_for_nothing():
     model = tiny_model().cuda().train()
     freeze_unreached(model)
     criterion, optimizer = SegmentationLoss(3, 0.8), make_optimizer(model, adamw=True, base_lr=1e-3)
+    options = StepOptions(clip_grad=1.0, amp_dtype=torch.bfloat16)
     slices = {
         "image": torch.rand(6, 40, 40).pin_memory(),
         "label": torch.randint(0, 3, (6, 40, 40), dtype=torch.uint8).pin_memory(),
@@ -47,8 +48,7 @@ def test_a_training_step_waits_for_nothing():
 
     def step(epoch: int) -> None:
         batch = augmented_batch(slices, epoch, args, 16, torch.device("cuda"))
-        autocast = torch.autocast("cuda", torch.bfloat16)
-        training_step(model, batch, criterion, optimizer, 1e-3, clip_grad=1.0, autocast=autocast)
+        training_step(model, batch, criterion, optimizer, 1e-3, options)
 
     for epoch in range(40):  # matrices and rotations are made and kept
         step(epoch)

@@ -22,7 +22,7 @@ from test_scans import placed
 from common.files import load_tensors
 from datasets.scans.volumes import write_volume
 from distributed.signals import EXIT_INTERRUPTED
-from trainer import freeze_unreached, make_optimizer, training_step
+from trainer import StepOptions, freeze_unreached, make_optimizer, training_step
 from training.losses import SegmentationLoss
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -110,9 +110,8 @@ def test_the_gradient_of_parts_is_that_of_the_whole():
     for at_once in (None, 5, 2, 1):
         twin = copy.deepcopy(model)
         optimizer = make_optimizer(twin, adamw=False, base_lr=0)
-        _, logits = training_step(
-            twin, batch, SegmentationLoss(3, 0.8), optimizer, 0, at_once=at_once
-        )
+        options = StepOptions(at_once=at_once)
+        _, logits = training_step(twin, batch, SegmentationLoss(3, 0.8), optimizer, 0, options)
         assert logits.shape == (5, 3, 16, 16) and not logits.requires_grad
         gradients.append([p.grad for p in twin.parameters() if p.requires_grad])
     for other in gradients[1:]:

@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_to_repeat_and_test_it(data: Path, tmp_path: Pat
     config = json.loads((folder / "config.json").read_text())
     assert config["img_size"] == 64 and config["base_lr"] == 1e-3 and config["AdamW"] is True
     again = parse_args(train_parser(), ["--config", str(folder / "config.json")])
-    once = ("config", "resume", "check")
+    once = ("config", "resume", "check", "same_code", "code")
     flags = {k: v for k, v in config.items() if k not in CONTENT}  # of data and weights
     assert {k: v for k, v in vars(again).items() if k not in once} == flags
     assert config["data"].startswith("5 slices ") and config["weights"] == "none"
@@ -185,7 +185,7 @@ def test_speed_flags_run_on_a_cpu(flag: str, data: Path, tmp_path: Path):
         (["--num_classes", "4"], "label values"),
         (["--dataset", "Unknown"], "unknown data set 'Unknown'"),
         (["--module", "nothing_here"], "--module nothing_here"),
-        (["--module", "losses"], "no class LoRA_Sam"),
+        (["--module", "utils"], "no class LoRA_Sam"),
         (["--device", "cuda:99"], "--device"),
         (["--device", "toaster"], "--device"),
         (["--seed", "-1"], "--seed"),

@@ -1,4 +1,4 @@
-"""Look into adapter files, convert and merge them: `python -m tools.adapter --help`."""
+"""Show, convert and merge adapter files: `python -m tools.adapter --help`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ import torch
 
 from common.errors import InputError, exit_on_bad_input
 from common.files import atomic_path, save_tensors, sha256_of
-from config.flags import add_dataset_flag, add_network_flags
+from config.parser import Parser
 from config.settings import parse_args
+from config.test_flags import MERGE
 from lora.adapter_file import (
     SAFETENSORS,
     SETTINGS_KEY,
+    class_count,
     holds_every_weight,
     is_safetensors,
+    rank_of,
     read_adapter,
     trained_classes,
     variant_of,
@@ -28,33 +31,13 @@ from lora.adapter_file import (
 from utils import build_model
 
 SUFFIXES = (".pth", SAFETENSORS)
+# Settings that `show` sums up instead of printing them.
+LONG_SETTINGS = ("updates", "code")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one of the commands."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.adapter",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Look into adapter files, convert and merge them.\n\n"
-        "  python -m tools.adapter show output/RUN/best.pth\n"
-        "  python -m tools.adapter convert output/RUN/best.pth best.safetensors   (and back)\n"
-        "  python -m tools.adapter merge merged.pth --lora_ckpt output/RUN/best.pth",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="what a file holds")
-    show.add_argument("file", type=Path)
-    convert = commands.add_parser("convert", help=".pth to .safetensors, or back")
-    convert.add_argument("file", type=Path)
-    convert.add_argument("output", type=Path)
-    merge = commands.add_parser(
-        "merge", help="write a plain SAM checkpoint, its updates folded in, for use without LoRA"
-    )
-    merge.add_argument("output", type=Path)
-    merge.add_argument("--num_classes", type=int, help="foreground classes of the adapter")
-    add_dataset_flag(merge)
-    add_network_flags(merge)
-    for command in (convert, merge):
-        command.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser, merge = build_parsers()
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(words)
     with exit_on_bad_input():
@@ -70,8 +53,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"written: {args.output} (SHA-256 {digest})")
 
 
+def build_parsers() -> tuple[argparse.ArgumentParser, Parser]:
+    """Return the parser of the program, and that of its command `merge`."""
+    parser = Parser(
+        prog="python -m tools.adapter",
+        description="Show, convert and merge adapter files.\n\n"
+        "  python -m tools.adapter show output/RUN/best.pth\n"
+        "  python -m tools.adapter convert output/RUN/best.pth best.safetensors   (and back)\n"
+        "  python -m tools.adapter merge merged.pth --lora_ckpt output/RUN/best.pth",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="print what a file holds")
+    show.add_argument("file", type=Path)
+    convert = commands.add_parser("convert", help="convert .pth to .safetensors, or back")
+    convert.add_argument("file", type=Path)
+    convert.add_argument("output", type=Path)
+    merge = commands.add_parser(
+        "merge",
+        help="write a plain SAM checkpoint with the updates folded in, for use without LoRA",
+    )
+    merge.add_argument("output", type=Path)
+    merge.add_flags(MERGE)
+    for command in (convert, merge):
+        command.add_argument(
+            "--overwrite", action="store_true", help="replace the output if it exists"
+        )
+    return parser, merge
+
+
 def check_output(path: Path, overwrite: bool, suffixes: Sequence[str]) -> None:
-    """Refuse a name of another format, and one that is taken."""
+    """Refuse a name of another format, and the name of an existing file."""
     if path.suffix.lower() not in suffixes:
         raise InputError(
             f"output {path} is named {path.suffix or 'without suffix'!r}, expected "
@@ -82,25 +93,39 @@ def check_output(path: Path, overwrite: bool, suffixes: Sequence[str]) -> None:
 
 
 def description(file: Path) -> str:
-    """What an adapter file holds, line by line."""
+    """Describe an adapter file, one property per line."""
     state, settings = read_adapter(file)
     classes = trained_classes(state, settings)
-    count = len(state.get("mask_decoder.mask_tokens.weight", ())) - 1
+    shown = {name: value for name, value in settings.items() if name not in LONG_SETTINGS}
+    code = settings.get("code")
     lines = {
-        "variant": variant_of(state),
-        "rank": len(state["w_a_000"]),
-        "classes": f"{count}: {', '.join(classes) if classes else 'not named'}",
+        "variant": variant_of(state, settings),
+        "rank": rank_of(state, settings),
+        "classes": f"{class_count(state, settings)}: "
+        f"{', '.join(classes) if classes else 'not named'}",
+        "updates": describe_updates(settings.get("updates")),
         "tensors": f"{len(state)}, {sum(t.numel() for t in state.values()):,} parameters",
-        "holds": "every weight" if holds_every_weight(state) else "what was trained beside SAM",
+        "holds": "every weight"
+        if holds_every_weight(state)
+        else "the updates and the parts of SAM that trained with them",
+        "source code": f"fingerprints of {len(code)} files" if code else "not recorded",
         "bytes": f"{file.stat().st_size:,}",
         "SHA-256": sha256_of(file),
-        "settings": json.dumps(settings, indent=2, default=str) if settings else "none",
+        "settings": json.dumps(shown, indent=2, default=str) if shown else "none",
     }
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
 
 
+def describe_updates(rows: Any) -> str:
+    """Describe which layers have updates: `24 in 12 layers, image_encoder.blocks.0… to …`."""
+    if not isinstance(rows, list) or not rows:
+        return "not recorded"
+    layers = list(dict.fromkeys(str(row[0]) for row in rows))
+    return f"{len(rows)} in {len(layers)} layers, {layers[0]} to {layers[-1]}"
+
+
 def write_adapter(path: Path, state: dict[str, torch.Tensor], settings: dict[str, Any]) -> str:
-    """Write an adapter in the format of its name; returns its SHA-256."""
+    """Write an adapter in the format that its name says; return its SHA-256."""
     if not is_safetensors(path):
         extra = {SETTINGS_KEY: settings} if settings else {}
         return save_tensors(state | extra, path)[1]
@@ -112,7 +137,7 @@ def write_adapter(path: Path, state: dict[str, torch.Tensor], settings: dict[str
 
 
 def write_merged(args: argparse.Namespace) -> str:
-    """Write the whole network with SAM's own keys; returns the file's SHA-256."""
+    """Write the whole network under SAM's own keys; return the SHA-256 of the file."""
     model, _ = build_model(args, torch.device("cpu"))
     state = {key: value.clone() for key, value in model.plain_state().items()}
     return save_tensors(state, args.output)[1]

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import InputError
+from config.train_flags import slices_of_update
 from datasets.augmentation import Augmentation, draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
 from distributed.ranks import ALONE, Ranks
@@ -19,14 +20,15 @@ from distributed.signals import ignore_in_worker
 
 
 class EpochBatches(Sampler[list[int]]):
-    """This rank's part of every global batch of one epoch.
+    """This rank's part of every global batch of an epoch.
 
-    The order is keyed by (seed, epoch): nothing else can change it, so that an epoch can be
-    entered anywhere and shared out over any number of ranks without losing or doubling a sample.
+    The order of the samples depends on (seed, epoch) alone. So an epoch can be entered at any step
+    and shared by any number of ranks, and every sample still occurs once.
 
     Args:
-        length: samples.
-        global_batch: samples of a step on all ranks together; an epoch's last may be smaller.
+        length: number of samples.
+        global_batch: samples of a step on all ranks together; the last step of an epoch may have
+            fewer.
     """
 
     def __init__(self, length: int, global_batch: int, seed: int, ranks: Ranks = ALONE) -> None:
@@ -38,11 +40,11 @@ class EpochBatches(Sampler[list[int]]):
         self.done = 0
 
     def enter(self, epoch: int, done: int) -> None:
-        """Go on with `epoch` after its first `done` steps."""
+        """Continue `epoch` after its first `done` steps."""
         self.epoch, self.done = epoch, done
 
     def step(self, epoch: int, number: int) -> list[int]:
-        """The samples of one global batch."""
+        """Return the samples of one global batch, by their indices."""
         order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
         start = number * self.global_batch
         return order[start : start + self.global_batch].tolist()
@@ -58,7 +60,7 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class Slices(Dataset):
-    """Samples by the batch; what is wrong with one is a value, which a worker can hand over."""
+    """Samples, read batch by batch. An error is returned, since a worker cannot raise it here."""
 
     def __init__(self, dataset: Synapse_dataset) -> None:
         self.dataset = dataset
@@ -74,7 +76,7 @@ class Slices(Dataset):
 
 
 def collate_slices(samples: Sequence[dict[str, Any]] | InputError) -> dict[str, Any] | InputError:
-    """Stack slices of one size into tensors (B, H, W); leave mixed sizes, or none, as lists."""
+    """Stack slices of the same size into tensors (B, H, W); keep slices of mixed sizes as lists."""
     if isinstance(samples, InputError):
         return samples
     batch: dict[str, Any] = {
@@ -89,24 +91,25 @@ def collate_slices(samples: Sequence[dict[str, Any]] | InputError) -> dict[str, 
 def make_loader(
     dataset: Synapse_dataset, args: argparse.Namespace, device: torch.device, ranks: Ranks = ALONE
 ) -> DataLoader:
-    """Batches of raw slices; `loader.batch_sampler.enter` says from where."""
+    """Return a loader of raw slices; `loader.batch_sampler.enter` sets its position."""
     workers = args.num_workers
-    if workers is None:  # on a CPU a slice is read faster than a worker hands it over
+    if workers is None:  # On a CPU, reading a slice takes less time than sending it to a process.
         workers = 4 if device.type == "cuda" else 0
     return DataLoader(
         Slices(dataset),
-        batch_sampler=EpochBatches(len(dataset), global_batch(args), args.seed, ranks),
+        batch_sampler=EpochBatches(len(dataset), slices_of_update(vars(args)), args.seed, ranks),
         collate_fn=collate_slices,
         num_workers=workers,
         worker_init_fn=ignore_in_worker,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        generator=torch.Generator(),  # its own: PyTorch's must not depend on how often it starts
+        # The global generator must not depend on how often the loader starts.
+        generator=torch.Generator(),
     )
 
 
 def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """The batches of one epoch; raises an `InputError` if a slice cannot be read any more."""
+    """Yield the batches of one epoch; raise an `InputError` if a slice cannot be read any more."""
     for slices in loader:
         if isinstance(slices, InputError):
             raise slices
@@ -114,22 +117,24 @@ def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def watched_workers(loader: DataLoader) -> Iterator[None]:
-    """Say in a sentence that a worker was killed, which PyTorch raises wherever the program is."""
+def loader_workers(loader: DataLoader) -> Iterator[None]:
+    """End the loader's processes on leaving, and explain in a sentence if one was killed.
+
+    The processes ignore signals, and would otherwise live as long as anything refers to the loader.
+    """
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise InputError(
-            "a loader process was killed, most often for want of memory; go on by --resume with a "
-            f"smaller --num_workers (now {loader.num_workers})"
+            "a loader process was killed, most often because memory ran out; go on by --resume "
+            f"with a smaller --num_workers (now {loader.num_workers})"
         ) from None
-
-
-def global_batch(args: argparse.Namespace) -> int:
-    """Slices of one update on all GPUs together."""
-    return args.global_batch or args.batch_size * args.n_gpu
+    else:  # After an error, `Interruption` has killed them.
+        iterator, loader._iterator = loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
 
 
 def augmented_batch(
@@ -139,7 +144,15 @@ def augmented_batch(
     low_res: int,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """Bring raw slices to the device and there to what the network and its loss take."""
+    """Copy raw slices to the device, augment and resize them there for the network and the loss.
+
+    Args:
+        slices: `image` and `label`, each (B, H, W) or a list of B slices, and `index`.
+        low_res: side of the label for the loss, S/4.
+
+    Returns:
+        `image` (B, 3, S, S) float32 and `low_res_label` (B, S/4, S/4) int64.
+    """
 
     def to_device(arrays: torch.Tensor | list[torch.Tensor]) -> Any:
         if isinstance(arrays, torch.Tensor):
@@ -150,7 +163,7 @@ def augmented_batch(
         Augmentation() if args.no_augment else draw_augmentation(keyed_rng(args.seed, epoch, index))
         for index in slices["index"]
     ]
-    if not choices:  # fewer slices in this step than ranks
+    if not choices:  # There are fewer slices in this step than ranks.
         return {
             "image": torch.empty(0, 3, args.img_size, args.img_size, device=device),
             "low_res_label": torch.empty(0, low_res, low_res, device=device, dtype=torch.long),

@@ -1,7 +1,7 @@
-"""The full state of a training run: what it takes to go on as if it had never stopped.
+"""The full state of a training run: what it needs to continue as if it had never stopped.
 
-A state is one file, `states/step_0001234-<start of its SHA-256>.pth`. It appears under its name
-only when it is whole, and a file that does not match its name is passed over for the one before.
+A state is one file, `states/step_0001234-<start of its SHA-256>.pth`. It gets its name when it is
+complete. A file whose content does not match its name is ignored, and the state before it is used.
 """
 
 from __future__ import annotations
@@ -28,36 +28,51 @@ from distributed.signals import EXIT_INTERRUPTED, Interruption
 from lora import LoRAModel
 from training.run_log import RunLog
 
-GO_ON, SAVE, STOP = range(3)  # what a rank may wish after a step; the largest wish counts
+# What a rank wants to do after a step. The largest value of all ranks counts.
+GO_ON, SAVE, STOP = range(3)
 STATES = "states"
 NAME = re.compile(r"step_(\d+)-([0-9a-f]{16})\.pth")
 
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run is, and what its validations have found; see `validation.note_validation`."""
+    """The position of a run, and the results of its validations (`validation.note_validation`)."""
 
-    epoch: int = 0  # the one in progress
-    done: int = 0  # its steps so far
-    step: int = 0  # all steps so far
-    seconds: float = 0.0  # that the epoch in progress took so far
+    epoch: int = 0
+    # Steps done in this epoch, and seconds they took.
+    done: int = 0
+    seconds: float = 0.0
+    # Steps done in all epochs.
+    step: int = 0
     best_score: float | None = None
     best_epoch: int | None = None
-    not_better: int = 0  # validations since the best
-    at_zero: dict[str, int] = dataclasses.field(default_factory=dict)  # validations in a row
+    # Validations since the best one.
+    not_better: int = 0
+    # For each class whose DSC is 0: the number of validations in a row.
+    at_zero: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def end_step(self, seconds: float) -> None:
+        """Count a step that took so many seconds."""
+        self.step += 1
+        self.done += 1
+        self.seconds += seconds
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Move on to the start of an epoch."""
+        self.epoch, self.done, self.seconds = epoch, 0, 0.0
 
     def out_of_patience(self, patience: int | None) -> bool:
-        """Whether early stopping ends the run."""
+        """Return whether early stopping ends the run."""
         return patience is not None and self.not_better >= patience
 
 
 class Checkpoint:
-    """Saves a run's state and adapters. Every rank calls it; the first one writes.
+    """Saves the states and adapters of a run. Every rank calls it; the first rank writes.
 
     Args:
-        folder: the run's.
+        folder: the run folder.
         args: the flags of `train.py`.
-        run: the live position, which the training loop moves.
+        run: the position of the run, which the training loop moves on.
     """
 
     def __init__(
@@ -67,7 +82,7 @@ class Checkpoint:
         run: Progress,
         model: LoRAModel,
         optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler | None,
+        scaler: torch.amp.GradScaler,
         log: RunLog,
         ranks: Ranks,
     ) -> None:
@@ -77,49 +92,51 @@ class Checkpoint:
         self.saved_at = time.monotonic()
 
     def after_step(self, interruption: Interruption) -> None:
-        """Save if it is time, or if a signal asks for it; all ranks agree on which.
+        """Save the state if it is time or if a signal asks for it; all ranks do the same.
 
         Raises:
-            SystemExit: after a signal, with `EXIT_INTERRUPTED`.
+            SystemExit: a signal asked to stop (`EXIT_INTERRUPTED`).
         """
-        wish = self.ranks.agree(STOP if interruption.asked else SAVE if self._due() else GO_ON)
-        if wish != GO_ON:
+        wish = STOP if interruption.asked else SAVE if self._due() else GO_ON
+        agreed = self.ranks.agree(wish)
+        if agreed != GO_ON:
             self.save()
-        if wish == STOP:
+        if agreed == STOP:
             self.stop()
 
     def stop(self) -> None:
-        """End with the state that was just saved."""
+        """End the program; the state was just saved."""
         note_for_launcher(SAVED)
         logging.info("stopped after step %d; go on by --resume %s", self.run.step, self.folder)
         raise SystemExit(EXIT_INTERRUPTED)
 
     def save(self) -> None:
-        """Write the full state; older ones beyond `--keep_states` are deleted.
+        """Write the full state, and delete the oldest ones beyond `--keep_states`.
 
         Raises:
-            InputError: weights are NaN or infinite, or the disk is full; the states before stay.
+            InputError: weights are NaN or infinite, or the disk is full; earlier states are intact.
         """
         state = self.capture()
         self.require_finite()
         if self.ranks.first:
             save_state(self.folder, state, keep=self.args.keep_states)
-        self.ranks.agree(SAVE)  # a rank that ended before the first has written would end it
+        # Wait for the first rank: a rank that ended now would end the first one while it writes.
+        self.ranks.agree(SAVE)
         self.saved_at = time.monotonic()
 
     def capture(self) -> dict[str, Any]:
-        """Everything that training changes; weights are the same on all ranks."""
+        """Return everything that training changes. The weights are the same on all ranks."""
         return {
             "progress": dataclasses.asdict(self.run),
             "model": {name: value.detach() for name, value in _changing(self.model).items()},
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler else {},
+            "scaler": self.scaler.state_dict(),
             "log": self.log.position(),
             "random": self.ranks.gather(random_state()),
         }
 
     def save_adapter(self, name: str) -> None:
-        """Write the adapter file, and its hash into the log; raises as `save` does."""
+        """Write the adapter file and log its hash; raises the same errors as `save`."""
         self.require_finite()
         if self.ranks.first:
             path = self.folder / name
@@ -128,11 +145,16 @@ class Checkpoint:
             logging.info("saved %s", path)
 
     def require_finite(self) -> None:
-        """Refuse to keep weights that a gradient of NaN has spoilt while the loss was finite."""
+        """Refuse weights that are NaN or infinite: a NaN gradient can follow a finite loss.
+
+        Raises:
+            InputError: a weight is not finite; on the other ranks the program just ends.
+        """
         weights = _changing(self.model)
         finite = torch.stack([value.isfinite().all() for value in weights.values()]).tolist()
-        spoilt = [name for name, good in zip(weights, finite, strict=True) if not good]
-        if spoilt and not self.ranks.first:  # the first rank, whose weights are the same, says it
+        spoilt = [name for name, is_finite in zip(weights, finite, strict=True) if not is_finite]
+        if spoilt and not self.ranks.first:
+            # All ranks have the same weights, so the first rank reports it.
             raise SystemExit(EXIT_BAD_INPUT)
         if spoilt:
             raise InputError(
@@ -142,7 +164,7 @@ class Checkpoint:
             )
 
     def _due(self) -> bool:
-        """Whether the first rank finds that it is time; the clocks of others do not count."""
+        """Return whether it is time to save; the clock of the first rank decides."""
         if not self.ranks.first:
             return False
         every = self.args.save_steps
@@ -154,18 +176,24 @@ def restore(
     state: dict[str, Any],
     model: LoRAModel,
     optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
+    scaler: torch.amp.GradScaler,
     ranks: Ranks,
 ) -> Progress:
-    """Put a state back into a run that was built with the same settings; returns where it is."""
-    own = _changing(model)
-    if own.keys() != state["model"].keys():
-        raise InputError("the saved state is of another network; start a new run without --resume")
+    """Put a state back into a run of the same settings, and return its position.
+
+    Raises:
+        InputError: the state belongs to another network.
+    """
+    weights = _changing(model)
+    if weights.keys() != state["model"].keys():
+        raise InputError(
+            "the saved state belongs to another network; start a new run without --resume"
+        )
     with torch.no_grad():
-        for name, value in own.items():
+        for name, value in weights.items():
             value.copy_(state["model"][name])
     optimizer.load_state_dict(state["optimizer"])
-    if scaler and state["scaler"]:
+    if state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     if ranks.rank < len(state["random"]):
         set_random_state(state["random"][ranks.rank])
@@ -173,34 +201,35 @@ def restore(
 
 
 def save_state(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
-    """Write a state and delete all but those of the newest `keep` steps.
+    """Write a state, and delete all but the states of the newest `keep` steps.
 
     Raises:
-        InputError: the disk is full or read-only; the states before are untouched.
+        InputError: the disk is full or read-only; earlier states are untouched.
     """
     name = f"step_{state['progress']['step']:07d}.pth"
     path, _ = save_tensors(state, folder / STATES / name, hash_in_name=True)
     kept = {_step(path): path}
-    for other in saved_states(folder):
+    for older in saved_states(folder):
         if len(kept) < keep:
-            kept.setdefault(_step(other), other)
-        if other not in kept.values():
-            with contextlib.suppress(OSError):  # one too many does no harm
-                other.unlink()
+            kept.setdefault(_step(older), older)
+        if older not in kept.values():
+            # A state that cannot be deleted does no harm.
+            with contextlib.suppress(OSError):
+                older.unlink()
     return path
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """The states of a run, the newest first."""
+    """Return the states of a run, the newest first."""
     found = [path for path in (folder / STATES).glob("step_*.pth") if NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime_ns), reverse=True)
 
 
 def newest_state(folder: Path) -> dict[str, Any] | None:
-    """The newest state that is whole; None if the run was stopped before its first.
+    """Read the newest state that is intact; None if the run stopped before its first state.
 
     Raises:
-        InputError: there are states and all are damaged.
+        InputError: there are states, but all of them are damaged.
     """
     remove_partials(folder / STATES)
     paths = saved_states(folder)
@@ -218,7 +247,7 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every generator of this process, in plain containers."""
+    """Return the states of all random generators of this process, in plain containers."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -229,7 +258,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Undo whatever was drawn since `random_state`."""
+    """Restore the states that `random_state` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = state["numpy"]
@@ -240,7 +269,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def _changing(model: LoRAModel) -> dict[str, torch.Tensor]:
-    """What trains, and what the adapter file holds; the rest comes from the base weights."""
+    """Return the tensors that train or stand in the adapter file, not those of the base weights."""
     return {
         name: value
         for name, value in model.state_dict(keep_vars=True).items()

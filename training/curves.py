@@ -1,4 +1,4 @@
-"""How a training run went, as one picture: loss, learning rate, DSC of every organ."""
+"""The curves of a training run as one picture: loss, learning rate, DSC of every organ."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PICTURE = "curves.png"
 
 
 def draw_curves(folder: Path, class_names: Sequence[str]) -> Path:
-    """Draw `curves.png` from the run's metrics.jsonl; the panel of DSC only if it validated."""
+    """Draw `curves.png` from metrics.jsonl; the DSC panel needs at least one validation."""
     from matplotlib.figure import Figure
 
     records = read_metrics(folder)
@@ -35,7 +35,7 @@ def draw_curves(folder: Path, class_names: Sequence[str]) -> Path:
         [record["mean_loss"] for record in epochs],
         color="C0",
         marker="." if len(epochs) < 40 else None,
-        label="epoch's mean",
+        label="mean of the epoch",
     )
     axes[0].set(title="loss", xlabel="step")
     axes[0].legend()
@@ -56,13 +56,13 @@ def draw_curves(folder: Path, class_names: Sequence[str]) -> Path:
         axes[2].plot(at[best], scores[best], "k*", ms=12, label=f"best, epoch {at[best]}")
         axes[2].set(title="DSC % of held-out cases", xlabel="epoch", ylim=(0, 100))
         axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    for one in axes:
-        one.grid(alpha=0.3)
+    for panel in axes:
+        panel.grid(alpha=0.3)
     with atomic_path(folder / PICTURE) as temporary:
         figure.savefig(temporary, dpi=110)
     return folder / PICTURE
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl."""
+    """Read the records of metrics.jsonl."""
     return [json.loads(line) for line in (folder / METRICS).read_text("utf-8").splitlines()]

@@ -20,12 +20,13 @@ from lora.model import LoRAModel
 from training.memory import GIB, estimate_training_memory
 
 SHOWN_SHAPES = 6
-EXPECTED_RANGE = (-0.3, 1.3)  # of intensities after cubic zoom of [0, 1]
+# Intensities of a [0, 1] image after a cubic zoom.
+EXPECTED_RANGE = (-0.3, 1.3)
 
 
 @dataclass(frozen=True)
 class Page:
-    """What was found: lines to read, warnings, and the same as plain values."""
+    """What was found in the data: lines to print, warnings, and the same as plain values."""
 
     lines: list[str]
     warnings: list[str]
@@ -43,15 +44,15 @@ def check_page(
     memory: dict[str, float],
     capacity: float | None = None,
 ) -> Page:
-    """Sum up what was read.
+    """Sum up the facts about all samples.
 
     Args:
-        train, test: facts of the slices and of the volumes (none: no test data beside them).
-        class_names: of the classes 1….
-        memory: GiB that training will take, by what takes it.
-        capacity: GiB of the GPU at hand; None: there is none.
+        train, test: facts about the training slices and the test volumes; test may be empty.
+        class_names: names of the classes 1….
+        memory: GiB that training needs, for each purpose.
+        capacity: GiB of the GPU; None: there is no GPU.
     """
-    cases = {case_of(one.name) for one in train}
+    cases = {case_of(sample.name) for sample in train}
     lines = [f"training: {len(train)} slices of {len(cases)} cases", *_sizes(train)]
     if test:
         lines += [f"test: {len(test)} volumes", *_sizes(test)]
@@ -63,7 +64,7 @@ def check_page(
     lines.append(f"memory of one process, estimated: {total:.2f} GiB ({parts})")
     warnings = [
         *_leaks(train, test),
-        *mistaken_slices([one.name for one in train]),
+        *mistaken_slices([sample.name for sample in train]),
         *_doubles(train, "training slices"),
         *_doubles(test, "test volumes"),
         *_classes(train, class_names),
@@ -77,7 +78,7 @@ def check_page(
     facts = {
         "training_slices": len(train),
         "training_cases": sorted(cases),
-        "test_cases": [one.name for one in test],
+        "test_cases": [sample.name for sample in test],
         "voxels": {"train": _voxels(train), "test": _voxels(test)},
         "memory_gib": memory,
         "warnings": warnings,
@@ -86,9 +87,9 @@ def check_page(
 
 
 def _sizes(samples: Sequence[SampleFacts]) -> list[str]:
-    shapes = Counter("×".join(map(str, one.shape)) for one in samples)
+    shapes = Counter("×".join(map(str, sample.shape)) for sample in samples)
     names = [f"{shape} ({count})" for shape, count in shapes.most_common()]
-    low, high = min(one.low for one in samples), max(one.high for one in samples)
+    low, high = min(sample.low for sample in samples), max(sample.high for sample in samples)
     return [
         f"  shapes: {first_few(names, SHOWN_SHAPES)}",
         f"  intensities: {low:.3f} … {high:.3f}",
@@ -99,7 +100,7 @@ def _class_table(
     train: Sequence[SampleFacts], test: Sequence[SampleFacts], names: Sequence[str]
 ) -> list[str]:
     sums, test_sums = _voxels(train), _voxels(test)
-    slices = [sum(one.voxels[index] > 0 for one in train) for index in range(len(names) + 1)]
+    slices = [sum(sample.voxels[index] > 0 for sample in train) for index in range(len(names) + 1)]
     width = max(len(name) for name in ["background", *names])
     lines = [f"{'class':>5} {'':{width}} {'pixels':>12} {'share':>8} {'slices':>7} {'test':>12}"]
     for index, name in enumerate(["background", *names]):
@@ -113,11 +114,13 @@ def _class_table(
 
 
 def _voxels(samples: Sequence[SampleFacts]) -> list[int]:
-    return [sum(column) for column in zip(*(one.voxels for one in samples), strict=True)]
+    return [sum(column) for column in zip(*(sample.voxels for sample in samples), strict=True)]
 
 
 def _leaks(train: Sequence[SampleFacts], test: Sequence[SampleFacts]) -> list[str]:
-    both = sorted({case_of(one.name) for one in train} & {case_of(one.name) for one in test})
+    both = sorted(
+        {case_of(sample.name) for sample in train} & {case_of(sample.name) for sample in test}
+    )
     if not both:
         return []
     return [f"{len(both)} case(s) are trained on and tested: {first_few(both)}"]
@@ -125,9 +128,11 @@ def _leaks(train: Sequence[SampleFacts], test: Sequence[SampleFacts]) -> list[st
 
 def _doubles(samples: Sequence[SampleFacts], what: str) -> list[str]:
     groups: dict[str, list[str]] = defaultdict(list)
-    for one in samples:
-        if one.low < one.high:  # constant slices, above and below the body, are equal by nature
-            groups[one.digest].append(one.name)
+    for sample in samples:
+        if (
+            sample.low < sample.high
+        ):  # constant slices, above and below the body, are equal by nature
+            groups[sample.digest].append(sample.name)
     doubled = [" = ".join(names) for names in groups.values() if len(names) > 1]
     return [f"{len(doubled)} equal {what}: {first_few(doubled)}"] if doubled else []
 
@@ -143,8 +148,8 @@ def _classes(train: Sequence[SampleFacts], names: Sequence[str]) -> list[str]:
 
 def _intensities(samples: Sequence[SampleFacts]) -> list[str]:
     low, high = EXPECTED_RANGE
-    odd = [one.name for one in samples if one.low < low or one.high > high]
-    constant = [one.name for one in samples if one.low == one.high]
+    odd = [sample.name for sample in samples if sample.low < low or sample.high > high]
+    constant = [sample.name for sample in samples if sample.low == sample.high]
     found = []
     if odd:
         found.append(f"{len(odd)} images lie far outside [0, 1]: {first_few(odd)}")
@@ -156,7 +161,7 @@ def _intensities(samples: Sequence[SampleFacts]) -> list[str]:
 def describe(
     args: argparse.Namespace, facts: list[SampleFacts], model: LoRAModel, device: torch.device
 ) -> Page:
-    """The page of facts about data and memory; test volumes are read too if they lie beside."""
+    """Return the page about the training data, the test volumes beside them, and the memory."""
     tested: list[SampleFacts] = []
     faults: list[str] = []
     if (Path(args.root_path) / "test_vol_h5").is_dir():
@@ -164,11 +169,13 @@ def describe(
             test = Synapse_dataset(
                 args.root_path, args.list_dir, "test_vol", num_classes=args.num_classes
             )
-            tested = test.check(workers=2)  # volumes are large: few at once
+            # Volumes are large, so few are read at once.
+            tested = test.check(workers=2)
         except InputError as error:
             if args.check:
                 raise
-            faults.append(f"the test data cannot be used: {error}")  # training can go on
+            # Training does not need the test data.
+            faults.append(f"the test data cannot be used: {error}")
     memory = estimate_training_memory(
         model,
         batch_size=args.batch_size,

@@ -1,4 +1,4 @@
-"""What training minimises: cross entropy and Dice on `low_res_logits` (SAMed, section 3.4)."""
+"""The loss: cross entropy and Dice on `low_res_logits` (SAMed, section 3.4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ SMOOTH = 1e-5
 def dice_sums(
     scores: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:  # (B, C, H, W), (B, H, W) int -> (2, C)
-    """Intersection and denominator of each class, pooled over the batch; scores are squared."""
+    """Return the intersection and the denominator of each class, pooled over the batch.
+
+    The scores are squared in the denominator.
+    """
     classes = torch.arange(scores.shape[1], device=labels.device)
     truth = labels[:, None] == classes[:, None, None]  # (B, C, H, W) bool
     pooled = (0, 2, 3)
@@ -23,15 +26,15 @@ def dice_sums(
 
 
 def dice_per_class(sums: torch.Tensor) -> torch.Tensor:  # (2, C) -> (C,)
-    """Soft Dice loss of each class."""
+    """Return the soft Dice loss of each class."""
     return 1 - (2 * sums[0] + SMOOTH) / (sums[1] + SMOOTH)
 
 
 class DiceLoss(nn.Module):
-    """Mean soft Dice loss over all classes, background among them.
+    """Mean soft Dice loss over all classes, including background.
 
     Args:
-        n_classes: channels of the logits, background included.
+        n_classes: number of channels of the logits, with background.
     """
 
     def __init__(self, n_classes: int) -> None:
@@ -45,16 +48,16 @@ class DiceLoss(nn.Module):
         weight: Sequence[float] | None = None,
         softmax: bool = False,
     ) -> torch.Tensor:
-        """Loss of a batch.
+        """Return the loss of a batch.
 
         Args:
-            inputs: (B, C, H, W) probabilities, or logits with `softmax`.
+            inputs: (B, C, H, W) probabilities, or logits if `softmax` is set.
             target: (B, H, W) classes 0…C-1.
-            weight: one factor per class, 1 by default.
-            softmax: turn `inputs` into probabilities first.
+            weight: a factor for each class; None: 1.
+            softmax: apply softmax to `inputs` first.
 
         Raises:
-            ValueError: shapes or the number of classes do not fit.
+            ValueError: the shapes or the number of classes do not match.
         """
         if inputs.shape[1] != self.n_classes or inputs[:, 0].shape != target.shape:
             raise ValueError(
@@ -71,12 +74,13 @@ class DiceLoss(nn.Module):
 class SegmentationLoss(nn.Module):
     """``(1 - dice_weight) · cross entropy + dice_weight · Dice`` of a batch.
 
-    Dice is no mean over samples, so a batch in parts needs the sums of the whole: `total` adds
-    them up.
+    Dice is not a mean over samples. Where several processes share a batch, each needs the sums of
+    the whole batch: `total` adds them up.
 
     Args:
-        n_classes: channels of the logits, background included.
-        total: from the sums of this rank's part of the batch (2·C + 2,) to those of the whole.
+        n_classes: number of channels of the logits, with background.
+        dice_weight: weight of the Dice loss, 0…1.
+        total: from the sums (2·C + 2,) of this process's part of the batch to those of the batch.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class SegmentationLoss(nn.Module):
     def forward(
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> dict[str, torch.Tensor]:  # (B, C, H, W), (B, H, W) int64 -> three scalars
-        """The terms `loss`, `loss_ce` and `loss_dice`; in float32 whatever the logits' dtype."""
+        """Return `loss`, `loss_ce` and `loss_dice`, computed in float32 for any dtype of logits."""
         logits = logits.float()
         ce = F.cross_entropy(logits, labels, reduction="sum")
         pixels = ce.new_full((), labels.numel())
@@ -106,13 +110,13 @@ class SegmentationLoss(nn.Module):
 
 
 class Focal_loss(nn.Module):
-    """Focal loss (arXiv 1708.02002) for ablations; the recipe does not use it.
+    """Focal loss (arXiv 1708.02002), for ablations; the published recipe does not use it.
 
     Args:
-        alpha: weight of class 0, the others getting 1 - alpha; or one weight per class.
-        gamma: exponent that plays down easy pixels.
-        num_classes: channels of the logits, background included.
-        size_average: mean over pixels instead of their sum.
+        alpha: weight of class 0, while all other classes get 1 - alpha; or a weight per class.
+        gamma: exponent that lowers the weight of easy pixels.
+        num_classes: number of channels of the logits, with background.
+        size_average: return the mean over pixels instead of the sum.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, counted without computing it."""
+"""How much memory a training step needs, counted without computing it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from config.train_flags import slices_of_update
 from lora import LoRAModel
 from segment_anything.modeling.relative_attention import Attention
-from training.batches import global_batch
 
 GIB = 2**30
 
@@ -28,17 +28,17 @@ def estimate_training_memory(
     device_type: str,
     checkpoint_blocks: bool = False,
 ) -> dict[str, float]:
-    """GiB of weights, gradients with optimiser, and of what the forward pass keeps.
+    """Return GiB for the weights, for gradients and optimiser, and for the forward pass.
 
-    The network runs on the meta device, where tensors have shapes and no content; every storage
+    The network runs on the meta device, where tensors have a shape but no content. Every storage
     that autograd keeps for the gradient counts once. Temporary buffers, the CUDA context and
-    fragmentation come on top; `--use_amp` takes less.
+    fragmentation are not counted. `--use_amp` needs less.
 
     Args:
-        model: on any device; not changed.
-        batch_size: slices at once.
-        device_type: where training runs: a CPU's attention keeps less than a GPU's.
-        checkpoint_blocks: the encoder's blocks are computed again, one at a time.
+        model: network on any device; it is not changed.
+        batch_size: slices computed at once.
+        device_type: "cpu" or "cuda"; attention on a CPU keeps less than on a GPU.
+        checkpoint_blocks: the encoder's blocks are computed a second time, one after the other.
     """
     shadow = copy.deepcopy(model).to("meta")
     for module in shadow.modules():
@@ -50,31 +50,33 @@ def estimate_training_memory(
     parameters = list(shadow.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
     trainable = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    own = {parameter.untyped_storage()._cdata for parameter in parameters}
+    excluded = {parameter.untyped_storage()._cdata for parameter in parameters}
     taken = {
         "weights": weights,
         "gradients and optimiser": trainable * (3 if adamw else 2),
         f"activations of {batch_size} slices": kept_for_gradient(
-            lambda: shadow(images, full_size_masks=False), own
+            lambda: shadow(images, full_size_masks=False), excluded
         ),
     }
     if checkpoint_blocks:
         with torch.no_grad():
             tokens = encoder.patch_embed(images)  # (B, H, W, C)
         taken["a block computed again"] = max(
-            kept_for_gradient(lambda block=block: block(tokens), own) for block in encoder.blocks
+            kept_for_gradient(lambda block=block: block(tokens), excluded)
+            for block in encoder.blocks
         )
     return {name: size / GIB for name, size in taken.items()}
 
 
-def kept_for_gradient(compute: Callable[[], object], own: set[int]) -> int:
-    """Bytes that autograd keeps of a computation, the storages `own` aside."""
+def kept_for_gradient(compute: Callable[[], object], excluded: set[int]) -> int:
+    """Return the bytes that autograd keeps of a computation, without the `excluded` storages."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # holding it keeps its address from being used again
+        if storage._cdata not in excluded:
+            # Holding the storage keeps its address from being used again.
+            kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
@@ -83,23 +85,24 @@ def kept_for_gradient(compute: Callable[[], object], own: set[int]) -> int:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """On meta, PyTorch takes the plain attention, which keeps all logits; a GPU's keeps none."""
+    """Count the fused attention of a GPU: on meta, PyTorch uses one that keeps all logits."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is F.scaled_dot_product_attention and "attn_mask" not in (kwargs or {}):
-            fused = torch.ops.aten._scaled_dot_product_efficient_attention  # the one for float32
+            # The kernel for float32.
+            fused = torch.ops.aten._scaled_dot_product_efficient_attention
             return fused(*args, attn_bias=None, compute_log_sumexp=True, **(kwargs or {}))[0]
         return func(*args, **(kwargs or {}))
 
 
 def out_of_memory(error: RuntimeError, args: argparse.Namespace) -> str:
-    """One sentence for an exhausted GPU: what was missing and what to pass instead."""
+    """Return a sentence for a GPU out of memory: what was missing, and which flags help."""
     text = str(error).splitlines()[0]
     remedies = []
     if args.batch_size > 1:
-        fewer = f"--batch_size {args.batch_size // 2} --global_batch {global_batch(args)}"
+        fewer = f"--batch_size {args.batch_size // 2} --global_batch {slices_of_update(vars(args))}"
         remedies.append(f"pass {fewer} (the same recipe)")
     if not args.checkpoint_blocks:
         remedies.append("pass --checkpoint_blocks")
@@ -110,7 +113,7 @@ def out_of_memory(error: RuntimeError, args: argparse.Namespace) -> str:
 
 
 def _missing(text: str) -> float | None:
-    """GiB asked for beyond what was free, by PyTorch's own words."""
+    """Return the GiB that were missing, read from PyTorch's message; None if it says nothing."""
     units = {"KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0}
     amounts = {}
     for what, pattern in (

@@ -1,4 +1,4 @@
-"""What a training run writes while it goes: log.txt, metrics.jsonl, TensorBoard."""
+"""The logs of a training run: metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ METRICS = "metrics.jsonl"
 
 
 class RunLog:
-    """Scalars are kept on the device and fetched together, so that steps need not wait for them.
+    """Writes the scalars of a run, and watches that they are finite.
+
+    Scalars stay on the device and are fetched together, so that a step does not wait for them.
 
     Args:
-        folder: the run's; None on all ranks but the first: the losses are watched, nothing written.
+        folder: the run folder; None on all ranks but the first, which watch and write nothing.
         every: steps between fetches.
-        names_of: the names of the slices of a step, given its facts.
-        skip: updates that may be left out because something watched is not finite.
-        watched: the terms that have to be finite.
-        position: of an earlier log in this folder, which is cut there and continued.
-        step: the next one.
+        names_of: returns the names of the slices of a step, from the facts of the step.
+        skip: number of updates that may be skipped because a watched term is not finite.
+        watched: the terms that must be finite.
+        position: where an earlier log in this folder is cut and continued.
+        step: number of the next step.
     """
 
     def __init__(
@@ -67,20 +69,21 @@ class RunLog:
                 self.metrics = (folder / METRICS).open("ab")
             except OSError as error:
                 raise cannot_write(folder / METRICS, error) from None
-            self.bytes = min(self.bytes, self.metrics.tell())  # should lines have been deleted
+            # The file is shorter if someone deleted lines.
+            self.bytes = min(self.bytes, self.metrics.tell())
             self.metrics.truncate(self.bytes)
 
     def step(self, facts: dict[str, Any], terms: dict[str, torch.Tensor]) -> None:
-        """Note one step: plain facts (step, epoch, lr) and scalars still on the device."""
+        """Keep the plain facts of a step (step, epoch, lr) and its scalars on the device."""
         self.waiting.append((facts, terms))
         if len(self.waiting) >= self.every:
             self.flush()
 
     def flush(self) -> None:
-        """Fetch what is waiting with one copy and write it.
+        """Fetch the waiting scalars with one copy and write them.
 
         Raises:
-            InputError: more than `skip` updates had a loss or a gradient that is not finite.
+            InputError: more than `skip` updates had a watched term that is not finite.
         """
         waiting, self.waiting = self.waiting, []
         if not waiting:
@@ -122,10 +125,15 @@ class RunLog:
             if self.folder is not None:
                 logging.warning(
                     "step %d: the %s is %s, the update was left out (%d of at most %d); slices %s",
-                    *(facts["step"], what, value, self.skipped, self.skip, ", ".join(slices)),
+                    facts["step"],
+                    what,
+                    value,
+                    self.skipped,
+                    self.skip,
+                    ", ".join(slices),
                 )
             return
-        if self.folder is None:  # the first rank says it
+        if self.folder is None:  # The first rank reports it.
             raise SystemExit(EXIT_BAD_INPUT)
         raise InputError(
             f"the {what} is {value} at step {facts['step']} (slices {', '.join(slices)}); look at "
@@ -134,7 +142,7 @@ class RunLog:
         )
 
     def end_epoch(self, epoch: int, step: int, seconds: float) -> float:
-        """Write one line about the epoch; returns the mean loss of its steps."""
+        """Write a line about the epoch, and return the mean loss of its steps."""
         self.flush()
         losses = self.epoch_losses
         loss = sum(losses) / len(losses) if losses else math.nan
@@ -146,7 +154,7 @@ class RunLog:
         return loss
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append a line to metrics.jsonl."""
         line = (json.dumps(record) + "\n").encode()
         self.bytes += len(line)
         if self.folder is None:
@@ -164,7 +172,7 @@ class RunLog:
                     self.events.scalar(name, value, step)
 
     def position(self) -> dict[str, Any]:
-        """What another `RunLog` needs to go on from here, all lines before it being on disk."""
+        """Flush all lines to disk, and return what a later `RunLog` needs to continue from here."""
         self.flush()
         self._sync(to_disk=True)
         return {
@@ -177,13 +185,14 @@ class RunLog:
     def pictures(
         self, step: int, image: torch.Tensor, logits: torch.Tensor, label: torch.Tensor
     ) -> None:
-        """Show one sample: image (3, S, S), logits (C, S/4, S/4) and label (S/4, S/4)."""
+        """Show a sample: image (3, S, S), logits (C, S/4, S/4) and label (S/4, S/4)."""
         if self.folder is None:
             return
         colours = label_colours(len(logits) - 1)
         small = F.interpolate(image[None].float(), label.shape, mode="area")[0]
         grey = small - small.min()
-        grey = grey / grey.max().clamp_min(1e-6)  # a constant slice is black, not a division by 0
+        # The limit keeps a constant slice from a division by 0.
+        grey = grey / grey.max().clamp_min(1e-6)
         pictures = {
             "Image": (grey.cpu().numpy().transpose(1, 2, 0) * 255).astype(np.uint8),
             "Prediction": colours[logits.argmax(dim=0).cpu().numpy()],
@@ -204,26 +213,27 @@ class RunLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Write what is waiting and close the files."""
+        """Write the waiting scalars and close the files."""
         try:
             self.flush()
         finally:
             if self.folder is not None:
                 for file in (self.metrics, self.events):
-                    with contextlib.suppress(OSError):  # of a full disk, which was reported
+                    # A full disk was reported before.
+                    with contextlib.suppress(OSError):
                         file.close()
 
 
 class Events:
-    """One file of events, written by this thread.
+    """A TensorBoard file that is written by the calling thread.
 
-    tensorboardX's `SummaryWriter` hands events to a thread of its own; on a full disk that thread
-    dies, and the training waits for it for ever. Here the disk's error is the caller's.
+    tensorboardX's `SummaryWriter` passes events to a thread, which dies on a full disk; the training
+    then waits for it forever. Here the caller gets the error.
 
     Args:
-        folder: made if it is missing.
-        step: the next one; events from it on that an earlier file holds are hidden, since these
-            steps are trained again.
+        folder: made if it does not exist.
+        step: number of the next step. TensorBoard hides the events of earlier files from this step
+            on, because these steps are trained again.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -234,20 +244,20 @@ class Events:
             self.file.write_event(Event(wall_time=time.time(), step=step, session_log=start))
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        """A point of a curve."""
+        """Add a point to a curve."""
         self._add(summary.scalar(name, value), step)
 
     def picture(self, name: str, picture: np.ndarray, step: int) -> None:  # (H, W, 3) uint8
-        """A picture of a step."""
+        """Add a picture."""
         self._add(summary.image(name, picture, dataformats="HWC"), step)
 
     def _add(self, what: Summary, step: int) -> None:
         self.file.write_event(Event(wall_time=time.time(), step=step, summary=what))
 
     def flush(self) -> None:
-        """Show what was written to a TensorBoard that watches."""
+        """Make the events visible to a running TensorBoard."""
         self.file.flush()
 
     def close(self) -> None:
-        """No event follows."""
+        """Close the file."""
         self.file.close()

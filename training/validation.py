@@ -1,10 +1,11 @@
-"""Validation while training: held-out cases, the best adapter so far, organs that are not learned.
+"""Validation during training: held-out cases, the best adapter, organs that are not learned.
 
-Cases are held out whole: neighbouring slices of one scan are nearly the same picture.
+Whole cases are held out, because neighbouring slices of a scan are nearly the same picture.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,40 +23,64 @@ from evaluation.predict_volume import predict_volume
 from training.checkpoint import Progress
 from training.run_log import RunLog
 
-ZERO = 1e-3  # DSC that counts as not learned
-AT_ZERO = 3  # validations in a row at 0 before it is worth a warning
+# A DSC below this value counts as 0.
+ZERO = 1e-3
+# Number of validations in a row with a DSC of 0 that leads to a warning.
+AT_ZERO = 3
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What one validation found."""
+    """The result of a validation."""
 
-    dsc: tuple[float | None, ...]  # of each class, mean over the cases that have it; None: none
+    # For each class, the mean DSC over the cases that define it; None: no case does.
+    dsc: tuple[float | None, ...]
+    # For each case, the DSC of each class.
     cases: dict[str, tuple[float | None, ...]]
 
     @property
     def score(self) -> float:
-        """What `best.pth` is best in: the mean DSC of the classes that the cases have."""
+        """The score that decides about `best.pth`: the mean DSC over the classes."""
         return mean(self.dsc) or 0.0
+
+
+def training_data(
+    args: argparse.Namespace, dataset: Synapse_dataset | None
+) -> tuple[Synapse_dataset, dict[str, Synapse_dataset]]:
+    """Return the slices to train on, and the slices of every case that is held out.
+
+    Args:
+        dataset: checked training slices; None: read and check those of `args.root_path`.
+    """
+    if dataset is None:
+        dataset = Synapse_dataset(
+            args.root_path, args.list_dir, "train", num_classes=args.num_classes
+        )
+        dataset.check()
+    if not args.val_every:
+        return dataset, {}
+    dataset, held_out = hold_out(dataset, args.val_cases, args.seed)
+    logging.info("held out for validation: %s", ", ".join(held_out))
+    return dataset, held_out
 
 
 def hold_out(
     dataset: Synapse_dataset, count: int | None, seed: int
 ) -> tuple[Synapse_dataset, dict[str, Synapse_dataset]]:
-    """Split off cases: what remains to train on, and the slices of each held-out case.
+    """Split off cases: return the slices to train on, and those of each held-out case.
 
     Args:
-        count: cases to hold out; None: a sixth, at least one.
+        count: number of cases to hold out; None: a sixth, at least one.
 
     Raises:
-        InputError: fewer cases than that and one more to train on.
+        InputError: no case would be left to train on.
     """
     cases = slices_by_case(dataset.sample_list)
     count = count or max(1, round(len(cases) / 6))
     if count >= len(cases):
         raise InputError(
             f"--val_cases is {count} but {dataset.list_path} has slices of {len(cases)} "
-            "case(s), told apart by what stands before _slice; hold out fewer, or add cases"
+            "case(s), named <case>_slice<number>; hold out fewer, or add cases"
         )
     chosen = np.random.default_rng([seed, 2]).permutation(sorted(cases))[:count]
     held_out = {name: dataset.only(cases[name]) for name in sorted(chosen.tolist())}
@@ -73,18 +98,18 @@ def validate(
     between_cases: Callable[[], object] = lambda: None,
     ranks: Ranks = ALONE,
 ) -> Validation:
-    """Segment the held-out cases, shared out over the ranks, and score them at the slices' size.
+    """Segment and score the held-out cases at the size of their slices; the ranks share the cases.
 
     Args:
-        between_cases: called before each; may raise, to stop.
+        between_cases: called before each case; may raise an error to stop.
 
     Returns:
-        The same on every rank.
+        The results of all ranks, the same on every rank.
     """
-    own = list(cases)[ranks.rank :: ranks.count]
+    names = list(cases)[ranks.rank :: ranks.count]
     model.eval()
     found = {}
-    for name in own:
+    for name in names:
         between_cases()
         found[name] = dsc_of_case(model, cases[name], num_classes, img_size, amp_dtype)
     model.train()
@@ -125,10 +150,10 @@ def dsc_of_case(
 def note_validation(
     run: Progress, found: Validation, epoch: int, names: Sequence[str], log: RunLog
 ) -> bool:
-    """Write down what was found, warn of organs that are not learned; returns whether it is best.
+    """Log a validation, warn of organs that are not learned, and return whether it is the best.
 
     Args:
-        run: its best score and counters move.
+        run: the position; its best score and its counters are updated.
     """
     known = {n: v for n, v in zip(names, found.dsc, strict=True) if v is not None}
     scalars = {f"val/{name.replace(' ', '_')}": value for name, value in known.items()}
@@ -145,9 +170,10 @@ def note_validation(
     dead = [name for name, times in run.at_zero.items() if times >= AT_ZERO]
     if dead and log.folder is not None:
         logging.warning(
-            "DSC has been 0 in %d validations or more: %s. A small organ that is lost rarely comes "
-            "back: lower --base_lr, or train longer with --clip_grad",
-            *(AT_ZERO, ", ".join(dead)),
+            "DSC has been 0 in %d validations or more: %s. A small organ rarely recovers from that: "
+            "lower --base_lr, or train longer with --clip_grad",
+            AT_ZERO,
+            ", ".join(dead),
         )
     if run.best_score is not None and found.score <= run.best_score:
         run.not_better += 1

@@ -1,0 +1,139 @@
+"""What a flag is: one row of a table, from which the parser and every check follow."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import InputError
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of a program. Rows of this class stand in `config/flags.py`."""
+
+    name: str
+    help: str
+    # The type of the value; `bool` makes a switch that takes no value.
+    type: type = str
+    default: Any = None
+    choices: tuple[Any, ...] | None = None
+    required: bool = False
+    # The flag takes one value or more, which become a list.
+    takes_list: bool = False
+    # Limits of the value, both included.
+    low: float | None = None
+    high: float | None = None
+    # A limit that the value must exceed.
+    above: float | None = None
+    multiple_of: int | None = None
+    # What the error message adds about the limits.
+    hint: str = ""
+    # A resumed run must keep the value, and predict.py segments again when it changes.
+    changes_numbers: bool = True
+    # An adapter file records the value, so that test.py and predict.py rebuild the network.
+    in_adapter: bool = False
+    # Part of the run folder's name; the function may return None.
+    in_name: Callable[[argparse.Namespace], str | None] | None = None
+    # config.json records the value.
+    in_config: bool = True
+    # `--config RUN` sets the flag of this program from the run's config.json.
+    from_config: bool = True
+
+    def add_to(self, group: argparse._ArgumentGroup) -> None:
+        """Add this flag to a parser's group."""
+        if self.type is bool:
+            group.add_argument(f"--{self.name}", action="store_true", help=self.help)
+            return
+        group.add_argument(
+            f"--{self.name}",
+            type=self.type,
+            default=self.default,
+            choices=self.choices,
+            required=self.required,
+            nargs="+" if self.takes_list else None,
+            help=self.help,
+        )
+
+    def check_type(self, value: Any, source: object) -> None:
+        """Check a value that a file holds instead of the command line.
+
+        Raises:
+            InputError: the value has another type than the flag, or is none of its choices.
+        """
+        is_number = self.type is float and isinstance(value, int) and not isinstance(value, bool)
+        if value is None or self.takes_list:
+            return
+        if not is_number and type(value) is not self.type:
+            raise InputError(
+                f"{source} has {self.name} = {value!r}, expected a value of type "
+                f"{self.type.__name__}; correct it or leave it out"
+            )
+        if self.choices and value not in self.choices:
+            raise InputError(f"{source} has {self.name} = {value!r}, expected {self.choices}")
+
+    def check_limits(self, value: Any) -> None:
+        """Raise an `InputError` if a value is outside the limits; None always passes."""
+        if value is None or self._within_limits(value):
+            return
+        if self.multiple_of is not None and value >= (self.low or 0):
+            expected = f"a multiple of {self.multiple_of}"
+        elif self.above is not None:
+            expected = f"a number above {self.above}"
+        elif self.high is None:
+            expected = f"at least {self.low}"
+        else:
+            expected = f"{self.low}…{self.high}"
+        hint = f"; {self.hint}" if self.hint else ""
+        raise InputError(f"--{self.name} is {value}, expected {expected}{hint}")
+
+    def _within_limits(self, value: Any) -> bool:
+        return (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or self.above < value < math.inf)
+            and (self.multiple_of is None or value % self.multiple_of == 0)
+        )
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keep the line breaks of the examples, and show every default that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that remembers the rows its flags came from, by their names."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)
+        self.flags: dict[str, Flag] = {}
+
+    def add_flags(self, groups: Mapping[str, Sequence[Flag]]) -> None:
+        """Add rows, grouped in the help text by their titles."""
+        for title, rows in groups.items():
+            group = self.add_argument_group(title)
+            for flag in rows:
+                flag.add_to(group)
+                self.flags[flag.name] = flag
+
+
+def check_limits(flags: Iterable[Flag], args: argparse.Namespace) -> None:
+    """Check the limits of every flag that `args` holds."""
+    for flag in flags:
+        flag.check_limits(getattr(args, flag.name, None))
+
+
+def that_change_numbers(values: Mapping[str, Any], flags: Mapping[str, Flag]) -> dict[str, Any]:
+    """Return the values that change results; a value that is no flag counts as one that does."""
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in flags or flags[name].changes_numbers
+    }

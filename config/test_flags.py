@@ -1,0 +1,127 @@
+"""The flags of test.py, predict.py and `python -m tools.adapter merge`, one row each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from config.parser import Flag
+from config.shared_flags import (
+    CONFIG,
+    DATASET,
+    LIST_DIR,
+    NETWORK,
+    NUM_CLASSES,
+    PRECISION,
+    PROCESSES,
+    REPEATABILITY,
+    SAME_CODE,
+)
+from evaluation.metrics import NSD_TOLERANCE
+
+INPUT_SIZE = Flag(
+    "input_size",
+    "side to which slices are resized first, as the training slices were; default: what the "
+    "adapter records, for published adapters 224",
+    type=int,
+    low=1,
+)
+INFERENCE = (
+    Flag(
+        "batch_size",
+        "slices to compute at once; default: 12, on a CPU 2",
+        type=int,
+        low=1,
+        changes_numbers=False,
+        from_config=False,
+    ),
+    *(replace(flag, from_config=False) for flag in PRECISION),
+    replace(PROCESSES, from_config=False),
+)
+TEST = {
+    "data": (
+        Flag("volume_path", "folder of the .npy.h5 volumes", default="testset/test_vol_h5"),
+        Flag("output_dir", "default: test/ in the run of --config, else output/test"),
+        Flag("is_savenii", "write prediction, image and label as NIfTI", type=bool),
+        Flag(
+            "nsd_tolerance",
+            "distance in mm within which surfaces agree, for the normalised surface Dice",
+            type=float,
+            default=NSD_TOLERANCE,
+            low=0,
+            high=1000,
+        ),
+        Flag(
+            "check_with_medpy",
+            "compute every DSC and HD95 a second time with medpy, the reference, and report the "
+            "largest difference",
+            type=bool,
+        ),
+        CONFIG,
+        DATASET,
+        LIST_DIR,
+        NUM_CLASSES,
+    ),
+    "network": (*NETWORK, INPUT_SIZE, SAME_CODE),
+    "speed": INFERENCE,
+    "repeatability": REPEATABILITY,
+}
+PREDICT = {
+    "data": (
+        Flag(
+            "input",
+            "a scan (.nii.gz, .nrrd, .mha), a picture, the folder of a DICOM series, or a folder "
+            "of any of these",
+            required=True,
+            changes_numbers=False,
+        ),
+        Flag(
+            "output",
+            "folder to write; it is made if it does not exist",
+            required=True,
+            changes_numbers=False,
+            from_config=False,
+        ),
+        Flag(
+            "overwrite",
+            "segment finished cases again, and replace label files of other programs",
+            type=bool,
+            changes_numbers=False,
+        ),
+        CONFIG,
+        Flag("channel", "index of the volume in a 4-D file, from 0", type=int, low=0),
+        DATASET,
+    ),
+    "results": (
+        Flag(
+            "format",
+            "format of the label files; default: that of each scan",
+            choices=(".nii.gz", ".nrrd", ".mha"),
+        ),
+        Flag("probabilities", "also write the probability of each class, 0…1", type=bool),
+        Flag(
+            "flips",
+            "average over slices flipped along these axes; do not use it for organs that only "
+            "their side tells apart",
+            default=[],
+            choices=("rows", "columns"),
+            takes_list=True,
+        ),
+        Flag("largest_component", "keep only the largest component of each organ", type=bool),
+    ),
+    "network": (
+        *NETWORK,
+        replace(NUM_CLASSES, help="number of foreground classes of the adapter"),
+        INPUT_SIZE,
+        SAME_CODE,
+    ),
+    "speed": INFERENCE,
+    "repeatability": (
+        REPEATABILITY[0],
+        replace(REPEATABILITY[1], changes_numbers=False),
+    ),
+}
+MERGE = {
+    "data": (DATASET, replace(NUM_CLASSES, help="number of foreground classes of the adapter")),
+    "network": (*NETWORK, SAME_CODE),
+    "repeatability": REPEATABILITY,
+}

@@ -33,7 +33,7 @@ def run_name(args: argparse.Namespace) -> str:
 
 
 def make_run_folder(args: argparse.Namespace) -> Path:
-    """A new folder under `--output`; a second run of the same settings gets a number."""
+    """Make a new folder under `--output`; a second run of the same settings gets a number."""
     base = Path(args.output) / run_name(args)
     make_folder(base.parent, flag="--output")
     folder, number = base, 1
@@ -41,7 +41,7 @@ def make_run_folder(args: argparse.Namespace) -> Path:
         try:
             folder.mkdir()
             return folder
-        except FileExistsError:  # perhaps of a run that started in the same moment
+        except FileExistsError:  # Another run may have started at the same moment.
             number += 1
             folder = base.with_name(f"{base.name}-{number}")
         except OSError as error:
@@ -118,21 +118,21 @@ def _settings_to_keep(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint_data(facts: Sequence[SampleFacts]) -> str:
-    """What tells one set of training slices from another: their number, and a hash of all."""
-    ordered = sorted((one.name, one.digest, one.voxels) for one in facts)
+    """Return the number of training slices and a hash of their content."""
+    ordered = sorted((fact.name, fact.digest, fact.voxels) for fact in facts)
     return f"{len(facts)} slices {hashlib.sha256(repr(ordered).encode()).hexdigest()[:12]}"
 
 
 def fingerprint_weights(base: str | None, adapter: str | None) -> str:
-    """What tells the weights that a run starts from: base weights and adapter, if any."""
+    """Return a fingerprint of the weights that a run starts from: base weights and adapter."""
     return f"{base or SCRATCH}" + (f" and {sha256_of(Path(adapter))[:12]}" if adapter else "")
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The flags in a `config.json`.
+    """Read the flags in a `config.json`.
 
     Raises:
-        InputError: no JSON object.
+        InputError: the file does not hold a JSON object.
     """
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -147,7 +147,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def only_writer(folder: Path, first: bool = True) -> Iterator[None]:
-    """Hold a run folder, so that two runs cannot write into one; a killed process lets it go.
+    """Lock a run folder, so that no second run writes into it; the lock ends with the process.
 
     Args:
         first: whether this is the rank that writes.
@@ -160,14 +160,14 @@ def only_writer(folder: Path, first: bool = True) -> Iterator[None]:
     except OSError as error:
         raise cannot_write(folder / LOCK_FILE, error) from None
     with lock:
-        try:  # of this process alone: a loader's worker that outlives it must not hold the lock
+        try:  # This lock is not inherited: a loader's worker may live longer than this process.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise InputError(
                 f"another process is training in {folder}; wait for it, or start a new run "
                 "without --resume"
             ) from None
-        except OSError as error:  # a file system that cannot lock, as some network ones
+        except OSError as error:  # Some network file systems cannot lock.
             warn(f"{folder} cannot be locked ({error.strerror}); start no second run in it")
         yield
 
@@ -180,7 +180,7 @@ def save_config(args: argparse.Namespace, folder: Path) -> None:
 
 
 def newest_adapter(run: Path) -> Path:
-    """The adapter of the last epoch that a run saved."""
+    """Return the adapter of the last epoch that a run saved."""
     adapters = sorted(run.glob("epoch_*.pth"), key=lambda path: (len(path.name), path.name))
     if not adapters:
         raise InputError(f"{run} holds no adapter epoch_*.pth yet; pass one by --lora_ckpt")

@@ -118,9 +118,8 @@ def _voxels(samples: Sequence[SampleFacts]) -> list[int]:
 
 
 def _leaks(train: Sequence[SampleFacts], test: Sequence[SampleFacts]) -> list[str]:
-    both = sorted(
-        {case_of(sample.name) for sample in train} & {case_of(sample.name) for sample in test}
-    )
+    trained, tested = ({case_of(sample.name) for sample in part} for part in (train, test))
+    both = sorted(trained & tested)
     if not both:
         return []
     return [f"{len(both)} case(s) are trained on and tested: {first_few(both)}"]

@@ -227,7 +227,7 @@ class RunLog:
 class Events:
     """A TensorBoard file that is written by the calling thread.
 
-    tensorboardX's `SummaryWriter` passes events to a thread, which dies on a full disk; the training
+    tensorboardX's `SummaryWriter` passes events to a thread, which dies on a full disk; training
     then waits for it forever. Here the caller gets the error.
 
     Args:

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     """Train one run, or the rest of it, as one of its ranks."""
-    seed_everything(args.seed, deterministic=bool(args.deterministic))
+    seed_everything(args.seed, deterministic=bool(args.deterministic), compiles=args.compile)
     allow_tf32(args.tf32)
     choose_resume(args, ranks)
     dataset = Synapse_dataset(args.root_path, args.list_dir, "train", num_classes=args.num_classes)

@@ -65,11 +65,12 @@ def start_logging(path: Path | None) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[to_file, to_terminal], force=True)
 
 
-def seed_everything(seed: int, *, deterministic: bool) -> None:
+def seed_everything(seed: int, *, deterministic: bool, compiles: bool = False) -> None:
     """Seed every random generator.
 
     Args:
         deterministic: use only repeatable GPU kernels, which costs some speed.
+        compiles: torch.compile will be used, and has to choose repeatable kernels as well.
     """
     random.seed(seed)
     np.random.seed(seed)
@@ -79,7 +80,10 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
     if deterministic:
         # CUDA reads this variable when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if compiles:
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    else:  # The same setting, without the seconds it takes to import the compiler.
+        torch.set_deterministic_debug_mode("warn" if deterministic else "default")
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Shared by the tests: two threads at most, and small networks and data."""
+"""Small networks and small data that many tests use."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from segment_anything import Sam, sam_model_registry
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test starts from the same random state."""
+    """Start every test from the same random state."""
     torch.manual_seed(0)
 
 
 def tiny_sam(image_size: int = 64, num_classes: int = 2) -> Sam:
-    """A random vit_tiny that takes images in [0, 1]."""
+    """Return a random vit_tiny that takes images in [0, 1]."""
     sam, _ = sam_model_registry["vit_tiny"](
         image_size=image_size,
         num_classes=num_classes,
@@ -32,14 +32,14 @@ def tiny_sam(image_size: int = 64, num_classes: int = 2) -> Sam:
 
 
 def tiny_model(rank: int = 2, **kwargs: int) -> LoRAModel:
-    """A SAMed network on `tiny_sam`, its updates not zero."""
+    """Return a SAMed network on `tiny_sam` whose low-rank updates are not zero."""
     model = LoRA_Sam(tiny_sam(**kwargs), rank)
     randomise_updates(model)
     return model
 
 
 def randomise_updates(model: LoRAModel) -> None:
-    """Move every update away from zero."""
+    """Set every low-rank update to random values other than zero."""
     for name, parameter in model.named_parameters():
         if ".up.weight" in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -48,7 +48,11 @@ def randomise_updates(model: LoRAModel) -> None:
 def write_slices(
     folder: Path, count: int = 5, size: int = 40, num_classes: int = 8, cases: int = 1
 ) -> Path:
-    """Training slices with a block per class, and their list; returns the data folder."""
+    """Write training slices made of square blocks of the classes, and their list.
+
+    Returns:
+        `folder`.
+    """
     rng = np.random.default_rng(0)
     names = [
         f"case{5 + case:04d}_slice{index:03d}" for case in range(cases) for index in range(count)
@@ -63,11 +67,4 @@ def write_slices(
     return folder
 
 
-TINY_FLAGS = [
-    *("--vit_name", "vit_tiny"),
-    *("--ckpt", "none"),
-    *("--img_size", "64"),
-    *("--n_gpu", "1"),
-    *("--rank", "2"),
-    *("--device", "cpu"),
-]
+TINY_FLAGS = "--vit_name vit_tiny --ckpt none --img_size 64 --n_gpu 1 --rank 2 --device cpu".split()

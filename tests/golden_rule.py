@@ -1,4 +1,4 @@
-"""How the golden weights and inputs are made (tests/golden/README.md)."""
+"""The rule that makes the golden weights and inputs (tests/golden/README.md)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODULES = {
 
 
 def golden_tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    """The tensor that the rule gives to a public key name."""
+    """Return the tensor that the rule makes for a public key name."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     x = rng.standard_normal(shape).astype(np.float32)
     if "gaussian" in name:
@@ -34,7 +34,7 @@ def golden_tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> torch.Ten
 def golden_model(
     size: int, variant: str = "encoder", *, vit: str = "vit_b", zero_up: bool = False
 ) -> LoRAModel:
-    """A network with weights and adapter by the rule; `zero_up` leaves B at zero."""
+    """Return a network with weights and adapter by the rule; `zero_up` leaves B at zero."""
     sam, _ = sam_model_registry[vit](
         image_size=size, num_classes=8, checkpoint=None, pixel_mean=[0, 0, 0], pixel_std=[1, 1, 1]
     )
@@ -57,25 +57,25 @@ def set_adapter(model: LoRAModel, *, zero_up: bool = False) -> None:
 
 
 def golden_images(size: int, batch: int = 1, seed: int = 0) -> torch.Tensor:  # (B, 3, S, S)
-    """The input images of the golden outputs."""
+    """Return the input images of the golden outputs."""
     rng = np.random.default_rng([seed, size])
     image = rng.random((batch, 1, size, size), dtype=np.float32)
     return torch.from_numpy(image).repeat(1, 3, 1, 1)
 
 
 def read_json(name: str) -> dict:
-    """One golden json file."""
+    """Return the content of a golden JSON file."""
     return json.loads((GOLDEN / name).read_text())
 
 
 def read_npz(name: str) -> dict[str, np.ndarray]:
-    """One golden npz file."""
+    """Return the arrays of a golden npz file."""
     with np.load(GOLDEN / name, allow_pickle=False) as archive:
         return dict(archive)
 
 
 def assert_golden(found: torch.Tensor | np.ndarray, expected: np.ndarray) -> None:
-    """Largest absolute error at most 1e-5 + 1e-4 · largest absolute value."""
+    """Require an absolute error of at most 1e-5 + 1e-4 · (largest absolute value)."""
     found = found.detach().numpy() if isinstance(found, torch.Tensor) else found
     assert found.shape == expected.shape
     bound = 1e-5 + 1e-4 * np.abs(expected).max()

@@ -1,4 +1,7 @@
-"""Training in processes of its own, which tests kill: forked from one that has imported all."""
+"""Training in separate processes, which tests can kill.
+
+A server process imports everything once. Each training process is a fork of it and starts at once.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from common.errors import exit_on_bad_input
 from distributed.signals import Interruption
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# the server of forks starts no thread of PyTorch's, so that its forks can
+# The server must start no PyTorch thread, or its forks could not start theirs.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["processes"])
@@ -29,10 +32,10 @@ CONTEXT.set_forkserver_preload(["processes"])
 def start(
     argv: list[str], log: Path, ranks: int = 1, before: Callable[[], None] | None = None
 ) -> list[BaseProcess]:
-    """Start `train.main(argv)` as so many ranks; what they print goes to `log`, appended.
+    """Start `train.main(argv)` in one process for each rank; append their output to `log`.
 
     Args:
-        before: called in each process first; a function of this module.
+        before: a function of this module that each process calls first.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -55,7 +58,7 @@ def start(
 
 
 def run(argv: list[str], log: Path, ranks: int = 1) -> list[int]:
-    """The exit codes of all ranks."""
+    """Train to the end and return the exit codes of all ranks."""
     started = start(argv, log, ranks)
     for process in started:
         process.join(timeout=120)
@@ -64,15 +67,17 @@ def run(argv: list[str], log: Path, ranks: int = 1) -> list[int]:
 
 
 def on_two_threads() -> None:
-    """Another order of the same sums."""
+    """Use two threads, which add the same numbers in another order."""
     torch.set_num_threads(2)
 
 
 def bound_by_permissions() -> None:
-    """Root gives up its right to read and write where the mode bits say that nobody may."""
+    """Make file permissions count for root too, which may otherwise read and write everything."""
     libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of Linux capabilities, this process
-    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then capabilities from 32
+    # Version 3 of the Linux capabilities, for this process.
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    # The effective, permitted and inheritable sets: capabilities 0 to 31, then 32 to 63.
+    sets = (ctypes.c_uint32 * 6)()
     dac_override, dac_read_search = 1 << 1, 1 << 2
     if libc.capget(header, sets):
         raise OSError(ctypes.get_errno(), "capget")
@@ -82,7 +87,7 @@ def bound_by_permissions() -> None:
 
 
 def killed_while_saving() -> None:
-    """The process dies when its fourth state is written and has not yet got its name."""
+    """Kill this process when its fourth state is written but does not have its name yet."""
     fsync, calls = os.fsync, []
 
     def fatal(descriptor: int) -> None:
@@ -96,7 +101,7 @@ def killed_while_saving() -> None:
 
 
 def slow_to_save_when_asked() -> None:
-    """Once a signal was noted, writing the state takes longer than anybody waits."""
+    """After a signal, make writing the state take longer than anybody waits."""
     fsync, note, asked = os.fsync, Interruption._note, []
 
     def noted(*args: object) -> None:
@@ -122,7 +127,8 @@ def _run(
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a real run
+    # Loader workers start as in a real run.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     if before is not None:
         before()

@@ -1,4 +1,4 @@
-"""Where the small real scans lie, and the reason to skip where they do not."""
+"""The folder of the small real scans; tests that need it are skipped where it is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters go on: to other classes, to safetensors and back, into a plain SAM checkpoint."""
+"""Adapters for other classes, as safetensors and back, merged into a plain SAM checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 def save_adapter(
     folder: Path, classes: list[str], module=sam_lora_image_encoder, every: bool = True
 ) -> tuple[LoRAModel, Path]:
-    """A tiny adapter for these classes, its settings beside the tensors."""
+    """Save a tiny adapter for these classes with its settings; return network and file."""
     model = module.LoRA_Sam(tiny_sam(num_classes=len(classes)), 2).eval()
     randomise_updates(model)
     if every:
@@ -55,7 +55,7 @@ def test_heads_of_the_same_name_move(tmp_path: Path, every: bool):
     new = tiny_model(num_classes=4).eval()
     if every:
         new.train_all_weights()
-    else:  # the frozen encoder is the same
+    else:  # both need the same frozen encoder
         new.sam.image_encoder.load_state_dict(old.sam.image_encoder.state_dict())
     fresh = new.adapter_state()["mask_decoder.mask_tokens.weight"].clone()
     wanted = ["tumour", "Left Kidney", "spleen", "Liver"]
@@ -68,9 +68,10 @@ def test_heads_of_the_same_name_move(tmp_path: Path, every: bool):
     for there, here in ((0, 0), (2, 2), (1, 4)):
         for a, b in zip(mlps[0][there].parameters(), mlps[1][here].parameters(), strict=True):
             assert torch.equal(a, b)
-    moved = {k: v for k, v in new.adapter_state().items() if "mask_tokens" not in k
-             and "hypernetworks" not in k and "iou_prediction_head.layers.2" not in k}  # fmt: skip
-    assert all(torch.equal(v, old.adapter_state()[k]) for k, v in moved.items())
+    before = old.adapter_state()
+    heads = ("mask_tokens", "hypernetworks", "iou_prediction_head.layers.2")
+    for key, value in new.adapter_state().items():
+        assert any(head in key for head in heads) or torch.equal(value, before[key])
 
 
 def test_another_order_moves_by_name_and_gives_the_same_logits(tmp_path: Path):
@@ -80,7 +81,7 @@ def test_another_order_moves_by_name_and_gives_the_same_logits(tmp_path: Path):
     new.load_lora_parameters(path, (["a", "b"], ["b", "a"]))
     with torch.no_grad():
         before, after = (model(IMAGES)["low_res_logits"] for model in (old, new))
-    # the tokens attend to each other, whatever their order
+    # The tokens attend to each other, so their order changes only rounding.
     assert (after[:, [0, 2, 1]] - before).abs().max() < 1e-4
 
 
@@ -104,7 +105,7 @@ def test_training_goes_on_from_other_classes(tmp_path: Path):
 
 
 def test_training_goes_on_from_an_adapter_that_names_no_classes(tmp_path: Path):
-    """The number of classes is the same: all heads are kept as they are."""
+    """All heads stay as they are because the number of classes is the same."""
     model = tiny_model(num_classes=3)
     model.train_all_weights()
     model.save_lora_parameters(tmp_path / "plain.pth")

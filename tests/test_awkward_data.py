@@ -1,4 +1,4 @@
-"""Data sets that are nearly as expected: taken as they are meant, or refused in one sentence."""
+"""Unusual data sets: read as their author meant, or refused with a single sentence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ERRORS = pytest.CaptureFixture[str]
 
 
 def write_pictures(root: Path, pictures: dict[str, np.ndarray], ending: str = ".png") -> Path:
-    """Pictures with masks of 0 and 1 in two plain folders."""
+    """Write pictures, and masks of 0 and 1, into two plain folders; return `root`."""
     for kind in ("images", "labels"):
         (root / kind).mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
@@ -39,7 +39,7 @@ def write_pictures(root: Path, pictures: dict[str, np.ndarray], ending: str = ".
 
 
 def refused(root: Path, output: Path, capfd: ERRORS, *flags: str) -> str:
-    """The one sentence that a data set is refused with."""
+    """Return the only error line that preparing this data set prints."""
     capfd.readouterr()
     assert run_prepare(root, output, *flags) == 2
     told = capfd.readouterr().err
@@ -56,16 +56,18 @@ def test_a_case_whose_name_begins_as_anothers_keeps_its_slices(tmp_path: Path):
     cases = ["--train_cases", "pat1", "pat1_slice2", "--test_cases", "pat0"]
     assert run_prepare(root, output, *cases) == 0
     slices = sorted(path.name for path in (output / "train_npz").iterdir())
-    (output / ".done" / "pat1.json").unlink()  # it is prepared again
-    (output / "train_npz" / ".7.partial.pat1_slice2_slice000.npz").touch()  # being written
-    (output / "train_npz" / ".7.partial.pat1_slice000.npz").touch()  # of a killed run
+    # pat1 is prepared again; its partial file was left by a killed run and is deleted.
+    (output / ".done" / "pat1.json").unlink()
+    (output / "train_npz" / ".7.partial.pat1_slice000.npz").touch()
+    # Another process is writing this slice of another case: it stays.
+    (output / "train_npz" / ".7.partial.pat1_slice2_slice000.npz").touch()
     assert run_prepare(root, output, *cases) == 0
     left = sorted(path.name for path in (output / "train_npz").iterdir())
     assert left == [".7.partial.pat1_slice2_slice000.npz", *slices] and len(slices) == 8
 
 
 def gradient(largest: float, kind: type = np.uint16, side: int = 16) -> np.ndarray:
-    """A picture of values 0…largest."""
+    """Return a picture with values from 0 to `largest`."""
     return np.linspace(0, largest, side * side).reshape(side, side).astype(kind)
 
 
@@ -93,7 +95,8 @@ def test_twelve_bits_in_sixteen(tmp_path: Path, capfd: ERRORS):
     assert spec.is_pictures and spec.intensity == Intensity(RANGE, 0, 4095)
     slices = load_arrays(tmp_path / "data" / "train_npz" / "a_slice000.npz", ("image",))
     assert slices["image"].max() == 1
-    assert spec.intensity.limits(gradient(5000), "brighter.png") == (0, 4095)  # is clipped
+    # Brighter pictures are clipped.
+    assert spec.intensity.limits(gradient(5000), "brighter.png") == (0, 4095)
     with pytest.raises(InputError, match="8 bits"):
         spec.intensity.limits(gradient(255, np.uint8), "other.png")
 
@@ -107,7 +110,7 @@ def test_a_window_of_pictures_is_one_of_grey_values(tmp_path: Path):
         spec.intensity.limits(gradient(4095), "other.png")
 
 
-def test_specs_of_before_say_by_their_rule_whether_they_are_of_pictures():
+def test_older_specs_show_by_their_intensity_rule_that_they_are_of_pictures():
     spec = replace(SYNAPSE, intensity=PICTURE)
     assert spec.is_pictures and not SYNAPSE.is_pictures and "pictures" not in spec.to_json()
     assert not spec_from_json(replace(spec, pictures=False).to_json(), "spec").is_pictures
@@ -123,7 +126,7 @@ NOT_HU = {
 
 
 @pytest.mark.parametrize("name", NOT_HU)
-def test_what_is_surely_not_hu_is_refused_unless_the_user_says_it_is(name: str, capfd: ERRORS):
+def test_values_unlike_hu_are_refused_unless_the_user_confirms_them(name: str, capfd: ERRORS):
     with pytest.raises(InputError, match="do not look like Hounsfield units"):
         CT.limits(NOT_HU[name], name)
     sure = replace(CT, sure=True)
@@ -132,17 +135,17 @@ def test_what_is_surely_not_hu_is_refused_unless_the_user_says_it_is(name: str, 
     assert spec_from_json(replace(SYNAPSE, intensity=sure).to_json(), "spec").intensity == sure
 
 
-def test_ct_that_is_cropped_or_seen_through_a_wide_window_is_taken(capfd: ERRORS):
+def test_cropped_ct_and_a_wide_window_are_accepted(capfd: ERRORS):
     assert CT.limits(gradient(400) - 100.0, "crop") == (-125, 275)
     wide = Intensity(WINDOW, -1024, 300)
     assert wide.limits(gradient(2000) - 1000.0, "scan") == (-1024, 300)
     assert capfd.readouterr().err == ""
     for values in (gradient(100) - 1000.0, gradient(100) + 300.0):
-        with pytest.raises(InputError):  # nothing could be seen
+        with pytest.raises(InputError):  # the window shows nothing of these values
             replace(CT, sure=True).limits(values, "scan")
 
 
-def test_flags_say_that_values_are_hu(tmp_path: Path, capfd: ERRORS):
+def test_flags_confirm_that_values_are_hu(tmp_path: Path, capfd: ERRORS):
     told = NNUNET | {"channel_names": {"0": "CT"}}
     root = write_set(tmp_path / "raw", told, low=-20)
     assert run_prepare(root, tmp_path / "no") == 2
@@ -153,7 +156,7 @@ def test_flags_say_that_values_are_hu(tmp_path: Path, capfd: ERRORS):
         assert stored_spec(output).intensity == replace(CT, sure=True)
 
 
-def test_one_odd_name_does_not_split_scans(tmp_path: Path, capfd: ERRORS):
+def test_an_unusual_file_name_does_not_split_scans(tmp_path: Path, capfd: ERRORS):
     names = [f"{scan}_{number}" for scan in "abc" for number in (1, 2)]
     pictures = {name: gradient(255, np.uint8) for name in (*names, "cover", "a")}
     root, output = write_pictures(tmp_path / "raw", pictures), tmp_path / "data"
@@ -179,7 +182,7 @@ BAD_NAMES = {
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_class_names_that_no_table_can_hold(tmp_path: Path, capfd: ERRORS, name: str):
+def test_class_names_that_no_table_can_store(tmp_path: Path, capfd: ERRORS, name: str):
     wrong = BAD_NAMES[name]
     labels = {"background": 0, wrong: 1, "tumour": 5}
     root = write_set(tmp_path / "raw", NNUNET | {"labels": labels})
@@ -198,7 +201,7 @@ def test_a_class_name_that_is_there_twice(tmp_path: Path, capfd: ERRORS):
     assert "--class_names has the class name 'a' twice" in told
 
 
-def test_a_label_value_beyond_all_numbers(tmp_path: Path, capfd: ERRORS):
+def test_an_infinite_label_value(tmp_path: Path, capfd: ERRORS):
     root = write_set(tmp_path / "raw", NNUNET)
     text = json.dumps(NNUNET).replace('"liver": 1', '"liver": 1e999')
     (root / "dataset.json").write_text(text)
@@ -227,7 +230,7 @@ IN_VAIN = {
 
 
 @pytest.mark.parametrize("name", IN_VAIN)
-def test_flags_are_never_ignored_in_silence(tmp_path: Path, capfd: ERRORS, name: str):
+def test_flags_without_effect_are_refused(tmp_path: Path, capfd: ERRORS, name: str):
     layout, flags, told = IN_VAIN[name]
     root = tmp_path / "raw"
     if layout == "pictures":
@@ -242,16 +245,16 @@ def test_flags_are_never_ignored_in_silence(tmp_path: Path, capfd: ERRORS, name:
     assert told in problems and flags[0] in problems
 
 
-def test_a_label_on_the_images_grid_with_other_axes_is_turned(tmp_path: Path):
-    """As of DICOM with a label that dcm2niix made: the same voxels, listed in another order."""
+def test_a_label_on_the_images_grid_with_other_axes_is_reoriented(tmp_path: Path):
+    """DICOM with labels from dcm2niix is an example: the same voxels in another order."""
     image, label = scan(0)
     root = tmp_path / "raw"
     for index, letters in enumerate(("LPS", "RAS", "SAL", "AIR")):
         geometry = placed("LPS")
         there = turned_geometry(geometry, label.shape, letters)
-        own = np.ascontiguousarray(turned(label, "LPS", letters))
+        reordered = np.ascontiguousarray(turned(label, "LPS", letters))
         write_dicom(root / "images" / f"a{index}", image, geometry)
-        write_volume(root / "labels" / f"a{index}.nii.gz", own, there)
+        write_volume(root / "labels" / f"a{index}.nii.gz", reordered, there)
     flags = ("--train_cases", "a0", "--test_cases", "a0", "a1", "a2", "a3")
     assert run_prepare(root, tmp_path / "data", *flags) == 0
     for path in (tmp_path / "data" / "test_vol_h5").iterdir():
@@ -259,7 +262,7 @@ def test_a_label_on_the_images_grid_with_other_axes_is_turned(tmp_path: Path):
             assert np.array_equal(file["label"][()], np.searchsorted([0, 1, 5], label))
 
 
-def test_a_label_beside_the_images_grid_is_refused_whatever_its_axes(tmp_path: Path, capfd: ERRORS):
+def test_a_label_off_the_images_grid_is_refused(tmp_path: Path, capfd: ERRORS):
     image, label = scan(0)
     geometry = placed("LPS")
     there = turned_geometry(geometry, label.shape, "RAS")
@@ -282,7 +285,7 @@ def test_the_output_may_not_lie_in_a_folder_that_is_read(
     assert run_prepare(root, root / "prepared") == 0
 
 
-PREPARED_OTHERWISE = {
+DIFFERENT_PREPARATION = {
     "limits": ({"intensity": Intensity(WINDOW, -100, 200)}, "HU -100…200"),
     "rule": ({"intensity": MR}, "percentiles"),
     "orientation": ({"orientation": "RAS"}, "orientation RAS and LPS"),
@@ -293,27 +296,27 @@ PREPARED_OTHERWISE = {
 }
 
 
-@pytest.mark.parametrize("name", PREPARED_OTHERWISE)
-def test_data_prepared_otherwise_than_what_was_trained_on(tmp_path: Path, name: str):
-    changes, told = PREPARED_OTHERWISE[name]
+@pytest.mark.parametrize("name", DIFFERENT_PREPARATION)
+def test_data_prepared_differently_from_the_training_data(tmp_path: Path, name: str):
+    changes, told = DIFFERENT_PREPARATION[name]
     trained = replace(SYNAPSE, orientation="LPS", channel=1)
     settings = {"num_classes": 8, "class_names": list(trained.class_names)}
     model = tiny_model(num_classes=8)
-    model.save_lora_parameters(tmp_path / "own.pth", settings | {"spec": trained.to_json()})
+    model.save_lora_parameters(tmp_path / "with_spec.pth", settings | {"spec": trained.to_json()})
     model.save_lora_parameters(tmp_path / "published.pth", settings)
     (tmp_path / "data").mkdir()
     prepared = replace(trained, **changes)
     (tmp_path / "data" / "dataset_spec.json").write_text(json.dumps(prepared.to_json()))
     flags = ["--volume_path", str(tmp_path / "data"), *TINY_FLAGS[:2]]
-    own = [*flags, "--lora_ckpt", str(tmp_path / "own.pth")]
+    with_spec = [*flags, "--lora_ckpt", str(tmp_path / "with_spec.pth")]
     if told:
         with pytest.raises(InputError, match="differ in") as caught:
-            parse_args(evaluation_parser(), own)
+            parse_args(evaluation_parser(), with_spec)
         assert told in str(caught.value)
     else:
-        assert dataset_spec(parse_args(evaluation_parser(), own)) == trained
-    (tmp_path / "elsewhere").mkdir()  # prepared without a spec
-    elsewhere = [*own, "--volume_path", str(tmp_path / "elsewhere")]
+        assert dataset_spec(parse_args(evaluation_parser(), with_spec)) == trained
+    (tmp_path / "elsewhere").mkdir()  # a folder without a spec
+    elsewhere = [*with_spec, "--volume_path", str(tmp_path / "elsewhere")]
     assert dataset_spec(parse_args(evaluation_parser(), elsewhere)) == trained
     published = [*flags, "--lora_ckpt", str(tmp_path / "published.pth")]
     assert dataset_spec(parse_args(evaluation_parser(), published)) == prepared

@@ -1,4 +1,4 @@
-"""The benchmarks' plain forms give the project's numbers, and no speed stands without agreement."""
+"""The benchmarks' plain implementations agree with the project, and a speed needs agreement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from datasets.scans.volumes import read_volume
 
 
 def volume(shape: tuple[int, ...], *, labelled: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Random blocks and the classes that they mean, 0…2."""
+    """Return an image of random blocks, and the class 0…2 of each voxel."""
     rng = np.random.default_rng(sum(shape))
     blocks = rng.integers(0, 3, (shape[0], -(-shape[1] // 5), -(-shape[2] // 5)))
     label = blocks.repeat(5, axis=1).repeat(5, axis=2)[:, : shape[1], : shape[2]].astype(np.uint8)
@@ -32,7 +32,7 @@ def volume(shape: tuple[int, ...], *, labelled: bool) -> tuple[np.ndarray, np.nd
     ("shape", "labelled"),
     [
         ((5, 40, 40), True),
-        ((1, 64, 64), True),  # one slice, of the network's size
+        ((1, 64, 64), True),  # a single slice of the network's size
         ((2, 33, 47), True),  # odd and not square
         ((3, 20, 24), False),  # an empty label
     ],
@@ -44,23 +44,28 @@ def test_a_volume_goes_through_as_in_the_original_loop(
     flags = ("--img_size", "64", "--input_size", "32", "--is_savenii")
     args, dataset = scenes.test_data(tmp_path, {"case0001": (image, label)}, *flags, num_classes=2)
     model = tiny_model().eval()
-    torch.nn.init.normal_(model.sam.mask_decoder.mask_tokens.weight)  # classes that differ
+    # Make the classes differ.
+    torch.nn.init.normal_(model.sam.mask_decoder.mask_tokens.weight)
     randomise_updates(model)
     expected, scores = plain_test(
-        *(dataset.paths[0], plain_copy(model)),
-        **{"classes": 2, "input_size": 32, "image_size": 64, "folder": tmp_path},
+        dataset.paths[0],
+        plain_copy(model),
+        classes=2,
+        input_size=32,
+        image_size=64,
+        folder=tmp_path,
     )
     model.merge()
     ((result, _),) = test.test_cases(args, model, dataset, tmp_path / "out")
     found, _ = read_volume(tmp_path / "out" / "predictions" / "case0001_pred.nii.gz")
-    assert len(np.unique(expected)) > 1  # or the comparison would say little
+    assert len(np.unique(expected)) > 1  # the comparison needs several classes
     assert np.array_equal(found, expected)
-    own = [(score.samed_dsc, score.samed_hd95) for score in result.scores]
-    assert np.allclose(own, scores, atol=1e-9)
+    found_scores = [(score.samed_dsc, score.samed_hd95) for score in result.scores]
+    assert np.allclose(found_scores, scores, atol=1e-9)
 
 
 def test_results_come_in_order_and_once(tmp_path: Path):
-    """More volumes than may wait."""
+    """There are more volumes than may wait at the same time."""
     names = [f"case{index:04d}" for index in range(2 * test.WAITING + 1)]
     volumes = {
         name: volume((1 + index % 3, 20, 20), labelled=True) for index, name in enumerate(names)
@@ -73,11 +78,11 @@ def test_results_come_in_order_and_once(tmp_path: Path):
 
 
 def test_the_rows_of_testing_run_on_what_test_py_reads():
-    """Else nothing but `make benchmark` would notice that flags or data have changed."""
+    """Without this test only `make benchmark` would notice changed flags or data."""
     label = np.zeros((2, 32, 32), dtype=np.uint8)
     label[:, 8:24, 8:24] = 3
     row = rows.testing_row(
-        *("test.py", "masks given", torch.device("cpu"), label / 8, label, label, None, 0, 1)
+        "test.py", "masks given", torch.device("cpu"), label / 8, label, label, None, 0, 1
     )
     assert row.repeats == 1 and row.difference == 0
     (result, _) = scaling.test_slices(1, torch.device("cpu"))()[0]
@@ -108,8 +113,14 @@ def test_samples_equal_the_plain_path(size: int, tmp_path: Path):
 def test_no_speed_without_agreement(peer: float):
     with pytest.raises(DisagreementError, match="differ"):
         compare(
-            *("row", "what", "peer", lambda: 1.0, lambda: peer, lambda a, b: abs(a - b)),
-            **{"tolerance": 1e-3, "target": None},
+            "row",
+            "what",
+            "peer",
+            lambda: 1.0,
+            lambda: peer,
+            lambda a, b: abs(a - b),
+            tolerance=1e-3,
+            target=None,
         )
 
 

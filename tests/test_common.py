@@ -1,4 +1,4 @@
-"""Damaged files are an `InputError`, whatever their bytes; what is written is whole."""
+"""Reading damaged files raises only `InputError`; writing is complete or leaves the old file."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_damaged_bytes_never_cause_another_error(
         except InputError as error:
             refused += 1
             assert "damaged" in str(error) and "\n" not in str(error)
-    assert refused > ROUNDS // 4  # the others hit bytes that do not matter
+    assert refused > ROUNDS // 4  # some changes hit bytes that do not matter
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/b", "/a", "a\\b"])
@@ -97,11 +97,12 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_what_the_system_does_not_let_us_use_is_one_sentence(capsys: pytest.CaptureFixture):
+def test_a_refusal_of_the_system_becomes_an_error_line(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as stopped, exit_on_bad_input():
         raise PermissionError(errno.EACCES, "Permission denied", "/data/log.txt")
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: /data/log.txt cannot be used (Permission denied)")
-    with pytest.raises(ConnectionError), exit_on_bad_input():  # no fault of the user's files
+    # This error does not come from the user's files.
+    with pytest.raises(ConnectionError), exit_on_bad_input():
         raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")

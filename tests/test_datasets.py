@@ -71,7 +71,7 @@ def test_choices_depend_on_seed_epoch_and_index_alone():
 
 def test_slices_of_mixed_sizes_make_one_batch():
     slices = [torch.rand(30, 20), torch.rand(16, 16), torch.rand(30, 20)]
-    labels = [(one > 0.5).to(torch.uint8) for one in slices]
+    labels = [(image > 0.5).to(torch.uint8) for image in slices]
     choices = [Augmentation(1, 0), Augmentation(angle=7), Augmentation()]
     batch = prepare_batch(slices, labels, choices, output_size=(32, 32), low_res=(8, 8))
     for index in range(3):
@@ -89,7 +89,7 @@ def test_slices_of_mixed_sizes_make_one_batch():
 @pytest.mark.parametrize(
     ("length", "batch", "count"), [(17, 4, 1), (17, 4, 2), (17, 4, 3), (5, 5, 7)]
 )
-def test_every_epoch_visits_every_slice_once_whatever_the_ranks(
+def test_every_epoch_visits_every_slice_once_on_any_number_of_ranks(
     length: int, batch: int, count: int
 ):
     alone = EpochBatches(length, batch, seed=3)
@@ -124,7 +124,7 @@ def test_published_lists():
     assert not set(SYNAPSE.train_cases) & set(SYNAPSE.test_cases)
 
 
-def test_samples_as_older_scripts_take_them(tmp_path: Path):
+def test_samples_have_the_form_that_older_scripts_read(tmp_path: Path):
     folder = write_slices(tmp_path)
     transform = RandomGenerator(output_size=[64, 64], low_res=[16, 16])
     dataset = Synapse_dataset(folder / "train_npz", folder / "lists", "train", transform)
@@ -149,7 +149,7 @@ def test_raw_samples_are_stacked(tmp_path: Path):
 
 
 def change_slice(folder: Path, **arrays: np.ndarray) -> Path:
-    """Overwrite arrays of the third slice."""
+    """Overwrite arrays of the third slice; return its file."""
     path = folder / "train_npz" / "case0005_slice002.npz"
     with np.load(path) as archive:
         content = dict(archive) | arrays
@@ -211,7 +211,7 @@ def test_a_faulty_list_is_refused(text: str, message: str, tmp_path: Path):
 
 
 def write_volume_h5(folder: Path, case: str = "case0001", **attributes: tuple) -> Path:
-    """A small test volume."""
+    """Write a small test volume with random labels; return its file."""
     rng = np.random.default_rng(1)
     path = folder / "test_vol_h5" / f"{case}.npy.h5"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,7 @@ def write_volume_h5(folder: Path, case: str = "case0001", **attributes: tuple) -
     return path
 
 
-def test_a_volume_brings_its_geometry_if_it_has_one(tmp_path: Path):
+def test_the_geometry_of_a_volume_is_read_if_it_is_stored(tmp_path: Path):
     lists = tmp_path / "lists"
     lists.mkdir()
     (lists / "test_vol.txt").write_text("case0001\ncase0002\n")
@@ -256,7 +256,7 @@ def test_a_faulty_volume_is_named(fault, message: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("classes", [1, 8, 255])
-def test_colours_tell_all_organs_apart(classes: int):
+def test_every_organ_has_a_different_colour(classes: int):
     colours = label_colours(classes)
     assert colours.shape == (classes + 1, 3)
     assert len(np.unique(colours, axis=0)) == classes + 1

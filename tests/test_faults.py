@@ -1,4 +1,4 @@
-"""What goes wrong while training: it is said in one sentence, and what was saved stays."""
+"""Faults during training: a single error line, and everything saved before stays intact."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three epochs that nothing disturbed."""
+    """A run of three epochs without any fault."""
     output = tmp_path_factory.mktemp("whole")
     log = output.parent / "whole.log"
     assert processes.run(flags_of(data, output, "--stop_epoch", "3"), log) == [0]
     return output
 
 
-def test_a_full_disk_stops_with_a_message_and_room_lets_it_go_on(
+def test_a_full_disk_stops_with_a_message_and_the_run_resumes_later(
     data: Path, whole: Path, tmp_path: Path
 ):
     output, log = tmp_path / "out", tmp_path / "log"
@@ -53,7 +53,7 @@ def test_a_full_disk_stops_with_a_message_and_room_lets_it_go_on(
     (process,) = processes.start(argv, log)
     wait_for_step(output, 3, process.is_alive)
     size = saved_states(folder_of(output))[0].stat().st_size
-    # no file of this process may grow beyond half a state any more
+    # From now on, no file of this process may grow beyond half a state.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
     process.join(timeout=60)
     assert process.exitcode == 2
@@ -64,9 +64,7 @@ def test_a_full_disk_stops_with_a_message_and_room_lets_it_go_on(
     assert_equal_runs(output, whole)
 
 
-def test_a_disk_that_is_full_for_the_logs_stops_with_a_message_too(
-    data: Path, whole: Path, tmp_path: Path
-):
+def test_a_disk_too_full_for_the_logs_stops_with_a_message(data: Path, whole: Path, tmp_path: Path):
     output, log = tmp_path / "out", tmp_path / "log"
     argv = flags_of(data, output, "--stop_epoch", "3")
     (process,) = processes.start([*argv, "--log_every", "1"], log)
@@ -83,18 +81,18 @@ def test_a_disk_that_is_full_for_the_logs_stops_with_a_message_too(
 
 
 @pytest.mark.parametrize("what", ["killed", "slice gone"])
-def test_what_happens_to_loader_workers_ends_the_run_in_a_sentence(
+def test_a_fault_in_a_loader_worker_ends_the_run_with_an_error_line(
     what: str, data: Path, tmp_path: Path
 ):
-    own = Path(shutil.copytree(data, tmp_path / "data"))
+    copied = Path(shutil.copytree(data, tmp_path / "data"))
     output, log = tmp_path / "out", tmp_path / "log"
-    (process,) = processes.start(flags_of(own, output, "--num_workers", "2"), log)
+    (process,) = processes.start(flags_of(copied, output, "--num_workers", "2"), log)
     wait_for_step(output, 3, process.is_alive)
     if what == "killed":
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(workers[-1]), signal.SIGKILL)
     else:
-        for path in (own / "train_npz").iterdir():
+        for path in (copied / "train_npz").iterdir():
             path.unlink()
     process.join(timeout=60)
     assert process.exitcode == 2, log.read_text()
@@ -105,7 +103,7 @@ def test_what_happens_to_loader_workers_ends_the_run_in_a_sentence(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_whatever_the_disk_says_the_state_before_is_intact(
+def test_the_older_state_survives_any_disk_error(
     number: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     train.main(flags_of(data, tmp_path, "--max_iterations", "3"))
@@ -151,13 +149,13 @@ def test_a_signal_during_a_save_lets_it_finish(
     monkeypatch.setattr(training_state, "save_tensors", asked)
     argv = flags_of(data, tmp_path / "out", "--stop_epoch", "3")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the process that it is compared with
+    torch.set_num_threads(1)  # the run to compare with had a single thread
     with pytest.raises(SystemExit) as stopped:
         train.main(argv)
     torch.set_num_threads(threads)
     assert stopped.value.code == EXIT_INTERRUPTED
     folder = folder_of(tmp_path / "out")
-    assert newest_state(folder)["progress"]["step"] == 5  # the next step was finished
+    assert newest_state(folder)["progress"]["step"] == 5  # the step in progress was finished
     monkeypatch.undo()
     assert processes.run(["--resume", str(folder)], tmp_path / "log") == [0]
     assert_equal_runs(tmp_path / "out", whole)
@@ -198,7 +196,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_slices(
     assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
-def test_some_may_be_left_out(
+def test_skip_nan_leaves_out_some_updates(
     not_finite: type[NotFiniteAt],
     data: Path,
     tmp_path: Path,
@@ -222,7 +220,7 @@ def test_weights_that_are_not_finite_are_never_saved(
         def forward(self, *args: torch.Tensor) -> dict[str, torch.Tensor]:
             terms = SegmentationLoss.forward(self, *args)
             type(self).calls += 1
-            if self.calls == 4:  # the loss itself is finite
+            if self.calls == 4:  # only the gradient is NaN, the loss is finite
                 terms["loss"].register_hook(lambda gradient: gradient * math.nan)
             return terms
 
@@ -254,8 +252,9 @@ def exhausted(*args: object, **kwargs: object) -> None:
     raise torch.OutOfMemoryError(CUDA_SAYS)
 
 
-def unlike_torch(*args: object, **kwargs: object) -> None:
-    raise torch.AcceleratorError("CUDA error: out of memory")  # no room for CUDA itself
+def exhausted_at_start(*args: object, **kwargs: object) -> None:
+    # CUDA itself finds no room.
+    raise torch.AcceleratorError("CUDA error: out of memory")
 
 
 @pytest.mark.parametrize(
@@ -264,10 +263,10 @@ def unlike_torch(*args: object, **kwargs: object) -> None:
         (trainer, "training_step", exhausted),
         (trainer, "validate", exhausted),
         (train, "build_model", exhausted),
-        (train, "build_model", unlike_torch),
+        (train, "build_model", exhausted_at_start),
     ],
 )
-def test_too_little_gpu_memory_is_told_wherever_it_happens(
+def test_too_little_gpu_memory_is_reported_wherever_it_happens(
     place: ModuleType,
     name: str,
     error: Callable,
@@ -294,7 +293,7 @@ def test_too_little_gpu_memory_is_told_wherever_it_happens(
         (("--batch_size", "1", "--checkpoint_blocks"), "; pass --use_amp, or a smaller --vit_name"),
     ],
 )
-def test_too_little_gpu_memory_says_what_to_pass(flags: tuple[str, ...], told: str):
+def test_too_little_gpu_memory_suggests_flags(flags: tuple[str, ...], told: str):
     text = out_of_memory(torch.OutOfMemoryError("other words"), train_parser().parse_args(flags))
     assert told in text and "by" not in text.split("(")[0]
     assert ("pass --checkpoint_blocks" in text) == ("--checkpoint_blocks" not in flags)

@@ -1,4 +1,4 @@
-"""Scans that are named, placed or locked so that a program could trip over them or miss one."""
+"""Scans with unusual names, places or permissions: none is overlooked or ends the program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from datasets.scans.volumes import read_volume, write_volume
 
 
 def test_names_that_are_not_utf_8(tmp_path: Path):
-    """SimpleITK ends the process over one."""
+    """SimpleITK would end the whole process at such a name."""
     write_volume(tmp_path / "a.nii.gz", volume(), placed("LPS"))
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/M\xfcller.nii.gz"))
     (tmp_path / "a.nii.gz").rename(odd)
@@ -37,7 +37,7 @@ def test_names_that_are_not_utf_8(tmp_path: Path):
 
 
 @pytest.mark.parametrize("index", [0, 2, 4])
-def test_a_slice_that_is_cut_short_is_not_passed_over(tmp_path: Path, index: int):
+def test_a_slice_that_is_cut_short_is_not_skipped(tmp_path: Path, index: int):
     folder = write_dicom(tmp_path / "series", volume(), placed("LPS"))
     file = sorted(folder.iterdir())[index]
     file.write_bytes(file.read_bytes()[:300])
@@ -45,7 +45,7 @@ def test_a_slice_that_is_cut_short_is_not_passed_over(tmp_path: Path, index: int
         read_scan(find_scans(folder)[0])
 
 
-def test_series_below_a_series_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_series_below_a_series_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     top = write_dicom(tmp_path / "series", volume(), placed("LPS"))
     write_dicom(top / "old" / "b", volume(), placed("LPS"))
     assert [scan.name for scan in find_scans(top)] == ["series"]
@@ -59,7 +59,7 @@ def test_files_in_folders_below_are_not_searched(tmp_path: Path):
 
 
 def find_without_rights(folder: str, answer: Connection) -> None:
-    """Find and read scans as a user whom the mode bits bind."""
+    """Find scans and read their headers as a user without the rights of root."""
     processes.bound_by_permissions()
     sys.stderr = io.StringIO()
     try:
@@ -72,7 +72,7 @@ def find_without_rights(folder: str, answer: Connection) -> None:
     answer.send(None)
 
 
-def test_what_may_not_be_read(tmp_path: Path):
+def test_files_without_read_permission(tmp_path: Path):
     def found(folder: Path) -> list[Any]:
         ours, theirs = processes.CONTEXT.Pipe()
         child = processes.CONTEXT.Process(target=find_without_rights, args=(str(folder), theirs))
@@ -87,7 +87,7 @@ def test_what_may_not_be_read(tmp_path: Path):
     name, series, told = found(tmp_path)
     assert (name, series) == ("a", "b_series") and "lost+found (Permission denied)" in told
     for path, folder in (
-        (tmp_path / "b" / "series" / "000.dcm", tmp_path / "b"),  # a slice
+        (tmp_path / "b" / "series" / "000.dcm", tmp_path / "b"),
         (tmp_path / "a.nii.gz", tmp_path / "a.nii.gz"),
         (tmp_path, tmp_path),
     ):
@@ -102,7 +102,7 @@ def test_what_may_not_be_read(tmp_path: Path):
 @pytest.mark.parametrize(
     ("suffix", "named"), [(".mhd", "ElementDataFile = {}\n"), (".nhdr", "data file: {}\n")]
 )
-def test_a_stamp_tells_of_data_beside_the_header(tmp_path: Path, suffix: str, named: str):
+def test_a_stamp_covers_data_beside_the_header(tmp_path: Path, suffix: str, named: str):
     header = tmp_path / f"a{suffix}"
     sitk.WriteImage(sitk.GetImageFromArray(volume()), str(header))
     (tmp_path / "other.raw").touch()
@@ -123,7 +123,7 @@ def test_a_stamp_tells_of_data_beside_the_header(tmp_path: Path, suffix: str, na
         assert [name for name, *_ in stamp(header)] == [header.name, *files]
 
 
-def test_a_stamp_of_a_series_is_of_all_slices(tmp_path: Path):
+def test_a_stamp_of_a_series_covers_all_slices(tmp_path: Path):
     folder = write_dicom(tmp_path / "series", volume(), placed("LPS"))
     before = stamp(folder)
     assert len(before) == len(volume())

@@ -40,7 +40,7 @@ AUGMENTATION = read_npz("augmentation.npz")
 
 
 def parse_branch(name: str) -> Augmentation:
-    """`rot90_2_flip_1`, `rotate_-7` or `none` to the choices it names."""
+    """Return the choices that a name such as `rot90_2_flip_1`, `rotate_-7` or `none` means."""
     if turned := re.fullmatch(r"rot90_(\d)_flip_(\d)", name):
         return Augmentation(int(turned[1]), int(turned[2]))
     if rotated := re.fullmatch(r"rotate_(-?\d+)", name):

@@ -69,9 +69,9 @@ def test_adapter_file_has_the_published_keys(variant: str, tmp_path):
     plain = torch.load(tmp_path / "plain.pth", weights_only=True)
     assert {key: list(value.shape) for key, value in plain.items()} == expected
     model.save_lora_parameters(tmp_path / "with_settings.pth", settings={"num_classes": 8})
-    own = torch.load(tmp_path / "with_settings.pth", weights_only=True)
-    assert own.keys() - expected.keys() == {"samed_settings"}
-    assert expected.keys() <= own.keys()
+    complete = torch.load(tmp_path / "with_settings.pth", weights_only=True)
+    assert complete.keys() - expected.keys() == {"samed_settings"}
+    assert expected.keys() <= complete.keys()
 
 
 @pytest.mark.parametrize("size", [224, 512])

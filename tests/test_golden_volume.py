@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def golden_image(expected: dict) -> np.ndarray:  # (D, H, W) float32
-    """The slices of the real CT that the golden labels belong to."""
+    """Return the slices of the real CT that the golden labels belong to."""
     raw, _ = read_volume(REAL_DATA / "ct" / "abdomen_crop.nii.gz")
     low, high = SYNAPSE.intensity.low, SYNAPSE.intensity.high
     image = ((np.clip(raw, low, high) - low) / (high - low)).astype(np.float32)
@@ -50,10 +50,11 @@ def test_volume(tmp_path):
 
 @needs_real_data
 def test_base_weights_and_published_adapter_through_test_py(tmp_path):
-    """Two files as users download them, one volume as the original preprocessed it, one command."""
+    """Downloaded weights and adapter, and a volume as the original preprocessed it."""
     expected, arrays = read_json("volume.json"), read_npz("volume.npz")
     model = golden_model(224)
-    model.save_lora_parameters(tmp_path / "epoch_159.pth")  # no settings, as published
+    # Like the published file, this adapter has no settings.
+    model.save_lora_parameters(tmp_path / "epoch_159.pth")
     base = {key: value for key, value in model.sam.state_dict().items() if "updates" not in key}
     torch.save(base, tmp_path / "sam_vit_b.pth")
     (tmp_path / "lists").mkdir()

@@ -1,4 +1,4 @@
-"""Label files lie where the scan lies to the last bit, or are not written."""
+"""Label files have exactly the geometry of their scan, or they are not written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PIXDIM, QFORM, SFORM = 76, 252, 254  # offsets in a NIfTI-1 header
 
 
 def nifti(path: Path, *, signs: tuple[int, int, int], qform: int, sform: int) -> Path:
-    """A NIfTI file with these signs of its voxel sizes and codes of its two transforms."""
+    """Write a NIfTI file with these signs of its voxel sizes and codes of its two transforms."""
     write_volume(path, volume(), placed("RAS"))
     packed = path.suffix == ".gz"
     content = bytearray(gzip.decompress(path.read_bytes()) if packed else path.read_bytes())
@@ -60,7 +60,7 @@ def test_signs_of_nifti_voxel_sizes(
 
 
 @pytest.mark.parametrize(("source", "output"), list(product((".nii", ".nii.gz"), repeat=2)))
-def test_a_patients_name_does_not_go_along(tmp_path: Path, source: str, output: str):
+def test_a_patients_name_is_not_copied(tmp_path: Path, source: str, output: str):
     scan = nifti(tmp_path / f"a{source}", signs=(1, 1, 1), qform=1, sform=1)
     content = labelled(scan, tmp_path / f"out{output}").read_bytes()
     packed = content[:2] == b"\x1f\x8b"
@@ -68,7 +68,7 @@ def test_a_patients_name_does_not_go_along(tmp_path: Path, source: str, output: 
     assert b"Jane" not in (gzip.decompress(content) if packed else content)
 
 
-def test_what_is_named_packed_and_is_not(tmp_path: Path):
+def test_an_unpacked_file_named_nii_gz(tmp_path: Path):
     plain = nifti(tmp_path / "a.nii", signs=(1, 1, 1), qform=1, sform=1)
     labelled(plain.rename(tmp_path / "a.nii.gz"), tmp_path / "out.nii.gz")
 
@@ -87,19 +87,26 @@ def test_labels_of_a_channel(tmp_path: Path, suffix: str):
         part.SetSpacing((0.7, 0.9, 2.5))
         part.SetOrigin((3.0, -1.0, 0.3))
     sitk.WriteImage(sitk.JoinSeries(parts), str(tmp_path / f"a{suffix}"))
-    own = {".nhdr": ".nrrd", ".mhd": ".mha"}.get(suffix, suffix)
-    labelled(tmp_path / f"a{suffix}", tmp_path / f"out{own}", channel=1)
+    output = {".nhdr": ".nrrd", ".mhd": ".mha"}.get(suffix, suffix)
+    labelled(tmp_path / f"a{suffix}", tmp_path / f"out{output}", channel=1)
 
 
 def test_a_nrrd_without_directions(tmp_path: Path):
     body = volume().astype("<i2").tobytes()
-    head = ("NRRD0004", "type: int16", "dimension: 3", "sizes: 7 6 5", "endian: little",
-            "encoding: raw", "spacings: 0.7 0.9 2.5")  # fmt: skip
+    head = (
+        "NRRD0004",
+        "type: int16",
+        "dimension: 3",
+        "sizes: 7 6 5",
+        "endian: little",
+        "encoding: raw",
+        "spacings: 0.7 0.9 2.5",
+    )
     (tmp_path / "a.nrrd").write_bytes("\n".join(head).encode() + b"\n\n" + body)
     labelled(tmp_path / "a.nrrd", tmp_path / "out.nrrd")
 
 
-def test_labels_that_would_lie_elsewhere_are_not_written(
+def test_labels_with_another_geometry_are_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     geometry, array = placed("LPS"), volume().astype(np.uint8)
@@ -110,8 +117,9 @@ def test_labels_that_would_lie_elsewhere_are_not_written(
         moved = Geometry(where.spacing, (where.origin[0] + 1, *where.origin[1:]), where.direction)
         other = tmp_path / f"b{suffix}"
         write_volume(other, array, moved)
-        scan = ScanFile("a", other, suffix)  # its header says something else than was read
-        if suffix == ".mha":  # nothing of its header is taken over
+        # The header of this file differs from what was read.
+        scan = ScanFile("a", other, suffix)
+        if suffix == ".mha":  # nothing is copied from an MHA header
             monkeypatch.setattr(sitk.Image, "SetOrigin", lambda *_: None)
         with pytest.raises(InputError, match=r"origin .* pass another --format") as caught:
             write_like(output, array, scan, where)
@@ -121,7 +129,7 @@ def test_labels_that_would_lie_elsewhere_are_not_written(
 
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".mha", ".nrrd"])
-def test_another_format_rounds_at_most(tmp_path: Path, suffix: str):
+def test_another_format_changes_only_rounding(tmp_path: Path, suffix: str):
     write_volume(tmp_path / "a.mha", volume(), placed("RAS"))
     array, geometry = read_volume(tmp_path / "a.mha")
     scan = ScanFile("a", tmp_path / "a.mha", ".mha")

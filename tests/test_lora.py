@@ -102,7 +102,7 @@ def test_an_adapter_of_a_network_trained_from_scratch_needs_nothing_else(tmp_pat
     assert torch.equal(restored(images)["masks"], model(images)["masks"])
 
 
-def test_lora_layer_chooses_blocks():
+def test_lora_layer_selects_blocks():
     model = sam_lora_image_encoder.LoRA_Sam(tiny_sam(), 2, lora_layer=[1, 3])
     assert [update.layer.split(".")[2] for update in model.updates] == ["1", "1", "3", "3"]
     assert "w_a_003" in model.adapter_state() and "w_a_004" not in model.adapter_state()

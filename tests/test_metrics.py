@@ -1,4 +1,4 @@
-"""DSC, HD95 and ASSD equal medpy's, whatever the masks look like."""
+"""DSC, HD95 and ASSD equal medpy's for masks of many kinds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPACING = (3.0, 0.7, 0.8)
 
 
 def blob(rng: np.random.Generator, shape: tuple[int, ...], share: float) -> np.ndarray:
-    """A random mask with smooth outlines; never empty."""
+    """Return a random mask with smooth outlines; it is never empty."""
     field = ndimage.gaussian_filter(rng.standard_normal(shape), 1.5)
     return field >= np.quantile(field, 1 - share)
 
@@ -35,7 +35,7 @@ def test_scores_equal_medpy(seed: int, shape: tuple[int, ...]):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", [(9, 21, 17), (1, 20, 20), (7, 1, 30), (15, 22)])
 def test_all_classes_at_once_equal_medpy_class_by_class(seed: int, shape: tuple[int, ...]):
-    """Touching classes, stray voxels, a class in neither mask, and one in either alone."""
+    """With touching classes, stray voxels, and classes that one mask or both masks lack."""
     rng = np.random.default_rng(seed)
     field = ndimage.gaussian_filter(rng.standard_normal((2, *shape)), (0, *[1.5] * len(shape)))
     prediction, label = (np.digitize(f, np.quantile(f, [0.6, 0.75, 0.9])) for f in field)
@@ -60,7 +60,7 @@ def test_empty_volumes_have_no_class():
 def test_confusion_counts_every_voxel_once():
     rng = np.random.default_rng(0)
     prediction, label = rng.integers(0, 5, (2, 6, 7, 8), dtype=np.uint8)
-    counts = confusion(prediction, label, 3)  # 4 is beyond and counts as background
+    counts = confusion(prediction, label, 3)  # label 4 is above 3: background
     assert counts.sum() == prediction.size
     assert counts[2, 3] == np.count_nonzero((prediction == 2) & (label == 3))
     assert counts[0, 1] == np.count_nonzero(np.isin(prediction, (0, 4)) & (label == 1))

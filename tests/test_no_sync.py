@@ -1,4 +1,4 @@
-"""Between logging steps the training loop asks the device for nothing that it would wait for."""
+"""Between logging steps the training loop never waits for the device."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from training.checkpoint import Checkpoint
 from training.run_log import RunLog
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Tensor methods that bring a value to the host, and operators whose result's size does.
+# Tensor methods that copy a value to the host, and operators whose result has a size that depends
+# on values. The host has to wait for both.
 TO_HOST = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
 SIZED_BY_VALUES = ("nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
 
 
 class Watch(TorchDispatchMode):
-    """Notes what would wait for a device, outside of `allowed` sections."""
+    """Records what would wait for a device outside of `allowed` sections."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,9 +41,9 @@ class Watch(TorchDispatchMode):
 
 
 def watched(watch: Watch, name: str, original):
-    """The Tensor method `name`, noted when a file of this project calls it.
+    """Return the Tensor method `name`, which is recorded when a file of this project calls it.
 
-    PyTorch's own calls are left out: its optimisers read step counters that live on the host.
+    Calls by PyTorch do not count: its optimisers read step counters that are on the host.
     """
 
     def method(self, *args, **kwargs):
@@ -55,7 +56,7 @@ def watched(watch: Watch, name: str, original):
 
 
 def allowed(watch: Watch, original):
-    """A method during which waiting is meant."""
+    """Return a method that may wait for the device."""
 
     def method(*args, **kwargs):
         watch.allowed += 1
@@ -77,7 +78,7 @@ def test_the_training_loop_waits_only_to_log(
     flush = allowed(watch, RunLog.flush)
     monkeypatch.setattr(RunLog, "flush", lambda log: logged.append(len(log.waiting)) or flush(log))
     monkeypatch.setattr(RunLog, "pictures", allowed(watch, RunLog.pictures))
-    require = allowed(watch, Checkpoint.require_finite)  # of what is about to be saved
+    require = allowed(watch, Checkpoint.require_finite)  # called before weights are saved
     monkeypatch.setattr(Checkpoint, "require_finite", require)
 
     steps = train.trainer_synapse
@@ -86,7 +87,7 @@ def test_the_training_loop_waits_only_to_log(
         with watch:
             return steps(*args, **kwargs)
 
-    # saving an adapter at the end is meant to wait, so it is kept out
+    # Saving an adapter at the end may wait, so it is left out.
     monkeypatch.setattr(train, "trainer_synapse", train_watched)
     monkeypatch.setattr("lora.LoRAModel.save_lora_parameters", lambda *args, **kwargs: None)
     data = write_slices(tmp_path / "data", count=12)

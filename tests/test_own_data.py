@@ -22,7 +22,7 @@ import train
 from common.errors import exit_on_bad_input
 from common.files import load_arrays
 from datasets.intensity import MR, PERCENTILES, PICTURE, RANGE, WINDOW
-from datasets.registry import stored_spec
+from datasets.registry import SYNAPSE, stored_spec
 from datasets.scans.orientation import orientation_of, turned
 from datasets.scans.volumes import Geometry, read_volume, write_volume
 from evaluation import __main__ as report
@@ -35,11 +35,10 @@ LABELS = {"background": 0, "liver": 1, "tumour": 5}
 
 
 def scan(seed: int, low: int = -1000) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels int16 and label values 0, 1, 5 (D, H, W)."""
+    """Return random voxels int16 and label values 0, 1, 5 uint8, both (D, H, W)."""
     rng = np.random.default_rng(seed)
-    return rng.integers(low, 600, SHAPE).astype(np.int16), rng.choice([0, 1, 5], SHAPE).astype(
-        np.uint8
-    )
+    image = rng.integers(low, 600, SHAPE).astype(np.int16)
+    return image, rng.choice([0, 1, 5], SHAPE).astype(np.uint8)
 
 
 def write_set(
@@ -52,7 +51,7 @@ def write_set(
     cases: int = 5,
     low: int = -1000,
 ) -> Path:
-    """Volumes in the layout of nnU-Net, of the Decathlon, or in two plain folders."""
+    """Write volumes in the layout of nnU-Net, of the Decathlon, or in two plain folders."""
     for index in range(cases):
         image, label = scan(index, low)
         write_volume(root / names[0] / f"pat{index}{channel}{ending}", image, placed("RAS"))
@@ -71,7 +70,7 @@ def run_prepare(root: Path, output: Path, *flags: str) -> int:
 
 
 def cases_of(output: Path, role: str) -> set[str]:
-    """The cases of a list."""
+    """Return the cases in the list of a role."""
     names = (output / "lists" / f"{role}.txt").read_text("utf-8").split()
     return {name.split("_slice")[0] for name in names}
 
@@ -122,7 +121,7 @@ def test_layouts(tmp_path: Path, name: str):
     with h5py.File(output / "test_vol_h5" / f"{case}.npy.h5") as file:
         assert file.attrs["orientation"] == "LPS"
         stored = Geometry(*(tuple(file.attrs[k]) for k in ("spacing", "origin", "direction")))
-        assert orientation_of(stored) == "RAS"  # where the scan lay
+        assert orientation_of(stored) == "RAS"  # the orientation of the scan
         classes = turned(np.searchsorted([0, 1, 5], label), "RAS", "LPS")
         assert np.array_equal(file["label"][()], classes)
         low, high = (-125, 275) if rule == WINDOW else np.percentile(image, (MR.low, MR.high))
@@ -130,7 +129,7 @@ def test_layouts(tmp_path: Path, name: str):
         assert np.abs(file["image"][()] - unit).max() < 1e-6
 
 
-def test_channels_are_taken_by_their_number(tmp_path: Path):
+def test_channels_are_chosen_by_their_number(tmp_path: Path):
     channels = {"1": "T2", "0": "CT_venous"}
     root = write_set(tmp_path / "raw", NNUNET | {"channel_names": channels})
     for path in sorted((root / "imagesTr").iterdir()):
@@ -141,7 +140,7 @@ def test_channels_are_taken_by_their_number(tmp_path: Path):
         assert (spec.channel, spec.intensity.rule) == (channel, rule)
 
 
-def test_folds_share_out_every_case_once(tmp_path: Path):
+def test_folds_test_every_case_once(tmp_path: Path):
     root = write_set(tmp_path / "raw", NNUNET)
     tested = []
     for fold in range(3):
@@ -152,7 +151,7 @@ def test_folds_share_out_every_case_once(tmp_path: Path):
     assert sorted(tested) == [f"pat{index}" for index in range(5)]
 
 
-def test_the_folders_own_test_cases(tmp_path: Path):
+def test_test_cases_from_the_folders_ts(tmp_path: Path):
     root = write_set(tmp_path / "raw", NNUNET)
     for kind in ("images", "labels"):
         (root / f"{kind}Ts").mkdir()
@@ -214,7 +213,7 @@ def test_pictures_of_one_scan_stay_together(tmp_path: Path, capsys: pytest.Captu
     )
 
 
-def test_results_go_back_to_the_scans_orientation(tmp_path: Path):
+def test_results_have_the_scans_orientation(tmp_path: Path):
     root, output = write_set(tmp_path / "raw", NNUNET), tmp_path / "data"
     run_prepare(root, output, "--test_cases", "pat2")
     flags = ["--batch_size", "2", "--max_epochs", "1", *TINY_FLAGS]
@@ -224,29 +223,35 @@ def test_results_go_back_to_the_scans_orientation(tmp_path: Path):
     label, geometry = read_volume(run / "test" / "predictions" / "pat2_gt.nii.gz")
     assert geometry.matches(read_volume(root / "imagesTr" / "pat2_0000.nii.gz")[1])
     assert np.array_equal(label, np.searchsorted([0, 1, 5], scan(2)[1]))
-    # the same adapter on the scan itself gives the same labels, by the values of the data set
+    # predict.py gives the same labels for the scan itself, with the label values of the data set.
     source = root / "imagesTr" / "pat2_0000.nii.gz"
     adapter = next(run.glob("epoch_*.pth"))
-    predict.main(["--input", str(source), "--lora_ckpt", str(adapter), "--output",
-                  str(tmp_path / "seg"), "--device", "cpu"])  # fmt: skip
+    flags = ["--lora_ckpt", str(adapter), "--output", str(tmp_path / "seg"), "--device", "cpu"]
+    predict.main(["--input", str(source), *flags])
     tested, _ = read_volume(run / "test" / "predictions" / "pat2_pred.nii.gz")
     segmented, _ = read_volume(tmp_path / "seg" / "pat2_0000.nii.gz")
     assert np.array_equal(np.array([0, 1, 5])[tested], segmented)
 
 
-UNREADABLE = ["raw/dataset.json", "raw/labelsTr", "raw/imagesTr",
-              "data/dataset_spec.json", "data/lists/train.txt", "data/train_npz"]  # fmt: skip
+UNREADABLE = [
+    "raw/dataset.json",
+    "raw/labelsTr",
+    "raw/imagesTr",
+    "data/dataset_spec.json",
+    "data/lists/train.txt",
+    "data/train_npz",
+]
 
 
-def bound(program: Callable[[list[str]], None], argv: list[str], log: Path) -> None:
-    """Run a program as a user whom mode bits bind; what it says on stderr goes to `log`."""
+def run_without_rights(program: Callable[[list[str]], None], argv: list[str], log: Path) -> None:
+    """Run a program as a user without the rights of root; write its stderr to `log`."""
     processes.bound_by_permissions()
     with log.open("w") as told, contextlib.redirect_stderr(told), exit_on_bad_input():
         program(argv)
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_what_may_not_be_read_is_named_in_one_sentence(tmp_path: Path, name: str):
+def test_a_file_without_read_permission_is_named_in_the_error_line(tmp_path: Path, name: str):
     root, data, log = write_set(tmp_path / "raw", NNUNET), tmp_path / "data", tmp_path / "log"
     assert run_prepare(root, data) == 0
     program, argv = train.main, ["--root_path", str(data), "--check", *TINY_FLAGS]
@@ -254,7 +259,7 @@ def test_what_may_not_be_read_is_named_in_one_sentence(tmp_path: Path, name: str
         program = prepare
         argv = ["--input", str(root), "--output", str(tmp_path / "new"), "--workers", "1"]
     (tmp_path / name).chmod(0)
-    process = processes.CONTEXT.Process(target=bound, args=(program, argv, log))
+    process = processes.CONTEXT.Process(target=run_without_rights, args=(program, argv, log))
     process.start()
     process.join(timeout=60)
     (tmp_path / name).chmod(0o700)
@@ -264,9 +269,7 @@ def test_what_may_not_be_read_is_named_in_one_sentence(tmp_path: Path, name: str
 
 
 def real_set(folder: Path, name: str) -> tuple[Path, list[str]]:
-    """One of the real sets in a layout that is read, and the flags to prepare it."""
-    names = ["spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta",
-             "pancreas"]  # fmt: skip
+    """Return a folder with a real data set in a known layout, and the flags to prepare it."""
     if name == "heart2d":
         return SHARED / "heart2d", ["--test_cases", "10004"]
     image, modality = {"ct": ("abdomen_crop", "CT"), "mr": ("abdomen_mr", "MRI")}[name]
@@ -274,7 +277,8 @@ def real_set(folder: Path, name: str) -> tuple[Path, list[str]]:
         target = folder / f"{kind}.nii.gz"
         target.parent.mkdir(parents=True)
         shutil.copy(SHARED / name / f"{source}.nii.gz", target)
-    labels = {"background": 0, **{label: index for index, label in enumerate(names, start=1)}}
+    names = ("background", *SYNAPSE.class_names)
+    labels = {name: index for index, name in enumerate(names)}
     told = {"channel_names": {"0": modality}, "labels": labels, "numTraining": 1}
     (folder / "dataset.json").write_text(json.dumps(told))
     return folder, ["--train_cases", "a", "--test_cases", "a"]
@@ -290,9 +294,9 @@ def test_real_sets_all_the_way(tmp_path: Path, name: str, rule: str, scored: int
     assert run_prepare(root, data, *flags, "--size", "64") == 0
     spec = stored_spec(data)
     assert spec.num_classes == 8 and spec.intensity.rule == rule
-    own = ["--root_path", str(data), "--output", str(tmp_path / "out"), *TINY_FLAGS]
-    train.main([*own, "--check"])
-    train.main([*own, "--batch_size", "8", "--max_epochs", "1"])
+    flags = ["--root_path", str(data), "--output", str(tmp_path / "out"), *TINY_FLAGS]
+    train.main([*flags, "--check"])
+    train.main([*flags, "--batch_size", "8", "--max_epochs", "1"])
     (run,) = (tmp_path / "out").iterdir()
     test_program.main(["--config", str(run), "--volume_path", str(data)])
     assert len(read_json(run / "test" / "results.json").results) == scored
@@ -302,8 +306,8 @@ def test_real_sets_all_the_way(tmp_path: Path, name: str, rule: str, scored: int
     else:
         source = root / "imagesTr" / "a_0000.nii.gz"
         expected = tmp_path / "seg" / "a_0000.nii.gz"
-    predict.main(["--input", str(source), "--config", str(run), "--output", str(tmp_path / "seg"),
-                  "--device", "cpu"])  # fmt: skip
+    flags = ["--config", str(run), "--output", str(tmp_path / "seg"), "--device", "cpu"]
+    predict.main(["--input", str(source), *flags])
     if name == "heart2d":
         assert Image.open(expected).size == (512, 512)
     else:

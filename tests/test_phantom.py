@@ -12,10 +12,16 @@ from datasets.scans.volumes import read_volume
 from preprocess.phantom import main
 from preprocess.phantom_volume import make_phantom
 
-# raw label -> smallest and largest volume in ml, generous for an adult
+# Raw label -> smallest and largest volume in ml: generous limits for an adult.
 VOLUMES = {
-    **{1: (60, 400), 2: (60, 350), 3: (60, 400), 4: (15, 120)},
-    **{6: (600, 2200), 7: (150, 800), 8: (35, 180), 11: (35, 260)},
+    1: (60, 400),
+    2: (60, 350),
+    3: (60, 400),
+    4: (15, 120),
+    6: (600, 2200),
+    7: (150, 800),
+    8: (35, 180),
+    11: (35, 260),
 }
 
 
@@ -43,8 +49,9 @@ def test_every_scored_organ_is_there_at_its_size(phantoms: list):
 def test_organs_lie_on_their_side(phantoms: list):
     for phantom in phantoms:
         column = {v: np.argwhere(phantom.label == v)[:, 2].mean() for v in VOLUMES}
-        spine = column[8]  # the aorta runs before it
-        assert column[6] < spine < column[1]  # the liver on the patient's right, at the left
+        spine = column[8]  # the aorta lies in front of it
+        # The liver is on the patient's right, which is the left of the picture.
+        assert column[6] < spine < column[1]
         assert column[2] < spine < column[3]
         assert column[4] < spine < column[7]
 
@@ -55,7 +62,7 @@ def test_intensities_are_those_of_ct(phantoms: list):
         mean = {v: phantom.image[phantom.label == v].mean() for v in VOLUMES}
         assert 60 < mean[6] < 160 and 80 < mean[1] < 170 and -15 < mean[4] < 60
         assert mean[8] > mean[11]  # contrast in the aorta
-        # not told apart by intensity alone: liver and spleen differ by less than their noise
+        # Intensity alone does not separate liver and spleen: they differ by less than their noise.
         assert abs(mean[6] - mean[1]) < 3 * phantom.image[phantom.label == 1].std()
 
 
@@ -63,8 +70,10 @@ def test_the_command_writes_the_layout_of_btcv(tmp_path: Path):
     main(["--output", str(tmp_path), "--cases", "2", "--size", "48", "--slices", "6"])
     names = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.nii.gz"))
     assert names == [
-        *("Training/img/img0001.nii.gz", "Training/img/img0002.nii.gz"),
-        *("Training/label/label0001.nii.gz", "Training/label/label0002.nii.gz"),
+        "Training/img/img0001.nii.gz",
+        "Training/img/img0002.nii.gz",
+        "Training/label/label0001.nii.gz",
+        "Training/label/label0002.nii.gz",
     ]
     image, geometry = read_volume(tmp_path / names[0])
     label, label_geometry = read_volume(tmp_path / names[2])
@@ -81,8 +90,8 @@ def test_bad_flags_are_refused(flags: list[str], tmp_path: Path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_organs_that_are_not_scored_do_not_vanish(phantoms: list):
-    smallest = {5: 4, 9: 30, 10: 5, 12: 0.5, 13: 0.5}  # raw label -> ml
+def test_organs_without_a_score_are_there_too(phantoms: list):
+    smallest = {5: 4, 9: 30, 10: 5, 12: 0.5, 13: 0.5}  # raw label -> smallest volume in ml
     for phantom in phantoms:
         millilitres = np.prod(phantom.spacing) / 1000
         for value, low in smallest.items():

@@ -1,4 +1,4 @@
-"""Scans without labels to segmentations that lie where the scan lies."""
+"""`predict.py`: scans without labels to segmentations with the geometry of the scan."""
 
 from __future__ import annotations
 
@@ -37,18 +37,19 @@ SPEC = DatasetSpec(
     intensity=Intensity(WINDOW, -1000.0, 1000.0),
     orientation="LPS",
 )
-VALUES = np.array([-1000, -400, 200, 900], dtype=np.int16)  # of background and the three marks
+# Intensities of background and the three marks.
+VALUES = np.array([-1000, -400, 200, 900], dtype=np.int16)
 
 
 class Bands(nn.Module):
-    """A network that tells the marks by their intensity alone."""
+    """A stand-in for the network: it finds the marks by their intensity alone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
 
     def merge(self) -> None:
-        """Nothing to merge."""
+        """Do nothing, because there are no updates to merge."""
 
     def forward(self, images: torch.Tensor, *_: Any) -> dict[str, torch.Tensor]:
         grey = images.mean(dim=1, keepdim=True)  # (B, 1, S, S)
@@ -58,14 +59,14 @@ class Bands(nn.Module):
 
 @pytest.fixture
 def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An adapter file of the spec; the network is `Bands`."""
+    """Return an adapter file for `SPEC`, and replace the network by `Bands`."""
     return make_adapter(tmp_path, SPEC, monkeypatch)
 
 
 def make_adapter(
     folder: Path, spec: DatasetSpec, monkeypatch: pytest.MonkeyPatch | None = None
 ) -> Path:
-    """A tiny adapter whose settings hold the spec."""
+    """Save a tiny adapter with the spec in its settings; with `monkeypatch`, use `Bands`."""
     model = tiny_model(num_classes=spec.num_classes)
     model.train_all_weights()
     settings = {
@@ -94,7 +95,10 @@ def run(source: Path, output: Path, adapter: Path, *flags: str) -> int:
 
 
 def marked(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """A scan (D, H, W) int16 with a block a mark, none mirrored onto another; its classes."""
+    """Return a scan (D, H, W) int16 with a block for each mark, and its classes uint8.
+
+    No flip maps the blocks onto each other, so a wrong orientation shows.
+    """
     depth, height, width = shape
     classes = np.zeros(shape, dtype=np.uint8)
     thick = max(1, depth // 3)
@@ -105,18 +109,18 @@ def marked(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def core(classes: np.ndarray) -> np.ndarray:
-    """Voxels far enough from any edge that the network's own grid does not matter."""
-    # at some sizes the published resampling leaves the last row and column 0: not the border
+    """Return the voxels far enough from any edge that the network's grid does not matter."""
+    # This excludes the border: the published resampling may set the last row and column to 0.
     size = [7 if length > 1 else 1 for length in classes.shape]
     largest = ndimage.maximum_filter(classes, size, mode="constant", cval=255)
     return largest == ndimage.minimum_filter(classes, size)
 
 
 def expected_file(source: Path) -> str:
-    """Which suffix the labels of a scan have."""
-    for suffix, own in ((".nii.gz", ".nii.gz"), (".nhdr", ".nrrd"), (".mhd", ".mha")):
+    """Return the suffix that the label file of a scan has."""
+    for suffix, output in ((".nii.gz", ".nii.gz"), (".nhdr", ".nrrd"), (".mhd", ".mha")):
         if source.name.endswith(suffix):
-            return own
+            return output
     return source.suffix or ".mha"
 
 
@@ -141,7 +145,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_labels_lie_where_the_scan_lies(tmp_path: Path, adapter: Path, name: str):
+def test_labels_have_the_geometry_of_the_scan(tmp_path: Path, adapter: Path, name: str):
     suffix, letters, shape = CASES[name]
     array, classes = marked(shape)
     geometry = placed(letters)
@@ -168,13 +172,13 @@ def test_labels_lie_where_the_scan_lies(tmp_path: Path, adapter: Path, name: str
     values = np.array([0, 2, 5, 9])[classes]
     sure = core(classes)
     assert np.array_equal(voxels[sure], values[sure])
-    for value in (2, 5, 9):  # no mark is lost, and most of each is where it was
+    for value in (2, 5, 9):  # no mark is lost, and most of each is in its place
         assert (values[sure] == value).any()
         both = ((voxels == value) & (values == value)).sum()
         assert both >= 0.6 * (values == value).sum() and both >= 0.6 * (voxels == value).sum()
 
 
-def test_nifti_geometry_is_taken_over_to_the_byte(tmp_path: Path, adapter: Path):
+def test_nifti_geometry_is_copied_byte_by_byte(tmp_path: Path, adapter: Path):
     array, _ = marked((6, 31, 37))
     write_volume(tmp_path / "scan.nii.gz", array, placed("RAS"))
     assert run(tmp_path / "scan.nii.gz", tmp_path / "out", adapter) == 0
@@ -182,12 +186,8 @@ def test_nifti_geometry_is_taken_over_to_the_byte(tmp_path: Path, adapter: Path)
         gzip.decompress(path.read_bytes())[:348]
         for path in (tmp_path / "scan.nii.gz", tmp_path / "out" / "scan.nii.gz")
     ]
-    for start, stop in (
-        (40, 56),
-        (76, 92),
-        (123, 124),
-        (252, 328),
-    ):  # size, spacing, units, affines
+    # Size, spacing, units and affines.
+    for start, stop in ((40, 56), (76, 92), (123, 124), (252, 328)):
         assert headers[0][start:stop] == headers[1][start:stop]
 
 
@@ -202,7 +202,7 @@ def test_one_slice_and_formats(tmp_path: Path, adapter: Path):
         assert set(np.unique(voxels)) == {0, 2, 5, 9}
 
 
-def test_everything_that_is_written(tmp_path: Path, adapter: Path):
+def test_all_output_files(tmp_path: Path, adapter: Path):
     array, classes = marked((6, 31, 37))
     geometry = placed("RAS")
     write_volume(tmp_path / "scan.nii.gz", array, geometry)
@@ -227,7 +227,11 @@ def test_everything_that_is_written(tmp_path: Path, adapter: Path):
 
     snap = [line for line in (out / "labels.txt").read_text().splitlines() if line[0] != "#"]
     assert [(int(line.split()[0]), line.split('"')[1]) for line in snap] == [
-        (0, "background"), (2, "front mark"), (5, "left mark"), (9, "top mark")]  # fmt: skip
+        (0, "background"),
+        (2, "front mark"),
+        (5, "left mark"),
+        (9, "top mark"),
+    ]
     slicer = [line for line in (out / "labels.ctbl").read_text().splitlines() if line[0] != "#"]
     assert [len(line.split()) for line in slicer] == [6] * 4
     with Image.open(out / "overlays" / "scan.png") as picture:
@@ -264,7 +268,9 @@ def test_pictures_become_index_pictures(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(list((tmp_path / "out" / "probabilities" / "grey").iterdir())) == 4
 
 
-def test_a_picture_for_a_network_of_scans_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_picture_for_a_network_of_scans_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     adapter = make_adapter(tmp_path, replace(SPEC, intensity=MR), monkeypatch)
     Image.fromarray(np.arange(2000, dtype=np.uint8).reshape(40, 50)).save(tmp_path / "slice.png")
     assert run(tmp_path / "slice.png", tmp_path / "out", adapter) == 0
@@ -285,7 +291,7 @@ def test_scans_are_never_replaced(tmp_path: Path, adapter: Path, capfd: pytest.C
     assert run(scan, scan.parent / "out", adapter) == 0
 
 
-def test_the_channel_travels_in_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_channel_comes_from_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     adapter = make_adapter(tmp_path, replace(SPEC, channel=1), monkeypatch)
     (tmp_path / "in").mkdir()
     right, geometry = marked((4, 40, 44))[0], placed("LPS", oblique=False)
@@ -302,10 +308,10 @@ def test_the_channel_travels_in_the_adapter(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("classes", [2, 12])
-def test_an_adapter_that_names_no_classes(
+def test_an_adapter_without_class_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int
 ):
-    """Its classes are numbered, none is taken for one of Synapse's."""
+    """Its classes get numbers, not the names of the Synapse classes."""
     model = tiny_model(num_classes=classes)
     model.train_all_weights()
     model.save_lora_parameters(tmp_path / "plain.pth")
@@ -328,7 +334,7 @@ def test_an_adapter_that_names_no_classes(
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("x")])
-def test_whatever_fails_in_one_scan_the_rest_is_done(
+def test_an_error_in_one_scan_does_not_stop_the_rest(
     tmp_path: Path,
     adapter: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -355,7 +361,7 @@ def test_whatever_fails_in_one_scan_the_rest_is_done(
     assert not list((tmp_path / "out").glob(".*partial*"))
 
 
-def test_a_full_disk_is_one_sentence(
+def test_a_full_disk_is_a_single_error_line(
     tmp_path: Path,
     adapter: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -372,7 +378,7 @@ def test_a_full_disk_is_one_sentence(
     assert not list((tmp_path / "out").glob("*.nii.gz"))
 
 
-def test_one_folder_for_scans_that_come_one_by_one(tmp_path: Path, adapter: Path):
+def test_one_output_folder_for_several_calls(tmp_path: Path, adapter: Path):
     for name in ("a", "b"):
         write_volume(tmp_path / f"{name}.nii.gz", marked((3, 20, 20))[0], placed("LPS"))
         assert run(tmp_path / f"{name}.nii.gz", tmp_path / "out", adapter) == 0
@@ -382,7 +388,7 @@ def test_one_folder_for_scans_that_come_one_by_one(tmp_path: Path, adapter: Path
     assert [case["case"] for case in told["cases"]] == ["a", "b"]
 
 
-def test_a_bad_scan_stops_no_other_and_a_rerun_keeps_what_is_done(
+def test_a_bad_scan_does_not_stop_the_rest_and_a_rerun_keeps_finished_scans(
     tmp_path: Path, adapter: Path, capfd: pytest.CaptureFixture[str]
 ):
     (tmp_path / "in").mkdir()
@@ -406,7 +412,7 @@ def test_a_bad_scan_stops_no_other_and_a_rerun_keeps_what_is_done(
     assert {name: again[name] for name in done} == done and "b.nii.gz" in again
     with (out / "volumes.csv").open() as file:
         assert {row["case"] for row in csv.DictReader(file)} == set("abcd")
-    # other settings are other results
+    # Other settings give other results, so all scans are segmented again.
     assert run(tmp_path / "in", out, adapter, "--largest_component") == 0
     assert all((out / name).stat().st_mtime_ns > time for name, time in again.items())
 
@@ -416,7 +422,7 @@ def test_a_bad_scan_stops_no_other_and_a_rerun_keeps_what_is_done(
     assert not list((tmp_path / "none").glob("*.nii.gz"))
 
 
-def test_memory_holds_a_few_slices_only(tmp_path: Path, adapter: Path):
+def test_only_a_batch_of_slices_is_scaled_at_a_time(tmp_path: Path, adapter: Path):
     sizes = []
 
     class Watched(np.ndarray):
@@ -450,17 +456,22 @@ def test_flips_are_undone_before_the_mean():
     volume = rng.random((3, 8, 8), dtype=np.float32)
     sizes = {"input_size": (8, 8), "image_size": (8, 8)}
     found: list[torch.Tensor] = []
-    predict_volume(Sided(), volume, **sizes, flips=(1,),
-                   on_probabilities=lambda start, part: found.append(part))  # fmt: skip
+    predict_volume(
+        Sided(),
+        volume,
+        **sizes,
+        flips=(1,),
+        on_probabilities=lambda start, part: found.append(part),
+    )
     side = np.linspace(-2, 2, 8, dtype=np.float32)
-    one, other = (1 / (1 + np.exp(-(4 * volume - 2 + s))) for s in (side, side[::-1]))
-    assert np.abs(torch.cat(found)[:, 1].numpy() - (one + other) / 2).max() < 1e-6
-    # a network that does not care about sides gives the same with all flips
+    plain, flipped = (1 / (1 + np.exp(-(4 * volume - 2 + s))) for s in (side, side[::-1]))
+    assert np.abs(torch.cat(found)[:, 1].numpy() - (plain + flipped) / 2).max() < 1e-6
+    # A network without sides gives the same labels with all flips.
     plain = predict_volume(Bands(), volume, **sizes)
     assert np.array_equal(predict_volume(Bands(), volume, **sizes, flips=(0, 1)), plain)
 
 
-def test_the_largest_piece_is_kept():
+def test_the_largest_component_is_kept():
     labels = np.zeros((4, 10, 10), np.uint8)
     labels[0, :2, :2], labels[1:3, 5:8, 5:8], labels[3, 9, 0] = 1, 1, 1
     labels[0, 9, 9], labels[1, 0, 0] = 2, 3
@@ -502,8 +513,8 @@ def test_scans_that_do_not_fit(
     assert not (tmp_path / "out" / "scan.nii.gz").exists()
 
 
-def test_a_real_network_segments_by_itself(tmp_path: Path):
-    """Without a stand-in: the file alone rebuilds the network, no base weights, no flags."""
+def test_a_real_network_needs_only_its_adapter_file(tmp_path: Path):
+    """No stand-in here: the file rebuilds the network without base weights or flags."""
     adapter = make_adapter(tmp_path, SPEC)
     write_volume(tmp_path / "scan.nii.gz", marked((3, 20, 24))[0], placed("RAS"))
     assert run(tmp_path / "scan.nii.gz", tmp_path / "out", adapter, "--batch_size", "2") == 0

@@ -1,4 +1,4 @@
-"""Segmenting a folder more than once, over what lies there, and being stopped."""
+"""`predict.py` run again in the same folder, over existing files, and after an interruption."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_scans(folder: Path, names: str, suffix: str = ".nii.gz") -> Path:
     return folder
 
 
-def test_files_of_others_are_never_replaced(
+def test_files_of_other_programs_are_never_replaced(
     tmp_path: Path,
     adapter: Path,
     capfd: pytest.CaptureFixture[str],
@@ -45,7 +45,7 @@ def test_files_of_others_are_never_replaced(
     manual = write_scans(tmp_path / "labels", "a") / "a.nii.gz"
     before = manual.read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(predict, "build_model", None)  # it is refused before
+        patched.setattr(predict, "build_model", None)  # the refusal comes earlier
         assert run(scans, tmp_path / "labels", adapter) == 2
     assert "holds a.nii.gz, which predict.py has not written" in capfd.readouterr().err
     assert manual.read_bytes() == before and list(manual.parent.iterdir()) == [manual]
@@ -53,10 +53,11 @@ def test_files_of_others_are_never_replaced(
     assert manual.read_bytes() == before
     assert run(scans, tmp_path / "labels", adapter, "--overwrite") == 0
     assert manual.read_bytes() != before
-    assert run(scans, tmp_path / "labels", adapter, "--flips", "rows") == 0  # now it is ours
+    # Now predict.py has written the file, so it may replace it.
+    assert run(scans, tmp_path / "labels", adapter, "--flips", "rows") == 0
 
 
-def test_the_input_folder_is_no_output(
+def test_the_input_folder_cannot_be_the_output(
     tmp_path: Path, adapter: Path, capfd: pytest.CaptureFixture[str]
 ):
     write_dicom(tmp_path / "archive" / "p1" / "series", marked((4, 20, 20))[0], placed("LPS"))
@@ -67,32 +68,39 @@ def test_the_input_folder_is_no_output(
     assert [path.name for path in (tmp_path / "archive").iterdir()] == ["p1"]
 
 
-def test_what_was_written_when_it_was_killed_is_not_taken_for_another_s(
+def test_labels_from_a_killed_run_do_not_count_as_files_of_other_programs(
     tmp_path: Path,
     adapter: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
     scans, out = write_scans(tmp_path / "in", "a"), tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(
-            "evaluation.scan_results.case_panel", None
-        )  # after the labels, before the record
+        # The run fails after it has written the labels and before it records the case.
+        patched.setattr("evaluation.scan_results.case_panel", None)
         assert run(scans, out, adapter) == 2
     assert (out / "a.nii.gz").exists()
     assert run(scans, out, adapter) == 0
 
 
-def test_nothing_stale_stays_where_a_scan_fails_now(tmp_path: Path, adapter: Path):
+def test_old_results_of_a_scan_that_fails_now_are_deleted(tmp_path: Path, adapter: Path):
     scans, out = write_scans(tmp_path / "in", "ab"), tmp_path / "out"
     assert run(scans, out, adapter, "--probabilities", "--format", ".mha") == 0
     (scans / "a.nii.gz").write_bytes(b"junk")
     assert run(scans, out, adapter, "--flips", "rows") == predict.EXIT_SOME_FAILED
     left = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
-    assert sorted(left) == [".done/b.json", "b.nii.gz", "labels.ctbl", "labels.txt", "log.txt",
-                            "overlays/b.png", "predictions.json", "volumes.csv"]  # fmt: skip
+    assert sorted(left) == [
+        ".done/b.json",
+        "b.nii.gz",
+        "labels.ctbl",
+        "labels.txt",
+        "log.txt",
+        "overlays/b.png",
+        "predictions.json",
+        "volumes.csv",
+    ]
 
 
-def test_new_voxels_of_an_old_header_are_segmented(tmp_path: Path, adapter: Path):
+def test_new_voxels_under_an_old_header_are_segmented(tmp_path: Path, adapter: Path):
     array, _ = marked((4, 20, 20))
     image = sitk.GetImageFromArray(array)
     sitk.WriteImage(image, str(tmp_path / "in.mhd"))
@@ -105,7 +113,7 @@ def test_new_voxels_of_an_old_header_are_segmented(tmp_path: Path, adapter: Path
     assert not np.array_equal(read_volume(tmp_path / "out" / "in.mha")[0], before)
 
 
-def test_ctrl_c_is_one_line_and_the_finished_stay(
+def test_ctrl_c_prints_one_line_and_finished_scans_stay(
     tmp_path: Path,
     adapter: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -140,7 +148,7 @@ def test_ctrl_c_is_one_line_and_the_finished_stay(
         ("PIR", (1.0, 1.0, 1.0), False),
     ],
 )
-def test_slices_across_those_of_the_scan_are_told(
+def test_slices_in_another_plane_are_reported(
     tmp_path: Path,
     adapter: Path,
     letters: str,
@@ -148,15 +156,15 @@ def test_slices_across_those_of_the_scan_are_told(
     told: bool,
 ):
     where = placed(letters, oblique=False)
-    write_volume(tmp_path / "a.nii.gz", marked((20, 21, 22))[0],
-                 Geometry(spacing, where.origin, where.direction))  # fmt: skip
+    geometry = Geometry(spacing, where.origin, where.direction)
+    write_volume(tmp_path / "a.nii.gz", marked((20, 21, 22))[0], geometry)
     assert run(tmp_path / "a.nii.gz", tmp_path / "out", adapter) == 0
     log = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")
     assert ("a: its slices were taken in another plane" in log) == told
 
 
 def peak_memory(source: str, output: str, adapter: str, answer: Connection) -> None:
-    """Segment in this process, by a network of no size; its peak in bytes."""
+    """Segment with a stand-in for the network; send exit code and peak memory in bytes."""
     torch.set_num_threads(1)
     predict.build_model = lambda args, device: (Bands(), 16)
     predict.pack_encoder = lambda model: None
@@ -164,8 +172,8 @@ def peak_memory(source: str, output: str, adapter: str, answer: Connection) -> N
     answer.send((code, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
-def test_memory_grows_with_the_scans_that_are_held_alone(tmp_path: Path, adapter: Path):
-    """Of eight as they are stored, in int16; a scan in float32 would be two of these."""
+def test_memory_grows_only_with_the_scans_that_are_held(tmp_path: Path, adapter: Path):
+    """Memory is counted in scans as they are stored (int16); in float32 a scan counts twice."""
     peaks = []
     for depth in (8, 32):
         scans = tmp_path / str(depth)
@@ -180,9 +188,9 @@ def test_memory_grows_with_the_scans_that_are_held_alone(tmp_path: Path, adapter
         assert code == 0
         peaks.append(peak)
     held = (peaks[1] - peaks[0]) / (2 * 24 * 640 * 640)  # in scans
-    # one is read, which takes it twice, one is segmented, one is written; labels, half a scan each,
-    # of the one that is segmented and, three times on their way into a file, of the one written:
-    # 6.7 to 7.3 were measured; all eight with their labels would be 12
+    # At a time one scan is read (and held twice), one is segmented and one is written. Labels take
+    # half a scan: once for the scan that is segmented, three times for the one that is written.
+    # Measured: 6.7 to 7.3. All eight scans with their labels would be 12.
     assert held < 9
 
 
@@ -196,8 +204,8 @@ def test_three_scans_are_held_at_most(
     def watched(*args: Any) -> Any:
         case = read(*args)
         seen.append(weakref.ref(case.slices))
-        time.sleep(0.05)  # the writer lets go of a scan a moment after it has said so
-        held.append(sum(one() is not None for one in seen))
+        time.sleep(0.05)  # the writer frees a scan a moment after it has reported it
+        held.append(sum(scan() is not None for scan in seen))
         return case
 
     def slow(*args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Raw scans to slices and volumes: exact values, safe reruns, and errors a user can act on."""
+"""Raw scans to slices and volumes: exact values, safe reruns, and helpful errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHAPE = (4, 12, 10)  # (D, H, W)
 
 
 def scan(number: int, shape: tuple[int, ...] = SHAPE) -> tuple[np.ndarray, np.ndarray]:
-    """HU int16 and raw labels uint8 of a case, both (D, H, W)."""
+    """Return HU int16 and raw labels uint8 of a case, both (D, H, W)."""
     rng = np.random.default_rng(number)
     image = rng.integers(-300, 400, shape).astype(np.int16)
     image.flat[:2] = -1024, 3000
@@ -50,7 +50,7 @@ def add_case(
     geometry: Geometry = OBLIQUE,
     label_geometry: Geometry = OBLIQUE,
 ) -> tuple[Path, Path]:
-    """Write one case in the BTCV layout; what is not given is made up."""
+    """Write a case in the BTCV layout, with arrays of `scan` where none are given."""
     made = scan(number)
     paths = [root / "Training" / kind / f"{kind}{number:04d}.nii.gz" for kind in ("img", "label")]
     write_volume(paths[0], made[0] if image is None else image, geometry)
@@ -69,13 +69,13 @@ def prepare(root: Path, output: Path, *flags: str | int) -> int:
 
 
 def files_of(folder: Path) -> dict[str, int]:
-    """Every file below a folder with the time it was written."""
+    """Return every file below a folder with the time it was written."""
     found = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in found}
 
 
 def read_h5(path: Path) -> dict[str, Any]:
-    """Data sets and attributes of a test volume."""
+    """Return data sets and attributes of a test volume."""
     with h5py.File(path, "r") as file:
         return {**{key: file[key][()] for key in file}, **dict(file.attrs)}
 
@@ -107,8 +107,9 @@ def test_values_and_layout(raw: Path, tmp_path: Path):
             found = read_h5(output / "test_vol_h5" / "case0001.npy.h5")
             assert found["label"].dtype == np.uint8
         else:
-            parts = [load_arrays(output / "train_npz" / f"{s}.npz", ("image", "label"))
-                     for s in slices if s.startswith("case0005")]  # fmt: skip
+            names = [name for name in slices if name.startswith("case0005")]
+            files = [output / "train_npz" / f"{name}.npz" for name in names]
+            parts = [load_arrays(file, ("image", "label")) for file in files]
             found = {key: np.stack([part[key] for part in parts]) for key in ("image", "label")}
             assert found["label"].dtype == np.float32
         assert found["image"].dtype == np.float32
@@ -130,7 +131,7 @@ def test_geometry_and_summary(raw: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert tuple(first["direction"]) == stored.direction
     assert first["limits"] == [-125, 275] and summary["flags"]["label_values"] == "raw"
     spec = stored_spec(tmp_path / "out")
-    # the scans were left as they lay, and all lay alike: so must a scan that is segmented later
+    # All scans have the same orientation and keep it; later scans must have it too.
     assert spec == replace(SYNAPSE, size=None, orientation=orientation_of(stored))
     assert sum(first["voxels"].values()) == np.prod(SHAPE)
     assert first["voxels"]["pancreas"] == (scan(1)[1] == 11).sum()
@@ -148,7 +149,7 @@ def test_the_data_set_reads_what_was_written(raw: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (1, 480, 480)])
-def test_zoom_is_scipys(tmp_path: Path, shape: tuple[int, ...]):
+def test_resizing_equals_scipys_zoom(tmp_path: Path, shape: tuple[int, ...]):
     size = 224 if shape[1] == 480 else 7
     image, label = scan(7, shape)
     add_case(tmp_path / "raw", 7, image, label % 9)
@@ -163,7 +164,7 @@ def test_zoom_is_scipys(tmp_path: Path, shape: tuple[int, ...]):
         expected = ndimage.zoom(native["image"][index], factors, order=3)
         assert np.abs(found["image"] - expected).max() <= 1e-5
         assert np.array_equal(found["label"], ndimage.zoom((label % 9)[index], factors, order=0))
-        if size == 224:  # the trait that the published numbers contain
+        if size == 224:  # the published numbers contain this property
             assert not found["image"][-1].any() and not found["label"][:, -1].any()
             assert found["image"].max() > 1.05  # overshoot is not clipped
 
@@ -184,8 +185,10 @@ def test_roles():
 
     assert split(None, None) == ([5, 31, 50], [1, 2])
     assert split(None, [5]) == ([1, 2, 31, 50], [5])
-    assert split([1, 5], None) == ([1, 5], [2])  # 1 was published for testing: it never does both
-    assert split([5], [5]) == ([5], [5])  # unless it is asked for
+    # Case 1 belongs to the published test cases, but here it is trained on.
+    assert split([1, 5], None) == ([1, 5], [2])
+    # A case has both roles only on request.
+    assert split([5], [5]) == ([5], [5])
     assert split(None, []) == (numbers, [])
 
 
@@ -209,7 +212,7 @@ def test_rerun_keeps_finished_cases(raw: Path, tmp_path: Path, capsys: pytest.Ca
     ].shape == (8, 8)
 
     image, label = scan(5)
-    add_case(raw, 5, image[:2], label[:2])  # a shorter scan: its old slices must go
+    add_case(raw, 5, image[:2], label[:2])  # fewer slices: the old ones must go
     touched = changed("--size", 8) - rewritten
     assert touched and all("case0005" in name for name in touched)
     assert len(list((output / "train_npz").glob("case0005*"))) == 2
@@ -217,7 +220,8 @@ def test_rerun_keeps_finished_cases(raw: Path, tmp_path: Path, capsys: pytest.Ca
 
     (output / "train_npz" / "case0031_slice001.npz").unlink()
     assert "train_npz/case0031_slice001.npz" in changed("--size", 8)
-    moved = changed("--size", 8, "--test_cases", 31)  # its slices go, its volume comes
+    # Case 31 moves to the test cases: a volume replaces its slices.
+    moved = changed("--size", 8, "--test_cases", 31)
     assert not list((output / "train_npz").glob("case0031*"))
     assert "test_vol_h5/case0031.npy.h5" in moved
     assert len(changed("--size", 8, "--test_cases", 31, "--overwrite") - rewritten) > 14
@@ -243,7 +247,8 @@ def test_bad_case_among_good_ones(raw: Path, tmp_path: Path, capfd: pytest.Captu
     assert all(after[name] == written for name, written in files.items())
     assert {"lists/train.txt", "preprocess.json", ".done/case0005.json"} <= after.keys()
 
-    add_case(raw, 5, image, label + 200)  # no list may outlive the slices that it names
+    # A list must go with the slices that it names.
+    add_case(raw, 5, image, label + 200)
     assert prepare(raw, output) == 2
     left = files_of(output)
     assert not {"lists/train.txt", "lists/test_vol.txt", "preprocess.json"} & left.keys()
@@ -292,7 +297,7 @@ def test_killed(raw: Path, tmp_path: Path):
     left = [path for path in (output / "train_npz").iterdir() if ".partial." not in path.name]
     assert len(left) == 2
     for path in left:
-        load_arrays(path, ("image", "label"))  # whole, or it raises
+        load_arrays(path, ("image", "label"))  # raises an error if the file is damaged
     assert not (output / "lists" / "train.txt").exists()
     assert prepare(raw, output) == 0
     assert not [name for name in files_of(output) if "partial" in name]
@@ -300,7 +305,7 @@ def test_killed(raw: Path, tmp_path: Path):
 
 
 def damaged(number: int, kind: str, change: Callable[[Path], Any]) -> Callable[[Path], None]:
-    """A change to one file of the raw data."""
+    """Return a function that changes a file of the raw data."""
     return lambda raw: change(raw / "Training" / kind / f"{kind}{number:04d}.nii.gz")
 
 
@@ -360,7 +365,7 @@ def test_bad_scans(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str)
 def assert_refused(
     raw: Path, output: Path, capfd: pytest.CaptureFixture[str], told: str, *flags: str | int
 ) -> None:
-    """Exit code 2, one line of error that tells what is needed, and no lists."""
+    """Require exit code 2, one error line with `told` in it, and no lists."""
     capfd.readouterr()
     assert prepare(raw, output, *flags) == 2
     shown = capfd.readouterr().err
@@ -412,7 +417,7 @@ def test_warnings(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     add_case(raw, 5, label=np.zeros(SHAPE, np.uint8))
     add_case(raw, 6, label=LABEL % 9)
     (raw / "Training" / "img" / "notes.txt").touch()
-    (raw / "Training" / "img" / "._img0005.nii.gz").touch()  # hidden: what some systems leave
+    (raw / "Training" / "img" / "._img0005.nii.gz").touch()  # some systems leave hidden files
     assert prepare(raw, tmp_path / "out", "--train_cases", 5, 6, "--test_cases", 6) == 0
     shown = capfd.readouterr().err
     for told in ("case0006 both train and test", "labels of case0005", "notes.txt", "above 8"):

@@ -1,4 +1,4 @@
-"""The recipe is the same on one process, on several, and in accumulated parts."""
+"""Training gives the same result on one process, on several, and with a batch in parts."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven slices: with batches of 4 the last is of 3, so that no share is even. Base weights."""
+    """Seven slices and base weights. With batches of 4 the last has 3 slices: uneven shares."""
     data = write_slices(tmp_path_factory.mktemp("data"), count=7)
     torch.save(tiny_sam(num_classes=8).state_dict(), data / "base.pth")
     return data
 
 
 def trained(data: Path, output: Path, ranks: int, *flags: str) -> tuple[list[dict], dict]:
-    """The steps' records and the last adapter."""
+    """Train, and return the records of the steps and the last adapter."""
     argv = ["--root_path", str(data), "--output", str(output), *TINY_FLAGS]
     argv += ["--ckpt", str(data / "base.pth"), *flags]
     log = output.with_suffix(".log")
@@ -48,7 +48,8 @@ def trained(data: Path, output: Path, ranks: int, *flags: str) -> tuple[list[dic
     return [record for record in records if "loss" in record], state
 
 
-SAME_UPDATES = {  # of 4 slices: name -> ranks, flags
+# Ways to make updates of 4 slices: name -> number of ranks, flags.
+SAME_UPDATES = {
     "one": (1, ("--batch_size", "4")),
     "two": (2, ("--batch_size", "2", "--n_gpu", "2")),
     "three": (3, ("--batch_size", "2", "--global_batch", "4")),
@@ -61,9 +62,9 @@ SAME_UPDATES = {  # of 4 slices: name -> ranks, flags
 @pytest.mark.parametrize(
     "recipe",
     [
-        # SGD moves weights by what the gradients are. AdamW divides by their size, also where it
-        # is nothing but rounding: a ReLU that opens in one run and not in the other gets a whole
-        # step there, as it does between runs on one and on two threads. So AdamW for fewer steps.
+        # SGD steps are proportional to the gradient. AdamW divides by its size, even where the
+        # gradient is only rounding: a ReLU that opens in one run alone then gets a full step.
+        # Runs on one and on two threads differ in the same way. Hence fewer steps with AdamW.
         ("--max_iterations", "20", "--base_lr", "0.05", "--warmup", "--warmup_period", "5"),
         ("--max_iterations", "5", "--AdamW", "--warmup"),
     ],
@@ -72,9 +73,9 @@ SAME_UPDATES = {  # of 4 slices: name -> ranks, flags
 def test_ranks_and_parts_train_as_one_process(
     data: Path, tmp_path: Path, recipe: tuple[str, ...], module: str
 ):
-    own = (*recipe, "--module", f"sam_lora_{module}")
+    common = (*recipe, "--module", f"sam_lora_{module}")
     runs = {
-        name: trained(data, tmp_path / name, ranks, *flags, *own)
+        name: trained(data, tmp_path / name, ranks, *flags, *common)
         for name, (ranks, flags) in SAME_UPDATES.items()
         if "--AdamW" not in recipe or name in ("one", "two", "parts")
     }
@@ -83,9 +84,10 @@ def test_ranks_and_parts_train_as_one_process(
     moved = [(v - weights[k]).abs().max() for k, v in start.items() if k in weights]
     assert len(records) == int(recipe[1]) and max(moved) > 5e-4
     for name, (found, other) in runs.items():
-        for one, same in zip(records, found, strict=True):
+        for record, same in zip(records, found, strict=True):
             for key in ("loss", "loss_ce", "loss_dice", "lr"):
-                assert same[key] == pytest.approx(one[key], abs=1e-5), (name, one["step"], key)
+                expected = pytest.approx(record[key], abs=1e-5)
+                assert same[key] == expected, (name, record["step"], key)
         for key, value in weights.items():
             if isinstance(value, torch.Tensor):
                 assert torch.allclose(value, other[key], rtol=0, atol=1e-4), (name, key)
@@ -115,12 +117,13 @@ def test_the_gradient_of_parts_is_that_of_the_whole():
         assert logits.shape == (5, 3, 16, 16) and not logits.requires_grad
         gradients.append([p.grad for p in twin.parameters() if p.requires_grad])
     for other in gradients[1:]:
-        for one, same in zip(gradients[0], other, strict=True):
-            assert torch.allclose(one, same, rtol=1e-4, atol=1e-6 * float(one.abs().max()) + 1e-9)
+        for whole, same in zip(gradients[0], other, strict=True):
+            atol = 1e-6 * float(whole.abs().max()) + 1e-9
+            assert torch.allclose(whole, same, rtol=1e-4, atol=atol)
 
 
 def killing_rank_1(tmp_path: Path) -> dict[str, str]:
-    """Variables under which rank 1 of the first attempt kills itself after a few steps."""
+    """Return environment variables that make rank 1 of the first attempt kill itself."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, threading, time, glob, signal\n"
         "def wait():\n"
@@ -134,20 +137,10 @@ def killing_rank_1(tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_dead_rank_ends_the_others_with_a_message_and_auto_resumes(data: Path, tmp_path: Path):
-    """By the program itself, which starts its ranks through torchrun's agent."""
+    """train.py starts its ranks by itself, with torchrun's agent."""
     flags = ["--root_path", str(data), "--output", str(tmp_path / "out"), *TINY_FLAGS]
-    flags += [
-        "--max_iterations",
-        "20",
-        "--batch_size",
-        "2",
-        "--processes",
-        "2",
-        "--save_steps",
-        "1",
-        "--resume",
-        "auto",
-    ]
+    flags += "--max_iterations 20 --batch_size 2 --processes 2 --save_steps 1".split()
+    flags += ["--resume", "auto"]
     command = [sys.executable, str(REPOSITORY / "train.py"), *flags]
     environment = killing_rank_1(tmp_path)
     done = subprocess.run(
@@ -157,7 +150,7 @@ def test_a_dead_rank_ends_the_others_with_a_message_and_auto_resumes(data: Path,
     assert "rank 1 of 2 was killed by signal 9" in done.stderr
     assert "Traceback" not in done.stderr
 
-    # asked to stop, the agent hands it on, and every rank finishes its step
+    # The agent passes a signal on to the ranks, and every rank finishes its step.
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     later = step_of(tmp_path / "out") + 2
     wait_for_step(tmp_path / "out", later, lambda: process.poll() is None)
@@ -190,7 +183,7 @@ def test_torchrun_starts_dead_ranks_again_and_they_go_on(data: Path, tmp_path: P
     assert len(starts) == 2 and "going on after step" in (folder / "log.txt").read_text()
 
 
-def test_what_is_wrong_is_said_once_whatever_the_number_of_ranks(data: Path, tmp_path: Path):
+def test_several_ranks_print_an_error_once(data: Path, tmp_path: Path):
     command = [sys.executable, str(REPOSITORY / "train.py"), "--root_path", str(data), *TINY_FLAGS]
     command += ["--ckpt", str(tmp_path / "nowhere.pth"), "--output", str(tmp_path / "out")]
     done = subprocess.run(
@@ -202,7 +195,7 @@ def test_what_is_wrong_is_said_once_whatever_the_number_of_ranks(data: Path, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_scans_are_shared_out_and_one_bad_one_stops_none(tmp_path: Path):
+def test_ranks_share_the_scans_and_a_bad_scan_does_not_stop_the_rest(tmp_path: Path):
     adapter = make_adapter(tmp_path, replace(SPEC, orientation=None))
     (tmp_path / "in").mkdir()
     for name in "abcd":
@@ -219,8 +212,8 @@ def test_scans_are_shared_out_and_one_bad_one_stops_none(tmp_path: Path):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
-def test_volumes_are_shared_out_and_the_report_is_that_of_one_process(tmp_path: Path):
-    """Three volumes on one process, on two, and on four, of which one has nothing to do."""
+def test_ranks_share_the_volumes_and_the_report_is_that_of_one_process(tmp_path: Path):
+    """Three volumes on one, two and four processes; the fourth has nothing to do."""
     data = tmp_path / "data"
     cases = ["case0001", "case0002", "case0003"]
     for case in cases:

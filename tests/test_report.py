@@ -1,4 +1,4 @@
-"""The HTML page of test runs: complete, self-contained, and right about differences."""
+"""The HTML page about test runs: complete, in a single file, with correct differences."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPACING = (3.0, 1.0, 1.5)
 
 
 def case(name: str, seed: int, spacing: tuple[float, ...] | None = SPACING) -> CaseResult:
-    """Two boxes, one of them predicted a little off."""
+    """Return a case with two boxes, predicted a little beside their place."""
     rng = np.random.default_rng(seed)
     label = np.zeros((6, 20, 24), np.uint8)
     label[1:5, 3:10, 3:10], label[2:4, 12:18, 12:20] = 1, 2
@@ -42,7 +42,7 @@ def case(name: str, seed: int, spacing: tuple[float, ...] | None = SPACING) -> C
 
 
 def save_run(folder: Path, results: list[CaseResult], names: list[str] = NAMES) -> Path:
-    """A tested run as test.py leaves it."""
+    """Write the files that test.py leaves for a run; return `folder`."""
     (folder / "slices").mkdir(parents=True)
     Image.new("RGB", (40, 20)).save(folder / "slices" / "a_002.png")
     flags = {"flags": {"lora_ckpt": "best.pth"}, "environment": {"torch": "2"}}
@@ -60,7 +60,7 @@ def make_page(*runs: Path, output: Path) -> int:
 
 
 class Page(HTMLParser):
-    """What a page holds: cells of its tables, sources of its pictures, its tags."""
+    """The content of a page: cells of its tables, sources of its pictures, its tags."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def test_the_page_holds_every_number_and_needs_nothing(tmp_path: Path):
     assert (
         not re.search(r"https?://", text) and "script" not in page.tags and "link" not in page.tags
     )
-    assert "b" in page.tags and "<b>spleen</b>" not in text  # a name is no markup
+    assert "b" in page.tags and "<b>spleen</b>" not in text  # names are escaped
     assert NAMES[1] in page.cells
     for means in (*class_means(results)[:2], total_means(results)):
         for name, (_, factor, _) in COLUMNS.items():
@@ -103,7 +103,7 @@ def test_the_page_holds_every_number_and_needs_nothing(tmp_path: Path):
     assert all(result.case in page.cells for result in results)
     sums = np.sum([result.confusion for result in results], axis=0).T
     assert f"{100 * sums[1, 1] / sums[1].sum():.1f}" in page.cells
-    assert "within 2 mm" in text and "pooled" in text  # what is meant stands beside
+    assert "within 2 mm" in text and "pooled" in text  # the page defines its terms
 
 
 @pytest.mark.parametrize(("cases", "classes", "spacing"), [(1, 1, None), (3, 40, SPACING)])
@@ -137,10 +137,10 @@ def test_differences_are_paired_by_case_and_class(tmp_path: Path):
     assert liver.difference == pytest.approx(np.mean(expected))
     low, high = liver.interval
     assert min(expected) <= low <= liver.difference <= high <= max(expected) and low < high
-    assert found["rows"][2]["scores"]["dsc"].pairs == 0  # in neither
+    assert found["rows"][2]["scores"]["dsc"].pairs == 0  # no case has this class
     assert make_page(*(tmp_path / n for n in "ab"), output=tmp_path / "page.html") == 0
     assert "2 test runs side by side" in (tmp_path / "page.html").read_text()
-    # the same run twice differs by nothing
+    # A run does not differ from itself.
     same = compare(runs[0], runs[0])["overall"]["dsc"]
     assert same.difference == 0 and same.interval == (0, 0)
 
@@ -167,21 +167,22 @@ def test_too_few_pairs_give_no_interval():
     assert paired([(None, 1.0)]).difference is None
 
 
-def test_slices_of_one_scan_are_no_separate_evidence():
+def test_slices_of_one_scan_count_as_a_single_observation():
     values = [(0.5, 0.5 + 0.1 * (index // 2)) for index in range(2 * FEWEST_GROUPS)]
     assert paired(values, ["p1"] * len(values)).interval is None
     scans = [f"p{index // 2}" for index in range(len(values))]
     assert paired(values[:-2], scans[:-2]).interval is None
     low, high = paired(values, scans).interval
     alone = paired(values).interval
-    assert high - low > 1.2 * (alone[1] - alone[0])  # half as many scans: wider by the root of 2
-    # unequal scans: the mean is still that of the cases
+    # Half as many observations: the interval grows by about the root of 2.
+    assert high - low > 1.2 * (alone[1] - alone[0])
+    # With scans of unequal size the mean is still the mean over the cases.
     uneven = paired(values, ["p0"] * 5 + [f"p{index}" for index in range(5)])
     assert uneven.difference == pytest.approx(np.mean([b - a for a, b in values]))
 
 
 def boxes(name: str, organs: dict[int, int], *, truth: dict[int, int], group: str) -> CaseResult:
-    """A case whose classes are boxes of so many columns, in the truth and in a prediction."""
+    """Return a case of boxes: class -> columns, in the prediction (`organs`) and in the truth."""
     label, prediction = np.zeros((2, 3, 12, 40), np.uint8)
     for array, found in ((label, truth), (prediction, organs)):
         for index, columns in found.items():
@@ -199,16 +200,16 @@ def test_a_run_does_not_win_by_missing_the_hard_organ(tmp_path: Path):
     runs = [read_json(tmp_path / name / "results.json") for name in ("good", "poor")]
     found = compare(*runs)
     assert found["rows"][1]["scores"]["hd95_mm"].pairs == 0
-    assert found["overall"]["hd95_mm"].difference == 0  # of the liver alone, in both
+    assert found["overall"]["hd95_mm"].difference == 0  # both have only the liver in common
     assert found["overall"]["dsc"].better == -1
     rows = overview(runs)["rows"]
     assert [row["name"] for row in rows] == ["liver", "tumour", "mean"]
-    assert [best for _, best in rows[0]["scores"]["dsc"]] == [False, False]  # equal
+    assert [best for _, best in rows[0]["scores"]["dsc"]] == [False, False]  # the scores are equal
     assert [best for _, best in rows[1]["scores"]["dsc"]] == [True, False]
     assert rows[1]["counts"] == [[0, 6], [0, 0]]
 
 
-def test_a_removed_false_organ_is_told(tmp_path: Path):
+def test_a_removed_false_organ_is_reported(tmp_path: Path):
     first = [boxes("a", {1: 9, 2: 5}, truth={1: 10}, group="a")]
     second = [boxes("a", {1: 9}, truth={1: 10}, group="a")]
     for name, results in (("x", first), ("y", second)):
@@ -239,9 +240,9 @@ def test_runs_stand_side_by_side(tmp_path: Path):
     assert short_names(["a_b", "a"]) == ["a_b", "a"] and short_names(["a"]) == ["a"]
 
 
-def test_the_page_says_what_was_tested(tmp_path: Path):
+def test_the_page_shows_what_was_tested(tmp_path: Path):
     results = [boxes(f"s{i}", {1: 9}, truth={1: 10}, group="p") for i in range(3)]
-    results = [replace(one, spacing=(2.0 + i, 0.8, 0.8)) for i, one in enumerate(results)]
+    results = [replace(case, spacing=(2.0 + i, 0.8, 0.8)) for i, case in enumerate(results)]
     picture = replace(case("p", 1, None), slices=1)
     settings = {"flags": {"spec": {"name": "My <data>"}}, "environment": {"tested": "2026-11-25"}}
     texts = []
@@ -260,7 +261,7 @@ def test_the_page_says_what_was_tested(tmp_path: Path):
 
 
 def spoil(change: Callable[[dict], None]) -> Callable[[Path], None]:
-    """Change the content of a results.json."""
+    """Return a function that changes the content of a results.json."""
 
     def apply(path: Path) -> None:
         content = json.loads(path.read_text())
@@ -311,7 +312,7 @@ def test_bad_results_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not (tmp_path / "page.html").exists()
 
 
-def test_nothing_in_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_runs_without_a_common_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     first = save_run(tmp_path / "a", [case("a", 1)])
     second = save_run(tmp_path / "b", [case("b", 1)])
     assert make_page(first, second, output=tmp_path / "page.html") == 2

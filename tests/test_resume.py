@@ -1,4 +1,4 @@
-"""A run that is killed, asked to stop or robbed of its files goes on as if nothing had happened."""
+"""A run that was killed, stopped or damaged resumes and ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from training.checkpoint import STATES, newest_state, saved_states
 
 FLAGS = [
     *TINY_FLAGS,
-    *("--batch_size", "2", "--max_epochs", "20", "--AdamW", "--warmup", "--warmup_period", "5"),
-    *("--base_lr", "1e-3", "--log_every", "3", "--save_steps", "1"),
+    *"--batch_size 2 --max_epochs 20 --AdamW --warmup --warmup_period 5".split(),
+    *"--base_lr 1e-3 --log_every 3 --save_steps 1".split(),
 ]
 
 
@@ -40,7 +40,7 @@ def flags_of(data: Path, output: Path, *more: str) -> list[str]:
 
 
 def step_of(output: Path) -> int:
-    """The last step that a run has saved; 0 before its first."""
+    """Return the last step that a run has saved; 0 before the first."""
     names = [path.name for path in output.glob(f"*/{STATES}/step_*.pth")]
     return max((int(name.split("-")[0].removeprefix("step_")) for name in names), default=0)
 
@@ -58,7 +58,7 @@ def wait_for_step(output: Path, step: int, alive: Callable[[], bool]) -> None:
 
 
 def what_it_left(output: Path) -> tuple[dict[str, str], list[dict]]:
-    """Hashes of the adapters, and everything measured but the time it took."""
+    """Return the hashes of the adapters, and all records of metrics.jsonl without the times."""
     folder = folder_of(output)
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     measured = [{k: v for k, v in record.items() if k != "seconds"} for record in records]
@@ -82,7 +82,7 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
     ],
     ids=["alone", "with workers", "two processes"],
 )
-def test_killed_at_random_steps_it_ends_as_if_never_killed(
+def test_a_run_killed_at_random_steps_ends_as_if_never_killed(
     kills: int, ranks: int, more: tuple[str, ...], data: Path, tmp_path: Path
 ):
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
@@ -97,14 +97,14 @@ def test_killed_at_random_steps_it_ends_as_if_never_killed(
         victim = rng.choice(started)
         assert victim.is_alive(), "it ended before it was killed: too few steps for so many kills"
         victim.kill()
-        for process in started:  # the others notice by themselves
+        for process in started:  # the other ranks notice the loss and end
             process.join(timeout=60)
             assert process.exitcode not in (None, 0)
         target = max(target, step_of(killed))
     final = processes.run(flags_of(data, killed, *more, "--resume", "auto"), log, ranks)
     assert final == [0] * ranks, log.read_text()
     assert_equal_runs(killed, whole)
-    # once more: there is nothing left to do, and nothing changes
+    # Another start finds nothing to do and changes nothing.
     assert processes.run(flags_of(data, killed, *more, "--resume", "auto"), log, ranks)[0] == 0
     assert_equal_runs(killed, whole)
 
@@ -117,7 +117,7 @@ def test_a_signal_saves_and_a_resumed_run_equals_an_uninterrupted_one(
     whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
     assert processes.run(flags_of(data, whole, *more), log) == [0]
     (process,) = processes.start(flags_of(data, stopped, *more), log)
-    wait_for_step(stopped, 5, process.is_alive)  # the end of an epoch
+    wait_for_step(stopped, 5, process.is_alive)  # the epoch ends here
     os.kill(process.pid, number)
     process.join(timeout=60)
     assert process.exitcode == EXIT_INTERRUPTED, log.read_text()
@@ -132,10 +132,12 @@ def test_a_second_signal_ends_at_once(data: Path, tmp_path: Path):
     (process,) = processes.start(argv, log, before=processes.slow_to_save_when_asked)
     wait_for_step(tmp_path / "out", 2, process.is_alive)
     os.kill(process.pid, signal.SIGTERM)
-    while "again to end at once" not in log.read_text():  # signals sent at once count as one
+    # Two signals at the same moment would count once.
+    while "again to end at once" not in log.read_text():
         assert process.is_alive(), log.read_text()
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)  # the same request, handed on by another
+    # A signal that follows at once is the same request, passed on by another process.
+    os.kill(process.pid, signal.SIGTERM)
     process.join(timeout=ONE_REQUEST + 1)
     assert process.exitcode is None
     os.kill(process.pid, signal.SIGTERM)
@@ -154,12 +156,12 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_folder(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may spoil."""
+    """A copy of the finished run that a test may damage."""
     return Path(shutil.copytree(folder_of(finished), tmp_path / "out" / folder_of(finished).name))
 
 
 @pytest.mark.parametrize("how", ["truncated", "bit flipped", "empty"])
-def test_a_damaged_state_is_passed_over_for_the_one_before(
+def test_a_damaged_state_is_skipped_for_an_older_state(
     how: str, run_folder: Path, finished: Path, capsys: pytest.CaptureFixture
 ):
     newest = saved_states(run_folder)[0]
@@ -175,11 +177,11 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(
     assert_equal_runs(run_folder.parent, finished)
 
 
-def test_when_every_state_is_damaged_it_says_so_every_time(run_folder: Path):
+def test_a_run_whose_states_are_all_damaged_is_refused_every_time(run_folder: Path):
     for path in saved_states(run_folder):
         path.write_bytes(b"")
     measured = (run_folder / "metrics.jsonl").read_bytes()
-    for _ in range(2):  # as torchrun and SLURM try again by themselves
+    for _ in range(2):  # torchrun and SLURM try again automatically
         with pytest.raises(InputError, match="every saved state"):
             train.main(["--resume", str(run_folder)])
     assert (run_folder / "metrics.jsonl").read_bytes() == measured
@@ -189,7 +191,7 @@ def test_only_the_newest_states_are_kept(run_folder: Path):
     assert [path.name[:12] for path in saved_states(run_folder)] == ["step_0000010", "step_0000009"]
 
 
-def test_a_raised_stop_epoch_goes_on_as_if_it_had_been_so_from_the_start(
+def test_a_raised_stop_epoch_gives_the_same_as_one_raised_from_the_start(
     run_folder: Path, data: Path, tmp_path: Path
 ):
     train.main(["--resume", str(run_folder), "--stop_epoch", "3"])
@@ -212,7 +214,7 @@ def test_best_is_the_same_after_a_raised_stop_epoch(data: Path, tmp_path: Path):
     assert hashes["best.pth"] == whole_hashes["best.pth"]
 
 
-def test_raised_iterations_go_on_in_the_middle_of_an_epoch(data: Path, tmp_path: Path):
+def test_raised_iterations_resume_in_the_middle_of_an_epoch(data: Path, tmp_path: Path):
     train.main(flags_of(data, tmp_path / "part", "--max_iterations", "7"))
     train.main(["--resume", str(folder_of(tmp_path / "part")), "--max_iterations", "12"])
     train.main(flags_of(data, tmp_path / "whole", "--max_iterations", "12"))
@@ -240,13 +242,13 @@ def test_other_settings_are_refused(flags: list[str], message: str, run_folder: 
     assert before == {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")}
 
 
-def test_other_data_or_weights_under_the_same_flags_are_another_run(
+def test_other_data_under_the_same_flags_are_another_run(
     run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     moved = Path(shutil.copytree(data, tmp_path / "moved"))
     flags = flags_of(moved, run_folder.parent, "--stop_epoch", "2", "--resume", "auto")
     train.main(flags)
-    assert len(list(run_folder.parent.iterdir())) == 1  # the same slices elsewhere
+    assert len(list(run_folder.parent.iterdir())) == 1  # the same slices in another folder
     names = (moved / "lists" / "train.txt").read_text().splitlines()
     (moved / "lists" / "train.txt").write_text("\n".join(names[:-3]))
     with pytest.raises(InputError, match=r"data 9 slices \w+ → 6 slices"):
@@ -286,7 +288,7 @@ def test_two_runs_cannot_write_into_one_folder(run_folder: Path, tmp_path: Path)
     process.kill()
     process.join()
     torch.manual_seed(0)
-    train.main(["--resume", str(run_folder), "--stop_epoch", "4"])  # a dead one lets it go
+    train.main(["--resume", str(run_folder), "--stop_epoch", "4"])  # a dead process holds no lock
 
 
 @pytest.mark.parametrize("what", ["nowhere", "file"])

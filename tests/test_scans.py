@@ -1,4 +1,4 @@
-"""Finding, ordering and turning what users bring."""
+"""Finding scans and pictures, sorting their slices, and turning their axes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ORIENTATIONS = [
 
 
 def placed(letters: str, *, oblique: bool = True, seed: int = 0) -> Geometry:
-    """A geometry whose axes run towards the letters, turned a little if oblique."""
+    """Return a geometry with axes towards these letters, rotated a little if oblique."""
     rng = np.random.default_rng(seed)
     columns = [
         np.array(AXES[letter] if letter in AXES else AXES[OPPOSITE[letter]], dtype=float)
@@ -46,10 +46,10 @@ def placed(letters: str, *, oblique: bool = True, seed: int = 0) -> Geometry:
 def write_dicom(
     folder: Path, array: np.ndarray, geometry: Geometry, places: Sequence[float] | None = None
 ) -> Path:
-    """Write (D, H, W) int16 as a DICOM series, its files named against their order.
+    """Write (D, H, W) int16 as a DICOM series whose file names are out of order.
 
     Args:
-        places: of the slices along the normal, in slices; None: 0, 1, …
+        places: positions of the slices along the normal, in slices; None: 0, 1, …
     """
     folder.mkdir(parents=True)
     axes = np.array(geometry.direction).reshape(3, 3)
@@ -77,7 +77,7 @@ def write_dicom(
 
 
 def write_slice(image: sitk.Image, path: Path) -> None:
-    # Writing DICOM leaves the process in the C locale, where what programs print is taken as ASCII.
+    # Writing DICOM switches the process to the C locale, in which output is ASCII.
     before = locale.setlocale(locale.LC_ALL)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -87,7 +87,7 @@ def write_slice(image: sitk.Image, path: Path) -> None:
 
 
 def volume(shape: tuple[int, int, int] = (5, 6, 7)) -> np.ndarray:
-    """Every voxel another value."""
+    """Return an array in which every voxel has another value."""
     return np.arange(np.prod(shape), dtype=np.int16).reshape(shape) - 50
 
 
@@ -108,7 +108,7 @@ def test_turning_keeps_every_voxel_where_it_is(letters: str):
     after = points(there.shape, now)[np.argsort(there.ravel())]
     assert np.abs(before - after).max() < 1e-9
     assert np.array_equal(turned(there, "LPS", letters), array)
-    # as SimpleITK turns it
+    # SimpleITK turns it in the same way.
     image = sitk.GetImageFromArray(array)
     image.SetSpacing(geometry.spacing)
     image.SetOrigin(geometry.origin)
@@ -171,7 +171,7 @@ def test_other_bad_dicom(tmp_path: Path):
         read_scan(find_scans(folder)[0])
 
 
-def test_what_is_found(tmp_path: Path):
+def test_which_files_are_found(tmp_path: Path):
     array, geometry = volume(), placed("LPS")
     for name in ("a.nii.gz", "b.nrrd", "c.mha", "d.nii"):
         write_volume(tmp_path / name, array, geometry)
@@ -183,7 +183,7 @@ def test_what_is_found(tmp_path: Path):
     write_dicom(tmp_path / ".trash" / "series", array, geometry)
     (tmp_path / "patient" / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
     names = [scan.name for scan in find_scans(tmp_path)]
-    assert names == [*"abcdef", "patient_study_series"]
+    assert names == ["a", "b", "c", "d", "e", "f", "patient_study_series"]
     (below,) = find_scans(tmp_path / "patient")
     assert below.name == "study_series" and np.array_equal(read_scan(below)[0], array)
     (tmp_path / "IM0").write_bytes(bytes(128) + b"DICM")
@@ -213,13 +213,13 @@ def test_pictures(tmp_path: Path):
     assert np.array_equal(read(Image.fromarray(grey)), grey[None])
     assert np.array_equal(read(Image.fromarray(colour)), colour.transpose(2, 0, 1)[None])
     assert np.array_equal(read(Image.fromarray(np.repeat(grey[..., None], 3, -1))), grey[None])
-    assert np.array_equal(read(Image.fromarray(np.dstack([colour, grey]))),
-                          colour.transpose(2, 0, 1)[None])  # fmt: skip
+    with_alpha = np.dstack([colour, grey])
+    assert np.array_equal(read(Image.fromarray(with_alpha)), colour.transpose(2, 0, 1)[None])
     deep = rng.integers(0, 65536, (6, 7)).astype(np.uint16)
     assert np.array_equal(read(Image.fromarray(deep)), deep[None])
     index = Image.fromarray(grey % 5)
     index.putpalette([5, 5, 5, 255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
-    assert read(index).shape == (1, 3, 6, 7)  # as an image: its colours
+    assert read(index).shape == (1, 3, 6, 7)  # an index picture read as an image has colours
     assert np.array_equal(read_index_picture(tmp_path / "a.png"), (grey % 5)[None])
     Image.fromarray(colour).save(tmp_path / "b.png")
     with pytest.raises(InputError, match="mode RGB, expected class indices"):
@@ -229,9 +229,9 @@ def test_pictures(tmp_path: Path):
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_read_as_they_are_displayed(tmp_path: Path, orientation: int, suffix: str):
-    """EXIF says how a camera was held; programs that masks are drawn in turn the picture so."""
+    """EXIF stores how the camera was held, and programs for drawing masks follow it."""
     stored = np.zeros((16, 24), np.uint8)
-    stored[:8, :8] = 240  # at the top left
+    stored[:8, :8] = 240  # a mark at the top left
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     path = tmp_path / f"a{suffix}"
@@ -240,8 +240,16 @@ def test_pictures_are_read_as_they_are_displayed(tmp_path: Path, orientation: in
         with pytest.raises(InputError, match=r"stored on its side.*export it again"):
             read_picture(path)
         return
-    rotated = [stored, stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1], stored.T,
-               np.rot90(stored, -1), stored[::-1, ::-1].T, np.rot90(stored)]  # fmt: skip
+    rotated = {
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.T,
+        6: np.rot90(stored, -1),
+        7: stored[::-1, ::-1].T,
+        8: np.rot90(stored),
+    }
     found = read_picture(path)[0]
     assert np.array_equal(found > 120, rotated[orientation] > 120)
     assert read_scan_header(find_scans(path)[0])[0] == (1, *found.shape)
@@ -269,12 +277,12 @@ def test_a_channel_of_a_4d_file(tmp_path: Path):
 @pytest.mark.parametrize(
     ("names", "chosen", "told"),
     [
-        ("pat_0001 pat_0002 pat_0004", "pat_0001 pat_0002 pat_0004", ""),  # of one volume each
+        ("pat_0001 pat_0002 pat_0004", "pat_0001 pat_0002 pat_0004", ""),  # scans
         ("s_0000 s_0001 s_0002 plain", "s_0001 plain", "left out as others: s_0000, s_0002"),
         ("s_0000 t_0000 t_0001", "s_0000 t_0001", "by their names of another: s_0000"),
     ],
 )
-def test_channel_files_are_told_from_numbered_scans(
+def test_channel_files_and_numbered_scans_are_distinguished(
     capsys: pytest.CaptureFixture[str], names: str, chosen: str, told: str
 ):
     scans = [ScanFile(name, Path(f"{name}.nii.gz"), ".nii.gz") for name in names.split()]

@@ -1,4 +1,4 @@
-"""`docs/slurm.sh` with stand-ins for SLURM: out of time, it asks to be queued again and goes on."""
+"""`docs/slurm.sh` with stand-ins for SLURM: a job out of time is queued again and resumes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SLURM runs on L
 SCONTROL = """#!/bin/sh
 if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$STANDIN/asked"; fi
 """
-# two machines: the command runs twice, and gets the signals that srun gets
+# Two machines: the command runs twice, and both get the signals that srun gets.
 SRUN = """#!/usr/bin/env bash
 echo "$@" > "$STANDIN/ran"
 shift 2
@@ -36,7 +36,7 @@ exit $CODE
 
 
 class Job:
-    """The script under a stand-in for SLURM."""
+    """The script, run with a stand-in for SLURM."""
 
     def __init__(self, folder: Path, machines: int = 1) -> None:
         self.folder, self.output = folder, folder / "out"
@@ -69,7 +69,7 @@ class Job:
         )
 
     def interrupted(self, number: signal.Signals, *, at: int = 5) -> tuple[int, bytes]:
-        """Exit code and stderr of a job that gets a signal once it has saved step `at`."""
+        """Send a signal once step `at` is saved; return exit code and stderr of the job."""
         job = self.start(400)
         wait_for_step(self.output, at, lambda: job.poll() is None)
         os.kill(job.pid, number)
@@ -83,7 +83,7 @@ class Job:
 
 
 def free_port() -> int:
-    """One that the script can choose, of 20000 to 29999."""
+    """Return a free port from 20000 to 29999, the range of the script."""
     for port in range(20000 + os.getpid() % 9000, 30000):
         with socket.socket() as tried:
             if tried.connect_ex(("localhost", port)):
@@ -106,8 +106,8 @@ def test_a_job_out_of_time_is_queued_again_and_goes_on(machines: int, tmp_path: 
         command = (tmp_path / "ran").read_text()
         assert command.startswith(f"--cpus-per-task 3 {sys.executable} -m torch.distributed.run")
         assert "2 process(es)" in log
-        return  # what it saved goes on as any state does
-    again = job.start(saved // 3 + 2)  # epochs of three steps
+        return  # the saved state is resumed like any other
+    again = job.start(saved // 3 + 2)  # an epoch has three steps
     _, said = again.communicate(timeout=60)
     assert again.returncode == 0, said
     assert len(job.asked) == 1
@@ -124,13 +124,13 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(tmp_path: Path):
 @pytest.mark.parametrize(
     ("answer", "code"),
     [
-        ("exec sleep 60", EXIT_INTERRUPTED),  # as Python, asked before its first line
-        ("trap 'exit 1' USR1", EXIT_INTERRUPTED),  # as torchrun, whatever its ranks answer
-        ("trap 'exit 2' USR1", 2),  # nothing that going on would mend
+        ("exec sleep 60", EXIT_INTERRUPTED),  # Python before its first line of code
+        ("trap 'exit 1' USR1", EXIT_INTERRUPTED),  # torchrun, whose code hides that of its ranks
+        ("trap 'exit 2' USR1", 2),  # wrong input, which a new start cannot repair
         ("trap 'exit 0' USR1", 0),
     ],
 )
-def test_a_job_that_was_asked_is_queued_again_unless_it_is_done_or_wrong(
+def test_a_job_that_got_the_signal_is_queued_again_unless_it_is_done_or_wrong(
     answer: str, code: int, tmp_path: Path
 ):
     job, python, started = Job(tmp_path), tmp_path / "python", tmp_path / "started"
@@ -140,7 +140,7 @@ def test_a_job_that_was_asked_is_queued_again_unless_it_is_done_or_wrong(
     process = job.start(1)
     while not started.is_file():
         time.sleep(0.01)
-    time.sleep(0.3)  # until both listen
+    time.sleep(0.3)  # both processes must be ready for the signal
     os.kill(process.pid, signal.SIGUSR1)
     process.communicate(timeout=60)
     assert process.returncode == code

@@ -1,4 +1,4 @@
-"""Numbers and pictures of a test run: order of means, undefined scores, files, pages."""
+"""Numbers and pictures of a test run: means, undefined scores, files, pages."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ NAMES = ["liver", "gallbladder", "aorta"]
 
 
 def found(dsc: float, hd95: float, spacing: float | None = 2.0) -> ClassScore:
-    """An organ that prediction and label both have; `spacing` in mm, None: unknown."""
+    """Return the score of an organ in both masks; `spacing` in mm, None if unknown."""
     millimetres = (None, None) if spacing is None else (spacing * hd95, spacing * hd95 / 4)
     return ClassScore(BOTH, dsc, hd95, dsc, hd95, *millimetres)
 
@@ -61,7 +61,8 @@ RESULTS = [
 
 
 def test_totals_average_cases_first_then_classes():
-    by_hand = {  # per class: the mean over the cases that define it
+    # The mean of each class over the cases that define it.
+    by_hand = {
         "dsc": (0.8, 0.4, 0.0),
         "hd95_voxels": (4.0, 8.0, None),
         "hd95_mm": (8.0, 16.0, None),
@@ -74,7 +75,7 @@ def test_totals_average_cases_first_then_classes():
         assert [row[name] for row in class_means(RESULTS)] == pytest.approx(list(expected))
         defined = [value for value in expected if value is not None]
         assert total[name] == pytest.approx(sum(defined) / len(defined))
-    # The other order gives another number as soon as an organ is absent somewhere.
+    # Averaging the classes first gives another number if a case lacks an organ.
     other_order = np.mean([row["dsc"] for row in case_means(RESULTS)])
     assert total["dsc"] == pytest.approx(0.4) and other_order != pytest.approx(0.4)
 
@@ -88,8 +89,9 @@ def test_every_case_is_counted_once_per_class():
 def test_table_is_aligned_and_shows_dashes_without_spacing():
     unknown = [CaseResult("a", [found(0.876543, 3.14159, None)])]
     header, rule, row, total = format_table(unknown, ["liver"]).split("\n\n")[0].splitlines()
-    assert row.split() == ["liver", "87.65", "3.14", "-", "-", "-", "87.65", "3.14", *"1000"]
-    assert total.split() == ["mean", *row.split()[1:8]]
+    scores = ["87.65", "3.14", "-", "-", "-", "87.65", "3.14"]
+    assert row.split() == ["liver", *scores, "1", "0", "0", "0"]
+    assert total.split() == ["mean", *scores]
     assert len(row) == len(rule) == len(header)
     per_class, per_case, notes = format_table(RESULTS, NAMES).split("\n\n")
     assert len(per_class.splitlines()) == 2 + len(NAMES) + 1
@@ -137,7 +139,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path):
 
 
 def make_panel(depth: int, case: str = "case0001") -> CasePanel:
-    """A panel of a noisy volume with a box of each class, moved by a voxel in the prediction."""
+    """Return a panel of a noisy volume with a box of each class, shifted in the prediction."""
     image = np.random.default_rng(depth).random((depth, 40, 48), dtype=np.float32)
     label = np.zeros(image.shape, dtype=np.uint8)
     for index in range(1, 4):
@@ -146,13 +148,13 @@ def make_panel(depth: int, case: str = "case0001") -> CasePanel:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 50])
-def test_panel_keeps_a_few_slices_of_its_own(depth: int):
+def test_a_panel_copies_a_few_slices(depth: int):
     panel = make_panel(depth)
     assert len(panel.slices) == min(depth, SLICES_A_CASE)
     assert list(panel.slices) == sorted(set(panel.slices))
     for picture in (*panel.truth, *panel.prediction):
         assert picture.shape == (40, 48, 3) and picture.dtype == np.uint8
-        assert picture.base is None or picture.base.size <= picture.size  # no volume kept alive
+        assert picture.base is None or picture.base.size <= picture.size  # holds no volume
 
 
 def test_unlabelled_case_shows_the_false_organ():
@@ -176,10 +178,15 @@ def test_pages_hold_pictures(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("shape", "spacing"), [((3, 20, 24), (1, 100, 0.01)), ((3, 20, 24), (1, 0.01, 100)),
-                           ((3, 512, 1), None), ((3, 1, 512), None)],
-)  # fmt: skip
-def test_odd_voxels_give_pictures_of_bounded_shape(
+    ("shape", "spacing"),
+    [
+        ((3, 20, 24), (1, 100, 0.01)),
+        ((3, 20, 24), (1, 0.01, 100)),
+        ((3, 512, 1), None),
+        ((3, 1, 512), None),
+    ],
+)
+def test_unusual_voxels_give_pictures_of_bounded_shape(
     tmp_path: Path, shape: tuple[int, ...], spacing: tuple[float, ...] | None
 ):
     label = np.ones(shape, np.uint8)
@@ -194,14 +201,15 @@ def test_odd_voxels_give_pictures_of_bounded_shape(
 ODD_NAMES = [r"cost $\frac$ x", "_hidden", "<script>", "肝臓"]
 
 
-@pytest.mark.parametrize("count", [4, 16])  # 16: crowded
+@pytest.mark.parametrize("count", [4, 16])
 def test_names_are_shown_as_they_are(tmp_path: Path, count: int):
     names = (ODD_NAMES * 4)[:count]
     label = np.arange(1, 1 + count, dtype=np.uint8).reshape(1, 1, count).repeat(8, axis=1)
     panel = case_panel("case $x^", np.full(label.shape, 0.5), label, label, count)
     results = [CaseResult("case $x^", [found(0.5, 1.0)] * count)]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of glyphs that the font lacks, of labels left out
+        # Matplotlib warns of glyphs that the font lacks and of labels it leaves out.
+        warnings.simplefilter("error")
         write_pages(tmp_path, [panel], results, names)
         as_data(draw_boxes(results * 2, names, "dsc", "DSC %", 100))
     legend = draw_overlays([panel], [""], names).legends[0]
@@ -220,7 +228,8 @@ def test_sides_are_marked_where_they_are_known(tmp_path: Path):
     axial = (1, 0, 0, 0, 1, 0, 0, 0, 1)
     assert shown(axial) == shown((-1, *axial[1:])) == ("RL", {"R", "L"})
     assert shown(None) == (None, set())
-    sagittal = (0, 0, 1, 1, 0, 0, 0, -1, 0)  # columns run backwards, rows down, slices to the left
+    # Columns run to the back, rows run down, slices run to the left.
+    sagittal = (0, 0, 1, 1, 0, 0, 0, -1, 0)
     assert shown(sagittal) == ("AP", {"A", "P"})
     picture = np.zeros((40, 40, 3), np.uint8)
     for sides in (None, "RL"):
@@ -252,7 +261,7 @@ def test_facts_of_cases_are_kept_and_may_be_missing(tmp_path: Path):
     assert [result.independent for result in run.results] == ["scan", "case0002"]
     content = json.loads((tmp_path / "r.json").read_text())
     del content["nsd_tolerance"]
-    for row in content["cases"]:  # as older versions wrote them
+    for row in content["cases"]:  # older versions did not write these
         for name in ("slices", "spacing", "sides", "group"):
             del row[name]
     (tmp_path / "r.json").write_text(json.dumps(content))
@@ -263,9 +272,9 @@ def test_facts_of_cases_are_kept_and_may_be_missing(tmp_path: Path):
 @pytest.mark.parametrize(
     ("cases", "slices", "groups"),
     [
-        (["10004_slice16", "10004_slice19"], 1, ["10004"] * 2),  # of one patient
+        (["10004_slice16", "10004_slice19"], 1, ["10004"] * 2),  # one patient
         (["p1_1", "p1_2", "p2_1"], 1, ["p1", "p1", "p2"]),
-        (["image_1", "image_2"], 1, ["image_1", "image_2"]),  # preprocessing would not join them
+        (["image_1", "image_2"], 1, ["image_1", "image_2"]),  # a single stem: no groups
         (["p1_1", "p1_2", "other"], 1, ["p1_1", "p1_2", "other"]),
         (["p1_1", "p1_2", "p2_1"], 9, ["p1_1", "p1_2", "p2_1"]),  # volumes
     ],
@@ -282,7 +291,7 @@ def test_slices_of_a_scan_are_grouped(
     assert [result.group for result in with_groups(results, tmp_path / "data")] == groups
 
 
-def test_a_tolerance_below_the_spacing_is_told():
+def test_a_tolerance_below_the_spacing_is_reported():
     results = [CaseResult(str(s), RESULTS[0].scores, spacing=(s, 1.0, 1.0)) for s in (1.5, 3.0)]
     assert "of 2 mm" in nsd_caveat(results, 2.0) and "1 of 2 cases" in nsd_caveat(results, 2.0)
     assert nsd_caveat(results, 3.0) is None and nsd_caveat(RESULTS, 2.0) is None
@@ -294,7 +303,8 @@ def test_directed_distances_and_surface_dice():
     label[0, 2:7, 2:7] = 1
     prediction[0, 2:7, 2:27] = 1  # 20 columns too many
     (score,), counts = compare_volume(prediction, label, 1, (1.0, 1.0, 1.0), tolerance=2.0)
-    border = [(r, c) for r in range(2, 7) for c in range(2, 27)]  # one slice: all are surface
+    # In a single slice every voxel belongs to the surface.
+    border = [(r, c) for r in range(2, 7) for c in range(2, 27)]
     real = [(r, c) for r in range(2, 7) for c in range(2, 7)]
     out = [min(np.hypot(r - a, c - b) for a, b in real) for r, c in border]
     assert score.hd95_to_label_mm == pytest.approx(np.percentile(out, 95))

@@ -1,4 +1,4 @@
-"""`test.py` at small size: what it writes, what it refuses, and whether its numbers are right."""
+"""`test.py` on small volumes: the files it writes, correct numbers, refused input."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OBLIQUE = Geometry((0.8, 0.7, 3.0), (10.0, -20.0, 5.0), (0.6, -0.8, 0, 0.8, 0.6,
 
 
 def run_test(*flags: str) -> subprocess.CompletedProcess:
-    """Run test.py as a user does."""
+    """Run test.py as a separate program."""
     return subprocess.run(
         [sys.executable, str(REPOSITORY / "test.py"), "--device", "cpu", *flags],
         capture_output=True,
@@ -38,7 +38,7 @@ def run_test(*flags: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path]:
-    """A data folder with two volumes, and the run of a network trained for a moment on it."""
+    """A data folder with two volumes, and the run of a network trained on it for three steps."""
     folder = tmp_path_factory.mktemp("test")
     data = write_slices(folder / "data")
     rng = np.random.default_rng(3)
@@ -72,7 +72,7 @@ def test_it_writes_every_result(tested):
     ]
     pages = ["overlays.png", "dsc_per_organ.png"]
     slices = {name for name in names if name.startswith("slices/")}
-    assert 1 <= len(slices) <= 4  # the worst two of each case
+    assert 1 <= len(slices) <= 4  # at most the worst two of each case
     report = {"report.html", "results.csv", "results.json", "log.txt"}
     assert names - slices == {*report, *pages, *cases}
     for page in pages:
@@ -85,7 +85,7 @@ def test_it_writes_every_result(tested):
     )
 
 
-def test_its_numbers_are_those_of_the_files(tested):
+def test_its_numbers_agree_with_the_written_predictions(tested):
     data, run, _ = tested
     prediction, geometry = read_volume(run / "test" / "predictions" / "case0001_pred.nii.gz")
     image, _ = read_volume(run / "test" / "predictions" / "case0001_img.nii.gz")
@@ -97,7 +97,7 @@ def test_its_numbers_are_those_of_the_files(tested):
     found = list(content["cases"][0]["scores"].values())
     assert found == [vars(score) for score in scores]
     facts = [{k: row[k] for k in ("slices", "spacing", "sides")} for row in content["cases"]]
-    assert facts[0] == {"slices": 5, "spacing": [3.0, 0.7, 0.8], "sides": "AP"}  # turned by 53°
+    assert facts[0] == {"slices": 5, "spacing": [3.0, 0.7, 0.8], "sides": "AP"}  # rotated by 53°
     assert facts[1] == {"slices": 1, "spacing": None, "sides": None}
     assert content["nsd_tolerance"] == 2 and content["environment"]["tested"].startswith("20")
     assert content["flags"]["img_size"] == 64 and content["environment"]["torch"]
@@ -105,7 +105,8 @@ def test_its_numbers_are_those_of_the_files(tested):
         rows = list(csv.DictReader(file))
     assert len(rows) == 16 and rows[0]["name"] == "spleen"
     assert float(rows[3]["samed_dsc"]) == scores[3].samed_dsc
-    assert all(row["hd95_mm"] == "" for row in rows if row["case"] == "case0002")  # no geometry
+    # The second volume has no geometry, so its distances in mm are unknown.
+    assert all(row["hd95_mm"] == "" for row in rows if row["case"] == "case0002")
 
 
 def test_batches_do_not_change_the_labels(tested, tmp_path: Path):
@@ -132,7 +133,7 @@ def test_batches_do_not_change_the_labels(tested, tmp_path: Path):
         (["--output_dir", "/dev/null/out"], "--output_dir"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, trained):
+def test_bad_input_gives_one_line_and_exit_code_2(flags, message, trained):
     data, run = trained
     done = run_test("--config", str(run), "--volume_path", str(data), *flags)
     assert done.returncode == 2
@@ -199,7 +200,7 @@ def test_a_case_without_foreground_is_reported(tmp_path: Path):
     assert [page.name for page in pages] == names and all(page.is_file() for page in pages)
 
 
-def test_panels_show_labels_and_stand_upright():
+def test_panels_show_labels_and_are_upright():
     label = np.zeros((9, 10, 10), dtype=np.uint8)
     label[2:7, 1:4, 1:3] = 1
     assert all(label[index].any() for index in choose_slices(label))
@@ -214,7 +215,7 @@ def test_panels_show_labels_and_stand_upright():
 
 @needs_real_data
 def test_real_ct_from_scan_to_nifti(tmp_path: Path):
-    """The README's run on one real CT, cut short: same commands, fewer steps, half the size."""
+    """The README's commands on a real CT, with fewer steps and half the image size."""
     raw = tmp_path / "raw" / "Training"
     for kind, suffix in (("img", ""), ("label", "_label")):
         (raw / kind).mkdir(parents=True)
@@ -231,7 +232,7 @@ def test_real_ct_from_scan_to_nifti(tmp_path: Path):
     done = run_test("--config", str(run), "--volume_path", str(data), "--is_savenii")
     assert done.returncode == 0, done.stderr
     content = json.loads((run / "test" / "results.json").read_text())
-    # 168 steps: it has begun to learn (0.64). The whole run reaches 0.87, see the README.
+    # After 168 steps the DSC is about 0.64. The whole run in the README reaches 0.87.
     assert content["total"]["dsc"] > 0.5
     liver = next(row for row in content["classes"] if row["name"] == "liver")
     assert liver["mean"]["dsc"] > 0.7 and liver["mean"]["hd95_mm"] is not None

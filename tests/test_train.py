@@ -1,4 +1,4 @@
-"""`train.py` at small size: what it writes, what it refuses, and what its flags do."""
+"""`train.py` with a small network: the files it writes, its flags, refused input."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Five slices: with batches of 2 the last batch holds one."""
+    """Five slices, so that the last batch of 2 holds a single slice."""
     return write_slices(tmp_path / "data")
 
 
 def run(data: Path, output: Path, *flags: str) -> Path:
-    """Train for a moment and return the run folder."""
+    """Train a tiny network and return the run folder."""
     train.main(["--root_path", str(data), "--output", str(output), *TINY_FLAGS, *flags])
     return max(output.iterdir(), key=lambda path: path.stat().st_mtime_ns)
 
@@ -41,15 +41,15 @@ SHORT = ["--batch_size", "2", "--max_epochs", "2", "--stop_epoch", "2", "--base_
 
 
 def lines(run_folder: Path, key: str) -> list[dict]:
-    """The records of metrics.jsonl that hold `key`."""
+    """Return the records of metrics.jsonl that hold `key`."""
     records = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
     return [record for record in records if key in record]
 
 
-def test_a_run_leaves_everything_to_repeat_and_test_it(data: Path, tmp_path: Path):
+def test_a_run_writes_everything_needed_to_repeat_and_test_it(data: Path, tmp_path: Path):
     folder = run(data, tmp_path / "out", *SHORT, "--warmup", "--warmup_period", "3", "--AdamW")
     steps = lines(folder, "loss")
-    assert [record["step"] for record in steps] == list(range(6))  # 3 a epoch, the last of one
+    assert [record["step"] for record in steps] == list(range(6))  # 3 in each epoch
     assert [record["epoch"] for record in steps] == [0, 0, 0, 1, 1, 1]
     assert all(np.isfinite(record["loss"]) for record in steps)
     assert {"log.txt", "config.json", "environment.json", "epoch_1.pth", "log"} <= {
@@ -61,7 +61,7 @@ def test_a_run_leaves_everything_to_repeat_and_test_it(data: Path, tmp_path: Pat
     assert config["img_size"] == 64 and config["base_lr"] == 1e-3 and config["AdamW"] is True
     again = parse_args(train_parser(), ["--config", str(folder / "config.json")])
     once = ("config", "resume", "check", "same_code", "code")
-    flags = {k: v for k, v in config.items() if k not in CONTENT}  # of data and weights
+    flags = {k: v for k, v in config.items() if k not in CONTENT}
     assert {k: v for k, v in vars(again).items() if k not in once} == flags
     assert config["data"].startswith("5 slices ") and config["weights"] == "none"
 
@@ -102,7 +102,7 @@ def test_stop_epoch_ends_before_the_schedule(data: Path, tmp_path: Path):
     ("flags", "warned"),
     [(["--max_epochs", "1", "--stop_epoch", "5"], True), (["--max_epochs", "1"], False)],
 )
-def test_a_stop_epoch_beyond_the_schedule_is_told(
+def test_a_stop_epoch_beyond_the_schedule_is_reported(
     flags: list[str], warned: bool, data: Path, tmp_path: Path
 ):
     folder = run(data, tmp_path, "--batch_size", "5", *flags)
@@ -119,13 +119,13 @@ def test_the_environment_names_versions_command_and_the_device_in_use(
     found = environment(torch.device("cuda", 1))
     assert found["command"] == "python train.py --output 'my runs'"
     assert found["gpu"] == "GPU cuda:1"
-    assert environment()["gpu"] == "GPU None"  # the current one
+    assert environment()["gpu"] == "GPU None"  # the current device
     assert environment(torch.device("cpu"))["gpu"] is None
     for package in ("torch", "numpy", "scipy", "h5py", "SimpleITK", "nibabel"):
         assert found[package] == version(package)
 
 
-def test_a_constant_slice_makes_a_picture(data: Path, tmp_path: Path):
+def test_a_constant_slice_can_be_drawn(data: Path, tmp_path: Path):
     for path in (data / "train_npz").iterdir():
         np.savez(path, image=np.full((40, 40), 0.5, "f4"), label=np.zeros((40, 40), "f4"))
     folder = run(data, tmp_path / "out", "--batch_size", "5", "--max_iterations", "1")
@@ -133,7 +133,7 @@ def test_a_constant_slice_makes_a_picture(data: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("module", ["image_encoder", "image_encoder_mask_decoder"])
-def test_what_was_trained_from_scratch_is_restored_by_its_file_alone(
+def test_a_network_trained_from_scratch_needs_only_its_adapter_file(
     data: Path, tmp_path: Path, module: str
 ):
     flags = ["--batch_size", "5", "--max_iterations", "2", "--AdamW"]
@@ -203,7 +203,7 @@ def test_bad_flags_are_refused_before_anything_is_written(
 
 
 class Exploit:
-    """Unpickled, it would leave a file behind."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -236,7 +236,7 @@ def test_the_command_line_wins_over_the_config(tmp_path: Path):
     assert (args.rank, args.base_lr, args.img_size, args.warmup_period) == (5, 1, 320, 250)
 
 
-def test_how_a_run_was_trained_does_not_say_how_it_is_tested(data: Path, tmp_path: Path):
+def test_speed_flags_of_training_do_not_apply_to_testing(data: Path, tmp_path: Path):
     folder = run(data, tmp_path, "--batch_size", "5", "--max_iterations", "1", "--use_amp")
     args = parse_args(parser_of_test(), ["--config", str(folder)])
     assert args.img_size == 64 and args.batch_size is None and args.use_amp is False

@@ -1,4 +1,4 @@
-"""Validation on held-out cases, the best adapter, early stopping; the page of facts; curves."""
+"""Validation on held-out cases, the best adapter, early stopping, the page of `--check`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_cases_are_held_out_whole(data: Path):
         hold_out(dataset, 4, seed=1)
 
 
-def test_a_validation_scores_as_a_test_of_the_stacked_slices(data: Path):
+def test_a_validation_gives_the_scores_of_a_test_of_the_stacked_slices(data: Path):
     dataset = Synapse_dataset(data, None, "train")
     _, held_out = hold_out(dataset, 2, seed=0)
     model = tiny_model(num_classes=8)
@@ -72,14 +72,13 @@ def test_a_validation_scores_as_a_test_of_the_stacked_slices(data: Path):
         label = np.stack([part[i]["label"] for i in range(len(part))])
         prediction = predict_volume(model, volume, input_size=(40, 40), image_size=(64, 64))
         expected = [score.dsc for score in score_volume(prediction, label, 8)]
-        for own, other, present in zip(
-            found.cases[name], expected, [(label == i).any() for i in range(1, 9)], strict=True
-        ):
-            assert own == (pytest.approx(other) if present else None)
+        present = [(label == index).any() for index in range(1, 9)]
+        for dsc, reference, is_there in zip(found.cases[name], expected, present, strict=True):
+            assert dsc == (pytest.approx(reference) if is_there else None)
     assert found.score == pytest.approx(np.mean([dsc for dsc in found.dsc if dsc is not None]))
 
 
-def test_the_best_adapter_is_that_of_the_best_score(data: Path, tmp_path: Path):
+def test_the_best_adapter_belongs_to_the_best_score(data: Path, tmp_path: Path):
     folder = run(data, tmp_path / "out", "--stop_epoch", "6", "--val_every", "2")
     validations = records_of(folder, "score")
     assert [record["epoch"] for record in validations] == [1, 3, 5]
@@ -92,12 +91,12 @@ def test_the_best_adapter_is_that_of_the_best_score(data: Path, tmp_path: Path):
 
 
 def scored(*scores: tuple[float, float]) -> object:
-    """A `validate` that finds these DSC of classes 1 and 2, one pair a time."""
+    """Return a stand-in for `validate`: each call finds the next DSC of the classes 1 and 2."""
     found = iter(scores)
     return lambda *args, **kwargs: Validation((*next(found), *[None] * 6), {})
 
 
-def test_patience_ends_a_run_and_a_resumed_one_stays_ended(
+def test_patience_ends_a_run_and_resuming_does_not_continue_it(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(trainer, "validate", scored((0.1, 0.1), (0.3, 0.3), (0.3, 0.3), (0.2, 0.2)))
@@ -116,7 +115,8 @@ def test_an_organ_that_stays_at_zero_is_named(
     caplog: pytest.LogCaptureFixture,
 ):
     monkeypatch.setattr(trainer, "validate", scored(*[(0.5, 0.0)] * 4))
-    monkeypatch.setattr(logging, "basicConfig", lambda **kwargs: None)  # it would drop caplog's
+    # basicConfig would remove the handler of caplog.
+    monkeypatch.setattr(logging, "basicConfig", lambda **kwargs: None)
     with caplog.at_level(logging.WARNING):
         run(data, tmp_path / "out", "--stop_epoch", "4", "--val_every", "1")
     warnings = [record.getMessage() for record in caplog.records if "DSC has been 0" in record.msg]
@@ -138,7 +138,7 @@ def test_bad_flags_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_check_shows_facts_and_what_is_odd_and_trains_nothing(
+def test_check_shows_facts_and_warnings_and_trains_nothing(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     source = data / "train_npz" / "case0006_slice001.npz"
@@ -168,7 +168,7 @@ def test_check_shows_facts_and_what_is_odd_and_trains_nothing(
 
 
 def rename_slices(data: Path, pattern: str) -> None:
-    """Name every slice by its case and number."""
+    """Rename every slice by a pattern of its case and number."""
     names = []
     for path in sorted((data / "train_npz").iterdir()):
         case, number = path.stem.split("_slice")
@@ -180,14 +180,14 @@ def rename_slices(data: Path, pattern: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "warned"),
     [
-        ("{case}_{number}", True),  # three slices each of four scans
+        ("{case}_{number}", True),
         ("{case}_slice{number}", False),
-        ("{case}_{number}_slice000", False),  # pictures as preprocess names them, each by itself
+        ("{case}_{number}_slice000", False),  # preprocess names separate pictures like this
         ("picture_{case}{number}", False),
         ("{case}x{number}", False),
     ],
 )
-def test_slices_that_count_as_cases_are_told(
+def test_slices_that_count_as_cases_are_reported(
     pattern: str, warned: bool, data: Path, capsys: pytest.CaptureFixture
 ):
     rename_slices(data, pattern)
@@ -211,7 +211,7 @@ def test_check_stops_on_errors(fault: str, data: Path, tmp_path: Path):
     (data / "lists" / "test_vol.txt").write_text("case0001\ncase0009\n")
     with pytest.raises(InputError, match="case0009"):
         train.main([*flags, "--check"])
-    train.main([*flags, "--max_iterations", "1"])  # it does not keep anybody from training
+    train.main([*flags, "--max_iterations", "1"])  # faulty test data do not prevent training
     (folder,) = (tmp_path / "out").iterdir()
     assert "the test data cannot be used" in (folder / "check.txt").read_text()
 
@@ -222,12 +222,12 @@ def estimate(model: LoRAModel, batch: int, **kwargs: object) -> dict[str, float]
     )
 
 
-def test_memory_is_counted_without_computing():
+def test_memory_is_estimated_without_computing():
     model = tiny_model()
     few, many = estimate(model, 1), estimate(model, 8)
     assert few["weights"] == many["weights"]
-    one, eight = few["activations of 1 slices"], many["activations of 8 slices"]
-    assert 5 * one < eight < 8.5 * one
+    single, eight = few["activations of 1 slices"], many["activations of 8 slices"]
+    assert 5 * single < eight < 8.5 * single
     less = estimate(model, 8, checkpoint_blocks=True)
     assert less["activations of 8 slices"] < 0.7 * eight
     assert 0 < less["a block computed again"] < 0.5 * eight
@@ -235,10 +235,10 @@ def test_memory_is_counted_without_computing():
     assert model.sam.image_encoder.checkpoint_blocks is False
 
 
-def bytes_kept(compute: Callable[[], object], own: Iterable[torch.Tensor]) -> int:
-    """What autograd keeps of a computation on real tensors."""
+def bytes_kept(compute: Callable[[], object], parameters: Iterable[torch.Tensor]) -> int:
+    """Return the bytes that autograd keeps of a computation, without the parameters."""
     kept: dict[int, int] = {}
-    places = {tensor.data_ptr() for tensor in own}
+    places = {tensor.data_ptr() for tensor in parameters}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -246,18 +246,18 @@ def bytes_kept(compute: Callable[[], object], own: Iterable[torch.Tensor]) -> in
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = compute()
-    assert result is not None  # what it keeps was held until here
+    assert result is not None  # the result keeps the tensors alive until here
     return sum(size for place, size in kept.items() if place not in places)
 
 
-def test_memory_is_that_of_the_device_in_use():
+def test_memory_is_estimated_for_the_device_in_use():
     model = tiny_model()
     images = torch.rand(8, 3, 64, 64)
     real = bytes_kept(lambda: model(images, full_size_masks=False), model.parameters()) / GIB
     on_cpu = estimate(model, 8)["activations of 8 slices"]
     assert on_cpu == pytest.approx(real, rel=0.01)
 
-    # a GPU's fused kernel keeps folded queries, keys and values, the output and a sum per query
+    # The fused kernel of a GPU keeps queries, keys, values, output, and a sum for each query.
     q, k, v = (torch.rand(2, 3, 64, 16, device="meta", requires_grad=True) for _ in range(3))
     rows, columns = (torch.rand(2, 3, 8, 8, 8, device="meta", requires_grad=True) for _ in range(2))
     folded, sums = 2 * 3 * 64 * (16 + 8 + 8) * 4, 2 * 3 * 64 * 4
@@ -267,7 +267,7 @@ def test_memory_is_that_of_the_device_in_use():
 
 
 @pytest.mark.parametrize("flags", [[], ["--checkpoint_blocks"]])
-def test_check_counts_the_memory_of_the_flags(
+def test_check_estimates_the_memory_with_the_given_flags(
     flags: list[str], data: Path, capsys: pytest.CaptureFixture
 ):
     train.main(["--root_path", str(data), *TINY_FLAGS, *FLAGS, *flags, "--check"])

@@ -1,4 +1,4 @@
-"""Scans keep voxels and geometry through a round trip; a bad file is named in one line."""
+"""Scans keep voxels and geometry in a round trip; a bad file is named in an error line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from datasets.scans.volumes import Geometry, read_header, read_volume, write_vol
 
 
 def oblique_geometry() -> Geometry:
-    """Anisotropic spacing and a rotation about two axes, as a tilted scan has."""
+    """Return a geometry with anisotropic spacing and a rotation about two axes."""
     (c, s), (d, t) = [(np.cos(angle), np.sin(angle)) for angle in (0.3, -0.2)]
     about_z = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
     about_x = np.array([[1, 0, 0], [0, d, -t], [0, t, d]])
@@ -25,7 +25,7 @@ def oblique_geometry() -> Geometry:
 
 
 OBLIQUE = oblique_geometry()
-# The numbers of a NIfTI-1 header by their width; bytes and text are left as they are.
+# The fields of a NIfTI-1 header: numbers by their width, bytes and text as strings.
 HEADER = np.dtype("i4, S35, S1, 8i2, 3f4, 4i2, 11f4, i2, S1, S1, 4f4, 2i4, S104, 2i2, 18f4, S20")
 VOXELS = np.random.default_rng(0).integers(-1000, 1000, (5, 6, 7)).astype(np.int16)  # (D, H, W)
 
@@ -195,7 +195,9 @@ def test_missing_file(tmp_path: Path):
         ("file/a.nii.gz", VOXELS, "choose another path"),
     ],
 )
-def test_what_cannot_be_written(tmp_path: Path, name: str, array: np.ndarray, told: str):
+def test_arrays_and_paths_that_cannot_be_written(
+    tmp_path: Path, name: str, array: np.ndarray, told: str
+):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=told):
         write_volume(tmp_path / name, array, OBLIQUE)

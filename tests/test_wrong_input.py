@@ -1,4 +1,4 @@
-"""Wrong input: every row of the table, and files with bytes cut off and flipped."""
+"""Wrong input: every row of the table in wrong_input.py, and randomly damaged files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from datasets.scans.files import read_scan, scan_file, suffix_of
 from datasets.scans.pictures import read_picture
 from tools import adapter
 
-FUZZED = 40  # examples a kind of file
+FUZZED = 40  # damaged examples for each kind of file
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +30,14 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the good folder, as the current one."""
+    """A copy of the good folder as the current folder."""
     shutil.copytree(good, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def outputs(folder: Path) -> set[str]:
-    """What a program may have left: of results only a log is none."""
+    """Return the results that a program has written; logs and tables do not count."""
     places = [folder / "out", folder / "new" / "lists"]
     found = {str(p) for place in places if place.is_dir() for p in place.rglob("*") if p.is_file()}
     return {name for name in found if not name.endswith((".txt", ".json", ".csv", ".ctbl"))} | {
@@ -46,7 +46,7 @@ def outputs(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.program}: {row.what}")
-def test_it_is_told_in_one_sentence(folder: Path, row: Wrong):
+def test_wrong_input_gives_one_error_line(folder: Path, row: Wrong):
     row.spoil(folder)
     before = outputs(folder)
     code, told = run(row.program, arguments(row, folder))
@@ -56,11 +56,11 @@ def test_it_is_told_in_one_sentence(folder: Path, row: Wrong):
     assert outputs(folder) == before and not list(folder.rglob("*.partial.*"))
     assert not (folder / "pwned").exists()
     page = (REPOSITORY / "docs" / "errors.md").read_text("utf-8")
-    assert by_us(page_row(row, told, folder)) in by_us(page)
+    assert without_brackets(page_row(row, told, folder)) in without_brackets(page)
 
 
-def by_us(text: str) -> str:
-    """A text without what stands in brackets: libraries word that, each version its own way."""
+def without_brackets(text: str) -> str:
+    """Remove texts in brackets: they come from libraries and change with their versions."""
     return re.sub(r" \(.*\)", "", text)
 
 
@@ -71,13 +71,13 @@ def test_the_good_folder_is_good(folder: Path):
         assert code == 0, f"{program}: {told}"
 
 
-def test_there_are_enough():
+def test_the_table_covers_every_program():
     assert len(ROWS) >= 40 and {row.program for row in ROWS} == set(PROGRAMS)
     assert len({(row.program, row.what) for row in ROWS}) == len(ROWS)
 
 
 def spoilt(content: bytes, keep: float, flips: list[tuple[float, int]]) -> bytes:
-    """A file cut to a share of its length, with some bytes changed."""
+    """Return a part of a file's content, with some bytes changed."""
     changed = bytearray(content[: max(1, int(keep * len(content)))])
     for place, mask in flips:
         changed[int(place * (len(changed) - 1))] ^= mask
@@ -87,12 +87,13 @@ def spoilt(content: bytes, keep: float, flips: list[tuple[float, int]]) -> bytes
 damage = {
     "keep": st.one_of(st.just(1.0), st.floats(0, 1)),
     "flips": st.lists(
-        # most of what a parser trusts stands at the beginning
+        # Parsers trust most of all what they read at the beginning.
         st.tuples(st.one_of(st.floats(0, 1), st.floats(0, 0.02)), st.integers(1, 255)),
         max_size=6,
     ),
 }
-FILES = {  # what is damaged -> the program that reads it
+# Damaged file -> the program that reads it.
+FILES = {
     "scan.nii.gz": "predict.py",
     "scan.nii": "predict.py",
     "scan.nrrd": "predict.py",
@@ -112,8 +113,8 @@ FILES = {  # what is damaged -> the program that reads it
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_damaged_files_end_no_program_badly(folder: Path, name: str):
-    """Never a traceback, a hang, a half-written file or code that runs."""
+def test_damaged_files_give_an_error_line_or_a_result(folder: Path, name: str):
+    """There is never a traceback, a hang, a half-written file, or code of the file that runs."""
     program, flags, target = FILES[name], (), folder / name
     if name == "series":
         target = sorted(write_dicom(folder / "series", volume(), placed("LPS")).iterdir())[2]
@@ -156,7 +157,8 @@ def test_damaged_files_end_no_program_badly(folder: Path, name: str):
         assert code in (0, 2), told
         assert ("error: " in told) == (code == 2) and "Traceback" not in told
         assert not list(folder.rglob("*.partial.*"))
-        log = folder / "out" / "log.txt"  # predict.py goes on after faults of its own
+        # predict.py writes unexpected errors to its log and continues.
+        log = folder / "out" / "log.txt"
         assert not log.is_file() or "a fault of" not in log.read_text("utf-8")
         if code == 2:
             assert not outputs(folder)

@@ -1,6 +1,7 @@
-"""What users get wrong, one row each: how it comes about, and the sentence that tells.
+"""A table of wrong input: how to produce it, and a part of the error message.
 
-`python tests/wrong_input.py` writes docs/errors.md from it; `test_wrong_input.py` runs every row.
+`python tests/wrong_input.py` writes docs/errors.md from the table; `test_wrong_input.py` runs every
+row.
 """
 
 from __future__ import annotations
@@ -50,22 +51,28 @@ GOOD_FLAGS = {
     "evaluation": ["tested"],
     "tools.adapter": ["convert", "adapter.pth", "new.safetensors"],
 }
-SHAPE = (3, 12, 14)
+USUAL_FLAGS = {
+    "preprocess.prepare": "--input raw --output new --workers 1".split(),
+    "train.py": ["--root_path", "data", "--output", "out", "--max_epochs", "1", *TINY_FLAGS],
+    "test.py": ("--volume_path data --lora_ckpt adapter.pth --output_dir out --device cpu".split()),
+    "predict.py": ("--input scan.nii.gz --lora_ckpt adapter.pth --output out --device cpu".split()),
+}
+SHAPE = (3, 12, 14)  # (D, H, W)
 
 
 @dataclass(frozen=True)
 class Wrong:
-    """One mistake."""
+    """A mistake of a user."""
 
     program: str
     what: str
-    spoil: Callable[[Path], Any]  # the good folder into a bad one
-    told: str  # part of the sentence
+    spoil: Callable[[Path], Any]  # makes the mistake in a copy of the good folder
+    told: str  # a part of the error message
     flags: tuple[str, ...] = ()
 
 
 def make_good(folder: Path) -> None:
-    """Raw data of three scans, what is prepared of them, pictures, an adapter, a scan."""
+    """Write valid input for every program: raw and prepared data, pictures, adapters, results."""
     rng = np.random.default_rng(0)
     raw = folder / "raw"
     for index in range(3):
@@ -86,36 +93,38 @@ def make_good(folder: Path) -> None:
     model = tiny_model(num_classes=2)
     model.train_all_weights()
     spec = json.loads((folder / "data" / "dataset_spec.json").read_text())
-    settings = {"vit_name": "vit_tiny", "img_size": 64, "num_classes": 2,
-                "class_names": ["liver", "tumour"], "spec": spec}  # fmt: skip
+    settings = {
+        "vit_name": "vit_tiny",
+        "img_size": 64,
+        "num_classes": 2,
+        "class_names": ["liver", "tumour"],
+        "spec": spec,
+    }
     model.save_lora_parameters(folder / "adapter.pth", settings)
     del settings["spec"], settings["class_names"]
-    model.save_lora_parameters(folder / "unnamed.pth", settings)  # names no classes
+    model.save_lora_parameters(folder / "unnamed.pth", settings)  # without class names
     shutil.copy(raw / "imagesTr" / "s0_0000.nii.gz", folder / "scan.nii.gz")
     scores, counts = compare_volume(label, label, 2, (1.0, 1.0, 1.0))
     (folder / "tested").mkdir()
-    write_json(folder / "tested" / "results.json", [CaseResult("s2", scores, counts.tolist(), [])],
-               ["liver", "tumour"], {"flags": {}, "environment": {}}, 2.0)  # fmt: skip
+    results = [CaseResult("s2", scores, counts.tolist(), [])]
+    settings = {"flags": {}, "environment": {}}
+    write_json(folder / "tested" / "results.json", results, ["liver", "tumour"], settings, 2.0)
 
 
 def arguments(row: Wrong, folder: Path) -> list[str]:
-    """The command line of a row; its flags come last and overrule, or are all of it."""
+    """Return the command line of a row.
+
+    Its flags follow the usual flags and replace them; `evaluation` and `tools.adapter` get the
+    flags of the row alone.
+    """
     if row.program in ("evaluation", "tools.adapter"):
         return list(row.flags) or GOOD_FLAGS[row.program]
-    own = {
-        "preprocess.prepare": ["--input", "raw", "--output", "new", "--workers", "1"],
-        "train.py": ["--root_path", "data", "--output", "out", "--max_epochs", "1", *TINY_FLAGS],
-        "test.py": ["--volume_path", "data", "--lora_ckpt", "adapter.pth", "--output_dir", "out",
-                    "--device", "cpu"],
-        "predict.py": ["--input", "scan.nii.gz", "--lora_ckpt", "adapter.pth", "--output", "out",
-                       "--device", "cpu"],
-    }[row.program]  # fmt: skip
     del folder
-    return [*own, *row.flags]
+    return [*USUAL_FLAGS[row.program], *row.flags]
 
 
 def run(program: str, argv: list[str]) -> tuple[int, str]:
-    """Exit code and stderr of a program in this process and folder."""
+    """Run a program in this process and folder; return its exit code and stderr."""
     told = io.StringIO()
     code: Any = 0
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
@@ -129,13 +138,13 @@ def run(program: str, argv: list[str]) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def quiet() -> Any:
-    """Nothing on the screen."""
+    """Hide everything that is printed."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 def described(**changes: Any) -> Callable[[Path], None]:
-    """Other entries in dataset.json."""
+    """Change entries of dataset.json."""
 
     def spoil(folder: Path) -> None:
         path = folder / "raw" / "dataset.json"
@@ -145,7 +154,7 @@ def described(**changes: Any) -> Callable[[Path], None]:
 
 
 def cut(name: str, share: float = 0.6) -> Callable[[Path], None]:
-    """A file that ends early."""
+    """Cut a file short."""
 
     def spoil(folder: Path) -> None:
         content = (folder / name).read_bytes()
@@ -155,23 +164,23 @@ def cut(name: str, share: float = 0.6) -> Callable[[Path], None]:
 
 
 def junk(name: str) -> Callable[[Path], None]:
-    """A file of nonsense."""
+    """Replace a file by nonsense."""
     return lambda folder: (folder / name).write_bytes(b"nothing of that kind")
 
 
 def lost(name: str) -> Callable[[Path], None]:
-    """A file that is not there."""
+    """Delete a file."""
     return lambda folder: (folder / name).unlink()
 
 
 def raw(kind: str, array: np.ndarray, geometry: Geometry | None = None) -> Callable[[Path], None]:
-    """Another first image or label."""
+    """Replace the first raw image or label."""
     name = "imagesTr/s0_0000.nii.gz" if kind == "image" else "labelsTr/s0.nii.gz"
     return lambda folder: write_volume(folder / "raw" / name, array, geometry or placed("RAS"))
 
 
 def slices(**arrays: Any) -> Callable[[Path], None]:
-    """Another first training slice."""
+    """Change arrays of the first training slice; None deletes an array."""
 
     def spoil(folder: Path) -> None:
         path = min((folder / "data" / "train_npz").iterdir())
@@ -182,7 +191,7 @@ def slices(**arrays: Any) -> Callable[[Path], None]:
 
 
 def stored(**arrays: Any) -> Callable[[Path], None]:
-    """Another test volume, or attributes of it."""
+    """Change data sets or attributes of the test volume; None deletes a data set."""
 
     def spoil(folder: Path) -> None:
         path = next((folder / "data" / "test_vol_h5").iterdir())
@@ -199,17 +208,17 @@ def stored(**arrays: Any) -> Callable[[Path], None]:
 
 
 def nothing(folder: Path) -> None:
-    """The folder is good, the flags are not."""
+    """Leave the folder as it is; the flags of the row are wrong."""
     del folder
 
 
 def scan(array: np.ndarray) -> Callable[[Path], None]:
-    """Another scan to segment."""
+    """Replace the scan to segment."""
     return lambda folder: write_volume(folder / "scan.nii.gz", array, placed("LPS"))
 
 
 def pickled(folder: Path) -> None:
-    """An adapter file that would run code."""
+    """Write an adapter file that would run code when it is unpickled."""
 
     class Evil:
         def __reduce__(self) -> Any:
@@ -219,12 +228,12 @@ def pickled(folder: Path) -> None:
 
 
 def list_of(text: str) -> Callable[[Path], None]:
-    """Another list of training slices."""
+    """Replace the list of training slices."""
     return lambda folder: (folder / "data" / "lists" / "train.txt").write_text(text)
 
 
 def spec_of(**changes: Any) -> Callable[[Path], None]:
-    """Other entries in the spec of prepared data."""
+    """Change entries in the spec of the prepared data."""
 
     def spoil(folder: Path) -> None:
         path = folder / "data" / "dataset_spec.json"
@@ -234,26 +243,26 @@ def spec_of(**changes: Any) -> Callable[[Path], None]:
 
 
 def dicom(places: list[float]) -> Callable[[Path], None]:
-    """A DICOM series with its slices there."""
+    """Write a DICOM series with slices at these places."""
     return lambda folder: write_dicom(folder / "series", volume(), placed("LPS"), places) and None
 
 
 def two_of_a_name(folder: Path) -> None:
-    """a.mha beside a.nii.gz."""
+    """Write a.mha and a.nii.gz into the same folder."""
     (folder / "in").mkdir()
     for name in ("a.mha", "a.nii.gz"):
         write_volume(folder / "in" / name, volume(), placed("LPS"))
 
 
 def colour_labels(folder: Path) -> None:
-    """A mask drawn in colours."""
+    """Replace a mask by a colour picture."""
     Image.fromarray(np.full((12, 14, 3), (255, 0, 9), np.uint8)).save(
         folder / "pictures" / "labels" / "p0.png"
     )
 
 
 def two_channels(folder: Path) -> None:
-    """A second channel of every picture."""
+    """Give every picture a second channel."""
     for path in list((folder / "pictures" / "images").iterdir()):
         for channel in ("0000", "0001"):
             shutil.copy(path, path.with_stem(f"{path.stem}_{channel}"))
@@ -261,14 +270,14 @@ def two_channels(folder: Path) -> None:
 
 
 def jpeg_labels(folder: Path) -> None:
-    """Masks saved as JPEG."""
+    """Save the masks as JPEG."""
     for path in list((folder / "pictures" / "labels").iterdir()):
         Image.open(path).save(path.with_suffix(".jpg"))
         path.unlink()
 
 
 def fractions(folder: Path) -> None:
-    """Pictures of floating-point numbers."""
+    """Save the pictures with floating-point values."""
     for path in list((folder / "pictures" / "images").iterdir()):
         fraction = np.asarray(Image.open(path), np.float32) / 2
         Image.fromarray(fraction).save(path.with_suffix(".tif"))
@@ -276,7 +285,7 @@ def fractions(folder: Path) -> None:
 
 
 def one_name_for_two(folder: Path) -> None:
-    """a_1 is slice 1 of scan a; a_slice1 is named so already."""
+    """Name pictures a_1 (slice 1 of scan a) and a_slice1, which get the same name."""
     for kind in ("images", "labels"):
         for name in ("a_1", "a_2", "b_1", "a_slice1"):
             shutil.copy(
@@ -285,7 +294,7 @@ def one_name_for_two(folder: Path) -> None:
 
 
 def mixed_bits(folder: Path) -> None:
-    """One picture of 16 bits among those of 8."""
+    """Put a picture of 16 bits among the pictures of 8 bits."""
     Image.fromarray(np.full((12, 14), 30_000, np.uint16)).save(
         folder / "pictures" / "images" / "p0.png"
     )
@@ -458,13 +467,13 @@ ROWS = [
 
 
 def error_line(told: str, folder: Path) -> str:
-    """The sentence, without the folder it was said in."""
+    """Return the error message without the path of the folder."""
     lines = [line for line in told.splitlines() if line.startswith("error: ")]
     return lines[0].removeprefix("error: ").replace(f"{folder}/", "") if lines else ""
 
 
 def page_row(row: Wrong, told: str, folder: Path) -> str:
-    """What the page says of a mistake."""
+    """Return the row of a mistake in docs/errors.md."""
     sentence = error_line(told, folder).replace(f"{REPOSITORY}/", "").replace("|", "/")
     return f"| {row.what} | {sentence} |"
 

@@ -1,20 +1,20 @@
-# Three commands do everything: `make quickstart`, `make test` and `make benchmark`. Each makes its
-# own environment.
+# Every command installs what it needs into .venv/ first.
 PYTHON ?= python3
 PY := .venv/bin/python
-# A small network, every weight trained from scratch: minutes on two CPU cores. Not the published
-# recipe, which is in the README: without base weights there is nothing to adapt.
+# A small network with every weight trained from scratch: minutes on two CPU cores. This is not the
+# published recipe, which is in the README. Without base weights there is nothing to adapt.
 TINY := --vit_name vit_tiny --ckpt none --img_size 224 --batch_size 8 --n_gpu 1 --AdamW \
 	--base_lr 6e-4 --warmup --warmup_period 100 --clip_grad 0.5 --no_augment \
 	--max_epochs 12 --stop_epoch 12
 
 DEVICE := auto
 
-.PHONY: help install quickstart test benchmark lint clean
+.PHONY: help install quickstart check test benchmark lint clean
 
 help:
 	@echo "make quickstart  phantom CT -> preprocess -> train -> test -> pictures, in quickstart/"
-	@echo "make test        linter and all tests"
+	@echo "make check       linter, format, order of imports and the fast tests, in under a minute"
+	@echo "make test        linter, format and all tests, in some ten minutes"
 	@echo "make benchmark   time everything against its peers, into docs/benchmarks.md"
 	@echo "make install     only the environment, in .venv/"
 	@echo "make clean       remove quickstart/ and .venv/"
@@ -40,6 +40,9 @@ quickstart: .venv/installed
 	$(PY) test.py --config quickstart/runs/* --volume_path quickstart/data \
 		--output_dir quickstart/result --is_savenii
 	@echo "Look at quickstart/result/overlays_1.png and quickstart/result/dsc_per_organ.png"
+
+check: lint
+	$(PY) -m pytest -x -m "not slow"
 
 test: lint
 	$(PY) -m pytest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,8 @@ SCRIPTS = Path(__file__).parent / "older_scripts"
 REPOSITORY = SCRIPTS.parent.parent
 
 
-def run(script: str, folder: Path, *flags: str) -> str:
-    """Run a copy of the script as if it lay at the top level; returns what it prints."""
+def run(script: str, folder: Path, *flags: str) -> tuple[str, str]:
+    """Run a copy of the script as if it lay at the top level; return stdout and plain stderr."""
     place = folder / script
     shutil.copy(SCRIPTS / script, place)
     done = subprocess.run(
@@ -33,7 +34,7 @@ def run(script: str, folder: Path, *flags: str) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout, re.sub(r"\x1b\[[\d;]*m", "", done.stderr)  # icecream prints in colours
 
 
 def test_train_and_test_in_the_manner_of_the_original(tmp_path: Path):
@@ -44,18 +45,38 @@ def test_train_and_test_in_the_manner_of_the_original(tmp_path: Path):
     lists = ["--list_dir", str(data / "lists")]
     base = ["--ckpt", str(tmp_path / "base.pth")]
     flags = ["--root_path", str(data / "train_npz"), "--output", str(tmp_path / "out")]
-    printed = run("older_train.py", tmp_path, *flags, *lists, *base, "--warmup", "--AdamW")
-    assert "Training Finished!" in printed
+    printed, shown = run("older_train.py", tmp_path, *flags, *lists, *base, "--warmup", "--AdamW")
+    assert printed.count("Training Finished!") == 3  # by trainer_synapse, and by two own loops
+    assert "ic| iter_num: 2, low_res: 16" in shown
     adapter = tmp_path / "out" / "epoch_0.pth"
     tensors, settings = read_adapter(adapter)
     assert not any(key.startswith("image_encoder.") for key in tensors)  # frozen: not in the file
     assert settings["rank"] == 4
+    assert read_adapter(tmp_path / "out" / "of_the_script.pth")[0].keys() == tensors.keys()
 
     flags = ["--volume_path", str(data / "test_vol_h5"), "--output_dir", str(tmp_path / "result")]
-    printed = run("older_test.py", tmp_path, *flags, *lists, *base, "--lora_ckpt", str(adapter))
+    printed, shown = run(
+        "older_test.py", tmp_path, *flags, *lists, *base, "--lora_ckpt", str(adapter)
+    )
     assert printed.startswith("case0001 20 24 ") and "class 8 mean_dice" in printed
+    difference = re.search(r"ic\| case_name: 'case0001', difference: ([\d.e+-]+)", shown)
+    assert float(difference[1]) < 1e-9  # the same scores as slice by slice with medpy
     names = {path.name for path in (tmp_path / "result").iterdir()}
-    assert names == {f"case0001_{kind}.nii.gz" for kind in ("pred", "img", "gt")}
+    assert names == {f"case0001_{kind}.nii.gz" for kind in ("pred", "img", "gt", "by_slices")}
+
+
+def test_torchvision_composes_the_transforms_and_draws_a_grid(tmp_path: Path):
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pytest.skip("torchvision is not installed; it comes with requirements-gpu.txt")
+    except RuntimeError as error:  # its compiled part misses the operators of the CUDA build
+        pytest.skip(f"torchvision cannot be imported beside this build of torch: {error}")
+    data = write_slices(tmp_path / "data")
+    flags = ["--root_path", str(data / "train_npz"), "--list_dir", str(data / "lists")]
+    printed, _ = run("older_torchvision.py", tmp_path, *flags, "--output", str(tmp_path / "log"))
+    # two by two slices with a border of two pixels around each
+    assert printed == "(3, 134, 134)\n"
 
 
 def test_calculate_metric_percase_follows_the_original_and_changes_nothing():

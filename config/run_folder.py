@@ -17,7 +17,7 @@ from config.parser import that_change_numbers
 from config.shared_flags import AUTO, SCRATCH
 from config.source_code import changed_files
 from config.train_flags import TRAIN, slices_of_update
-from datasets.samples import SampleFacts
+from datasets.prepared_files import SampleFacts
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"

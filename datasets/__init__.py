@@ -1,1 +1,1 @@
-"""Data sets: what they are, how they are read, resampled and augmented."""
+"""Data sets: their descriptions, and how slices and volumes are read, resized and augmented."""

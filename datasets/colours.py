@@ -6,6 +6,7 @@ import colorsys
 
 import numpy as np
 
+# These colours are easy to distinguish on grey CT. `label_colours` makes colours for more classes.
 COLOURS = (
     (230, 60, 60),  # spleen
     (250, 190, 40),  # right kidney
@@ -18,14 +19,11 @@ COLOURS = (
 )
 
 
-def label_colours(num_classes: int) -> np.ndarray:
-    """The colour of every class, (num_classes + 1, 3) uint8, no two alike; background is black."""
+def label_colours(num_classes: int) -> np.ndarray:  # (num_classes + 1, 3) uint8
+    """Return a different colour for each class; the first row is black, for the background."""
     rows = [(0, 0, 0), *COLOURS[:num_classes]]
     for index in range(len(COLOURS), num_classes):
-        hue = index * 0.618034 % 1  # golden ratio: far from those just before
+        hue = index * 0.618034 % 1  # steps of the golden ratio keep neighbouring hues far apart
         colour = colorsys.hsv_to_rgb(hue, (0.9, 0.55)[index % 2], (1, 0.8, 0.6)[index % 3])
         rows.append(tuple(round(255 * part) for part in colour))
     return np.array(rows, dtype=np.uint8)
-
-
-# One colour per class, told apart on grey CT; classes beyond the table get one of `label_colours`.

@@ -1,15 +1,17 @@
-"""Training slices and test volumes, as lists name them.
+"""The training slices and test volumes that a list names.
 
-`Synapse_dataset` and `RandomGenerator` keep the names and samples that scripts of the field use;
-the training loop reads plain slices and augments whole batches on the device instead.
+`Synapse_dataset` and `RandomGenerator` keep the names and the samples of the original. The training
+loop reads slices without the transform, and augments whole batches on the device.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +23,50 @@ from tqdm import tqdm
 
 from common.errors import InputError, MissingFileError, first_few
 from common.files import load_arrays, require_file, require_folder, safe_name
-
-from .augmentation import draw_augmentation, keyed_rng, prepare_batch
-from .registry import SYNAPSE
-from .samples import (
+from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
+from datasets.prepared_files import (
     SampleFacts,
     check_sample,
     read_geometry,
     read_orientation,
     read_volume_file,
 )
+from datasets.registry import SYNAPSE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLISHED_LISTS = REPOSITORY / "lists" / "lists_Synapse"
 
 
+@dataclass(frozen=True)
+class SplitFiles:
+    """Where preprocess writes the files of a split, and what they hold."""
+
+    folder: str
+    suffix: str
+    what: str  # name in messages
+    ndim: int  # of a label
+
+
+SPLITS = {
+    "train": SplitFiles(folder="train_npz", suffix=".npz", what="training data", ndim=2),
+    "test_vol": SplitFiles(folder="test_vol_h5", suffix=".npy.h5", what="test data", ndim=3),
+}
+
+
 class Synapse_dataset(Dataset):
-    """Slices (`split="train"`) or volumes (`split="test_vol"`) that a list names.
+    """The slices (`split="train"`) or volumes (`split="test_vol"`) that a list names.
 
     Args:
-        base_dir: folder of the `.npz` slices or `.npy.h5` volumes, or the one above it as
-            preprocess writes it.
-        list_dir: folder of `train.txt` and `test_vol.txt`; None: the `lists` that preprocess wrote
-            beside the data, else the published split.
+        base_dir: folder of the `.npz` slices or `.npy.h5` volumes, or the folder above it.
+        list_dir: folder of `train.txt` and `test_vol.txt`; None: the folder `lists` beside the
+            data, or the published split if there is no such folder.
         split: "train" or "test_vol".
         transform: called with each training sample, e.g. a `RandomGenerator`.
-        num_classes: labels beyond it are refused.
+        num_classes: the largest label that is allowed.
 
     Raises:
-        MissingFileError: folder, list or a file that the list names (count and first five).
-        InputError: an empty list, or a name that would leave the folder.
+        MissingFileError: the folder, the list or a file that the list names does not exist.
+        InputError: the list is empty, or holds a name that would leave the folder.
     """
 
     def __init__(
@@ -62,22 +78,19 @@ class Synapse_dataset(Dataset):
         *,
         num_classes: int = SYNAPSE.num_classes,
     ) -> None:
-        if split not in ("train", "test_vol"):
+        if split not in SPLITS:
             raise InputError(f"split is {split!r}, expected 'train' or 'test_vol'")
         self.split = split
         self.transform = transform
         self.num_classes = num_classes
-        subfolder, suffix = (
-            ("train_npz", ".npz") if split == "train" else ("test_vol_h5", ".npy.h5")
-        )
-        what = "training data" if split == "train" else "test data"
+        files = SPLITS[split]
         base = require_folder(
-            base_dir, what=f"{what} folder", remedy="run preprocess, or check the path"
+            base_dir, what=f"{files.what} folder", remedy="run preprocess, or check the path"
         )
-        self.data_dir = base / subfolder if (base / subfolder).is_dir() else base
+        self.data_dir = base / files.folder if (base / files.folder).is_dir() else base
         self.list_path = find_list(self.data_dir, list_dir, split)
         self.sample_list = read_list(self.list_path)
-        self.paths = [self.data_dir / f"{name}{suffix}" for name in self.sample_list]
+        self.paths = [self.data_dir / f"{name}{files.suffix}" for name in self.sample_list]
         absent = [path.name for path in self.paths if not path.is_file()]
         if absent:
             raise MissingFileError(
@@ -90,10 +103,10 @@ class Synapse_dataset(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One sample: `image`, `label`, `case_name`, and for slices their `index`.
+        """Return `image`, `label`, `index` and `case_name` of a sample, after the transform.
 
-        A slice is (H, W), a volume (D, H, W); image float32 about [0, 1], in colour with 3 before
-        H; label uint8.
+        A slice is (H, W) and a volume (D, H, W); images in colour have 3 before H. Images are
+        float32, about [0, 1]; labels are uint8.
         """
         sample = self.read(index)
         if self.split == "train" and self.transform is not None:
@@ -102,32 +115,31 @@ class Synapse_dataset(Dataset):
         return sample
 
     def read(self, index: int) -> dict[str, Any]:
-        """`image`, `label` and `index` of one checked sample, without the transform."""
+        """Read and check `image`, `label` and `index` of a sample, without the transform."""
         path = self.paths[index]
-        arrays = (
-            load_arrays(path, ("image", "label"))
-            if self.split == "train"
-            else read_volume_file(path)
-        )
+        if self.split == "train":
+            arrays = load_arrays(path, ("image", "label"))
+        else:
+            arrays = read_volume_file(path)
         image, label = check_sample(
             arrays["image"],
             arrays["label"],
             path,
             num_classes=self.num_classes,
-            ndim=2 if self.split == "train" else 3,
+            ndim=SPLITS[self.split].ndim,
         )
         return {"image": image, "label": label, "index": index}
 
     def geometry(self, index: int) -> dict[str, tuple[float, ...]] | None:
-        """Spacing, origin and direction of a volume's scan; None if they are not stored."""
+        """Return spacing, origin and direction of a volume's scan; None if they are not stored."""
         return read_geometry(self.paths[index])
 
     def orientation(self, index: int) -> str | None:
-        """What the axes of a volume run towards, as LPS; None: it lies as its scan."""
+        """Return the directions of a volume's axes, e.g. LPS; None: the axes of its scan."""
         return read_orientation(self.paths[index])
 
     def count_slices(self) -> int:
-        """Slices of all volumes together."""
+        """Return the number of slices in all volumes together."""
         total = 0
         for path in self.paths:
             with h5py.File(path, "r") as file:
@@ -135,34 +147,37 @@ class Synapse_dataset(Dataset):
         return total
 
     def only(self, indices: Sequence[int]) -> Synapse_dataset:
-        """The same data set with some of its samples, in the order given."""
+        """Return a data set with only these samples, in this order."""
         part = copy.copy(self)
         part.sample_list = [self.sample_list[index] for index in indices]
         part.paths = [self.paths[index] for index in indices]
         return part
 
     def check(self, workers: int = 4) -> list[SampleFacts]:
-        """Read every sample once, so that faulty ones stop a run before it starts.
+        """Read every sample once, so that a faulty file stops a run before it starts.
 
         Raises:
-            InputError: the first faulty file, and how many more there are.
+            InputError: the first faulty file, and the number of other faulty files.
         """
         facts: list[SampleFacts] = []
         errors: list[InputError] = []
         with ThreadPoolExecutor(workers) as pool:
-            readings = pool.map(self._facts, range(len(self)))
-            for reading in tqdm(
-                readings, total=len(self), desc=f"checking {self.split}", leave=False, disable=None
+            results = pool.map(self._facts, range(len(self)))
+            for result in tqdm(
+                results, total=len(self), desc=f"checking {self.split}", leave=False, disable=None
             ):
-                (errors if isinstance(reading, InputError) else facts).append(reading)
+                if isinstance(result, InputError):
+                    errors.append(result)
+                else:
+                    facts.append(result)
         if len(errors) > 1:
             raise InputError(f"{errors[0]}; {len(errors) - 1} more files are faulty")
         if errors:
             raise errors[0]
-        colour = [one.name for one in facts if one.colour]
+        colour = [sample.name for sample in facts if sample.colour]
         if colour and len(colour) < len(facts):
             raise InputError(
-                f"{self.list_path} names grey images and {len(colour)} in colour: "
+                f"{self.list_path} names grey images and {len(colour)} images in colour: "
                 f"{first_few(colour)}; prepare all of them together"
             )
         return facts
@@ -186,23 +201,25 @@ class Synapse_dataset(Dataset):
 
 
 def find_list(data_dir: Path, list_dir: str | Path | None, split: str) -> Path:
-    """The list file of a split: the one asked for, or the data's own, or the published one."""
+    """Return the list file of a split: in `list_dir`, else beside the data, else the published."""
     name = f"{split}.txt"
     if list_dir is not None:
         return require_file(Path(list_dir) / name, what="list", remedy="check --list_dir")
-    own = [folder / "lists" / name for folder in (data_dir, data_dir.parent)]
-    return next((path for path in own if path.is_file()), PUBLISHED_LISTS / name)
+    beside_data = [folder / "lists" / name for folder in (data_dir, data_dir.parent)]
+    return next((path for path in beside_data if path.is_file()), PUBLISHED_LISTS / name)
 
 
 def read_list(path: Path) -> list[str]:
-    """The names in a list file, one a line; none may leave the data folder."""
+    """Read the names in a list file, one per line; no name may leave the data folder."""
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     names = [safe_name(line.strip(), source=path) for line in lines if line.strip()]
     if not names:
-        raise InputError(f"list {path} is empty; expected one case or slice name a line")
-    repeated = sorted({name for name in names if names.count(name) > 1}) if _repeats(names) else []
+        raise InputError(f"list {path} is empty, expected one case or slice name per line")
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
-        raise InputError(f"list {path} names {first_few(repeated)} more than once; remove them")
+        raise InputError(
+            f"list {path} names {first_few(repeated)} more than once; remove the repeated lines"
+        )
     return names
 
 
@@ -211,10 +228,10 @@ class RandomGenerator:
 
     Args:
         output_size: (rows, columns) of the network's input.
-        low_res: (rows, columns) of its logits.
-        seed: with one, the choices about a sample are keyed by (seed, epoch, index) and `epoch`
-            must be set before each; without, they come from torch's random state, which data
-            loader workers advance anew in every epoch.
+        low_res: (rows, columns) of the network's logits.
+        seed: if given, the random choices depend only on (seed, epoch, index), and the caller must
+            set `epoch` before each epoch. If None, they come from torch's random state, which
+            differs between data loader workers and epochs.
     """
 
     def __init__(
@@ -226,7 +243,7 @@ class RandomGenerator:
         self.epoch = 0
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """From `image`, `label` (H, W) to `image` (3, S, S), `label`, `low_res_label`."""
+        """Turn `image`, `label` (H, W) into `image` (3, S, S), `label` and `low_res_label`."""
         if self.seed is None:
             rng = np.random.default_rng(int(torch.randint(2**62, ())))
         else:
@@ -239,7 +256,3 @@ class RandomGenerator:
             low_res=self.low_res,
         )
         return {key: value[0] for key, value in batch.items()} | {"label": batch["label"][0].long()}
-
-
-def _repeats(names: list[str]) -> bool:
-    return len(set(names)) != len(names)

@@ -1,4 +1,4 @@
-"""How the values of a scan or picture become an image in [0, 1], and what they cannot be."""
+"""Rules that map the values of a scan or picture to an image in [0, 1], and their checks."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ import numpy as np
 from common.errors import InputError, warn
 
 WINDOW, PERCENTILES, RANGE = "window", "percentiles", "range"
-FAT = -50.0  # HU: in every scan something is darker, unless it is cropped to one organ
+FAT = -50.0  # HU; every scan has darker voxels, unless it is cropped to a single organ
 
 
 @dataclass(frozen=True)
 class Intensity:
-    """How the values of a scan become an image in [0, 1]: `low` and `high` go to 0 and 1."""
+    """A rule that maps the values of a scan to [0, 1]: `low` becomes 0 and `high` becomes 1."""
 
-    rule: str  # WINDOW: HU; PERCENTILES: of each scan's own values; RANGE: of a picture's type
+    # WINDOW: limits in HU; PERCENTILES: percentiles of each scan; RANGE: limits in grey values.
+    rule: str
     low: float
     high: float
-    sure: bool = False  # WINDOW: the user said so; values that look otherwise are only warned of
+    # WINDOW: the user asked for this rule, so values that do not look like HU are only a warning.
+    sure: bool = False
 
     def limits(self, image: np.ndarray, source: object) -> tuple[float, float]:
-        """The values of this scan that become 0 and 1.
+        """Return the values of this scan that become 0 and 1.
 
         Args:
-            image: its voxels, any shape.
-            source: its path, for messages.
+            image: voxels, any shape.
+            source: path of the scan, for messages.
 
         Raises:
-            InputError: the values cannot be what the rule is for.
+            InputError: the values do not fit the rule.
         """
         smallest, largest = float(image.min()), float(image.max())
         if self.rule == PERCENTILES:
             low, high = np.percentile(image, (self.low, self.high)).tolist()
             if low < high:
                 return low, high
-            if smallest < largest:  # nearly all voxels have one value, as in a mask
+            if smallest < largest:  # nearly all voxels have the same value, as in a mask
                 return smallest, largest
             raise InputError(f"{source} holds {smallest:g} everywhere, expected an image")
         if self.rule == WINDOW:
@@ -46,40 +48,45 @@ class Intensity:
         return self.low, self.high
 
     def _check_hounsfield(self, smallest: float, largest: float, source: object) -> None:
-        """Fractions, grey values, MR, and CT stored from 0 have nothing as dark as fat or air."""
-        told = f"{source} holds intensities from {smallest:g} to {largest:g}"
+        """Refuse values that are not HU: nothing is as dark as fat or air.
+
+        This finds fractions, grey values, MR, and CT that is stored with an offset of 1024.
+        """
+        values = f"{source} holds intensities from {smallest:g} to {largest:g}"
         if smallest >= FAT:
-            doubt = f"{told}, which do not look like Hounsfield units (expected some below {FAT:g})"
+            problem = (
+                f"{values}, which do not look like Hounsfield units (expected some below {FAT:g})"
+            )
             if not self.sure:
                 raise InputError(
-                    f"{doubt}; give the scan as the scanner wrote it, or prepare the data with "
-                    "--intensity ct if that is what they are"
+                    f"{problem}; use the scan as the scanner wrote it, or prepare the data with "
+                    "--intensity ct if the values are Hounsfield units"
                 )
-            warn(f"{doubt}; they were taken as such")
+            warn(
+                f"{problem}; they are used as Hounsfield units because --intensity or --window "
+                "asked for it"
+            )
         if largest <= self.low or smallest >= self.high:
             raise InputError(
-                f"{told}, of which {self.low:g}…{self.high:g} shows nothing; pass another --window "
-                "when the data are prepared, or another scan"
+                f"{values}, which all lie outside the window {self.low:g}…{self.high:g}; prepare "
+                "the data with another --window, or use another scan"
             )
 
     def _check_grey_values(
-        self, kind: np.dtype, smallest: float, largest: float, source: object
+        self, dtype: np.dtype, smallest: float, largest: float, source: object
     ) -> None:
-        """What is of another type than the data that were trained on would be black or white."""
-        full = 255 if self.high <= 255 else 65535  # limits may be narrower than the type
-        if full > 255 and kind == np.uint8:
+        """Refuse pictures of another type than the training data: they would be black or white."""
+        full = 255 if self.high <= 255 else 65535  # `low` and `high` may be narrower than the type
+        if full > 255 and dtype == np.uint8:
             raise InputError(
-                f"{source} holds 8 bits a pixel, the data set is of 16; convert it to 16 bits"
+                f"{source} holds 8 bits per pixel but the data set has 16; convert it to 16 bits"
             )
+        expected = f"expected 0…{full} as in the training data; convert it"
         if smallest < min(0, self.low) or largest > full:
+            raise InputError(f"{source} holds values from {smallest:g} to {largest:g}, {expected}")
+        if dtype.kind == "f" and largest <= 1 < self.high:
             raise InputError(
-                f"{source} holds values from {smallest:g} to {largest:g}, expected "
-                f"0…{full} as in the data that were trained on; convert it"
-            )
-        if kind.kind == "f" and largest <= 1 < self.high:
-            raise InputError(
-                f"{source} holds fractions from {smallest:g} to {largest:g}, expected 0…{full} as "
-                "in the data that were trained on; convert it"
+                f"{source} holds fractions from {smallest:g} to {largest:g}, {expected}"
             )
 
     def __str__(self) -> str:
@@ -92,7 +99,7 @@ class Intensity:
 
 
 def to_unit(image: np.ndarray, low: float, high: float) -> np.ndarray:  # (…) -> (…) float32
-    """Clip to `low`…`high` and map them to 0 and 1."""
+    """Clip values to `low`…`high` and map these limits to 0 and 1."""
     unit = image.astype(np.float32)
     np.clip(unit, low, high, out=unit)
     unit -= low
@@ -102,19 +109,19 @@ def to_unit(image: np.ndarray, low: float, high: float) -> np.ndarray:  # (…) 
 
 def with_channels(
     unit: np.ndarray, channels: int, source: object
-) -> np.ndarray:  # (D, H, W) or (D, 3, H, W) -> (D, H, W), or (D, 3, H, W) for 3 channels
-    """Repeat grey where the data set is in colour.
+) -> np.ndarray:  # (D, H, W) or (D, 3, H, W) -> (D, H, W) for 1 channel, (D, 3, H, W) for 3
+    """Repeat a grey image three times if the data set is in colour.
 
     Raises:
-        InputError: colour where the data set is grey.
+        InputError: the image is in colour but the data set is grey.
     """
     if channels == 1 and unit.ndim == 4:
-        raise InputError(f"{source} is in colour, the data set is grey; convert it to grey")
+        raise InputError(f"{source} is in colour but the data set is grey; convert it to grey")
     if channels == 3 and unit.ndim == 3:
         return np.repeat(unit[:, None], 3, axis=1)
     return unit
 
 
-CT = Intensity(WINDOW, -125.0, 275.0)
-MR = Intensity(PERCENTILES, 0.5, 99.5)
-PICTURE = Intensity(RANGE, 0.0, 255.0)
+CT = Intensity(rule=WINDOW, low=-125.0, high=275.0)
+MR = Intensity(rule=PERCENTILES, low=0.5, high=99.5)
+PICTURE = Intensity(rule=RANGE, low=0.0, high=255.0)

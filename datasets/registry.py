@@ -1,8 +1,8 @@
-"""What a data set is: classes, label values, intensity rule, orientation, published split.
+"""Descriptions of data sets: classes, label values, intensity rule, orientation, published split.
 
-Synapse is a row of `DATASETS`. `preprocess.prepare` makes the row of any other data set from its
-`dataset.json` or its files, and it travels as plain JSON: in the prepared folder (`SPEC_FILE`), in
-the run's configuration and inside the adapter.
+Synapse is a row of `DATASETS`. `preprocess.prepare` makes the description of any other data set
+from its `dataset.json` or its files. A description is stored as plain JSON in the prepared folder
+(`SPEC_FILE`), in the run's configuration and inside the adapter.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError, first_few
-
-from .intensity import CT, PERCENTILES, RANGE, WINDOW, Intensity
-from .names import case_names
+from datasets.intensity import CT, PERCENTILES, RANGE, WINDOW, Intensity
+from datasets.names import case_names
 
 SPEC_FILE = "dataset_spec.json"  # beside train_npz/ and test_vol_h5/
-SUMMARY_FILE = "preprocess.json"  # there too: what preparation did, case by case
-AXIS_PAIRS = ("RL", "AP", "IS")  # what the letters of an orientation are chosen from
+SUMMARY_FILE = "preprocess.json"  # beside them too: what preprocessing did with each case
+AXIS_PAIRS = ("RL", "AP", "IS")  # an orientation has one letter of each pair
 LONGEST_NAME = 80  # bytes of a class name, which becomes part of file names
 
 
@@ -29,31 +28,31 @@ class DatasetSpec:
     """One data set: how its scans become images in [0, 1] and classes 0…num_classes."""
 
     name: str
-    class_names: tuple[str, ...]  # of the classes 1…num_classes, in order
-    raw_labels: dict[int, int]  # raw label value -> class; others but 0 are an error
+    class_names: tuple[str, ...]  # of classes 1…num_classes, in order
+    raw_labels: dict[int, int]  # raw label value -> class; unknown values except 0 are errors
     ignored_labels: tuple[int, ...]  # raw values that become 0
-    predicted_values: tuple[int, ...]  # of the classes in the files that predict.py writes
+    predicted_values: tuple[int, ...]  # the value of each class in the files of predict.py
     intensity: Intensity
-    orientation: str | None = None  # letters that the axes x, y, z run towards; None: as stored
+    orientation: str | None = None  # directions of the axes x, y, z, e.g. LPS; None: as stored
     channels: int = 1  # of an image: 1 grey, 3 colour
-    channel: int | None = None  # which one of several was taken, as MR sequences; None: the only
-    size: int | None = None  # side of the training slices; None: the scan's own
+    channel: int | None = None  # the channel in use, e.g. an MR sequence; None: there is only one
+    size: int | None = None  # side of the training slices; None: the size of the scan
     train_cases: tuple[str, ...] = ()  # in the order of the published list
     test_cases: tuple[str, ...] = ()
-    pictures: bool | None = None  # whether the images are 2-D files; None: as the rule says
+    pictures: bool | None = None  # whether images are 2-D files; None: the intensity rule decides
 
     @property
     def num_classes(self) -> int:
-        """Foreground classes; the network adds background as class 0."""
+        """The number of foreground classes; the network adds background as class 0."""
         return len(self.class_names)
 
     @property
     def is_pictures(self) -> bool:
-        """Whether its images are 2-D files."""
+        """Whether the images are 2-D files."""
         return self.intensity.rule == RANGE if self.pictures is None else self.pictures
 
     def of_plain_classes(self, count: int) -> DatasetSpec:
-        """The same with other classes, of which only the number is known: `class 1` …"""
+        """Return the same data set with `count` unnamed classes: `class 1`, `class 2` …"""
         values = range(1, count + 1)
         return replace(
             self,
@@ -64,10 +63,10 @@ class DatasetSpec:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values that `spec_from_json` reads back.
+        """Return plain values that `spec_from_json` reads back.
 
-        What a spec of before does not have is left out where it says nothing, so that its runs can
-        go on.
+        `pictures` and `sure` came later than the other fields. They are left out while they have
+        their default, so that the description equals the one that earlier runs recorded.
         """
         values = asdict(self)
         if self.pictures is None:
@@ -103,17 +102,17 @@ DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in (SYNAPSE,)}
 
 
 def get_dataset(name: str) -> DatasetSpec:
-    """Look a data set up by the name of `--dataset`."""
+    """Return the data set that `--dataset` names."""
     if name not in DATASETS:
         raise InputError(
-            f"unknown data set {name!r}, expected one of {', '.join(DATASETS)}; data prepared by "
-            "preprocess.prepare need no --dataset"
+            f"unknown data set {name!r}, expected {' or '.join(DATASETS)}; leave out --dataset for "
+            "data that preprocess.prepare wrote"
         )
     return DATASETS[name]
 
 
 def stored_spec(folder: str | Path) -> DatasetSpec | None:
-    """What prepared data say of themselves: the spec beside or above a folder of them, if any."""
+    """Read the description of prepared data from their folder or the folder above, if it exists."""
     folder = Path(folder)
     for path in (folder / SPEC_FILE, folder.parent / SPEC_FILE):
         if path.is_file():
@@ -122,10 +121,10 @@ def stored_spec(folder: str | Path) -> DatasetSpec | None:
 
 
 def read_json(path: Path, *, remedy: str) -> Any:
-    """What a JSON file holds that a user may have edited; a byte order mark is no fault.
+    """Read a JSON file that a user may have edited; a byte order mark is allowed.
 
     Raises:
-        InputError: it is no JSON.
+        InputError: the file is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
@@ -134,24 +133,26 @@ def read_json(path: Path, *, remedy: str) -> Any:
 
 
 def check_class_names(names: Sequence[str], source: object) -> None:
-    """Raise an `InputError` unless tables, colour files and file names can hold all of them."""
+    """Raise an `InputError` for names that do not fit into tables, colour files or file names."""
     for name in names:
         fits = name.isprintable() and 0 < len(name.encode()) <= LONGEST_NAME
         if not fits or name != name.strip() or '"' in name:
             raise InputError(
                 f"{source} has the class name {name!r:.60}, expected 1…{LONGEST_NAME} printable "
-                "characters, without quotes and without blanks at its ends; rename it"
+                "characters without quotes and without spaces at the ends; rename the class"
             )
-    twice = [repr(name) for name in dict.fromkeys(names) if names.count(name) > 1]
-    if twice:
-        raise InputError(f"{source} has the class name {first_few(twice)} twice; rename one")
+    repeated = [repr(name) for name in dict.fromkeys(names) if names.count(name) > 1]
+    if repeated:
+        raise InputError(
+            f"{source} has the class name {first_few(repeated)} twice; rename one of the classes"
+        )
 
 
 def spec_from_json(values: Any, source: object) -> DatasetSpec:
-    """Read back what `DatasetSpec.to_json` made.
+    """Read the values that `DatasetSpec.to_json` made.
 
     Raises:
-        InputError: anything else; `source` is named.
+        InputError: the values are not a valid description; the message names `source`.
     """
     try:
         known = {
@@ -162,35 +163,41 @@ def spec_from_json(values: Any, source: object) -> DatasetSpec:
         known["raw_labels"] = {int(raw): int(v) for raw, v in known["raw_labels"].items()}
         known["intensity"] = Intensity(**known["intensity"])
         spec = DatasetSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
-        texts = (spec.name, *spec.class_names, *spec.train_cases, *spec.test_cases)
-        numbers = (*spec.ignored_labels, *spec.predicted_values)
-        rule = spec.intensity
-        sound = (
-            all(isinstance(text, str) for text in texts)
-            and all(isinstance(number, int) and 0 <= number < 65536 for number in numbers)
-            and set(spec.raw_labels.values()) == set(range(1, spec.num_classes + 1))
-            and len(spec.predicted_values) == spec.num_classes > 0
-            and rule.rule in (WINDOW, PERCENTILES, RANGE)
-            and float(rule.low) < float(rule.high)
-            and isinstance(rule.sure, bool)
-            and (spec.pictures is None or isinstance(spec.pictures, bool))
-            and spec.channels in (1, 3)
-            and (spec.channel is None or 0 <= spec.channel < 65536)
-            and (spec.size is None or 0 < spec.size < 65536)
-            and (spec.orientation is None or is_orientation(spec.orientation))
-        )
+        valid = _is_valid(spec)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        sound = False
-    if not sound:
+        valid = False
+    if not valid:
         raise InputError(
-            f"{source} does not describe a data set as this program writes it; prepare the data "
-            "again"
+            f"{source} does not describe a data set in the form that preprocess writes; prepare "
+            "the data again"
         )
     check_class_names(spec.class_names, source)
     return spec
 
 
+def _is_valid(spec: DatasetSpec) -> bool:
+    """Return whether the fields have the right types and fit together; may raise as well."""
+    texts = (spec.name, *spec.class_names, *spec.train_cases, *spec.test_cases)
+    label_values = (*spec.ignored_labels, *spec.predicted_values)
+    intensity = spec.intensity
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(value, int) and 0 <= value < 65536 for value in label_values)
+        and set(spec.raw_labels.values()) == set(range(1, spec.num_classes + 1))
+        and len(spec.predicted_values) == spec.num_classes > 0
+        and intensity.rule in (WINDOW, PERCENTILES, RANGE)
+        and float(intensity.low) < float(intensity.high)
+        and isinstance(intensity.sure, bool)
+        and (spec.pictures is None or isinstance(spec.pictures, bool))
+        and spec.channels in (1, 3)
+        and (spec.channel is None or 0 <= spec.channel < 65536)
+        and (spec.size is None or 0 < spec.size < 65536)
+        and (spec.orientation is None or is_orientation(spec.orientation))
+    )
+
+
 def is_orientation(letters: str) -> bool:
-    """Whether the letters name three axes, as LPS."""
-    pairs = sorted("".join(pair) for pair in AXIS_PAIRS for one in letters if one in pair)
-    return len(letters) == 3 and pairs == sorted(AXIS_PAIRS)
+    """Return whether the letters are the directions of three axes, e.g. LPS."""
+    return len(letters) == 3 and all(
+        sum(letter in pair for letter in letters) == 1 for pair in AXIS_PAIRS
+    )

@@ -1,9 +1,9 @@
 """`scipy.ndimage.zoom`, exactly, as two small matrix products, batched and on any device.
 
-Zoom is linear and separable in the image: order 3 is ``A @ image @ B.T`` with A and B made once per
-size pair from scipy's own zoom of unit vectors, and order 0 is a gather of rows and columns.
-That keeps a trait the published numbers contain: at some size pairs (512 -> 224 among them)
-scipy's last coordinate rounds past the edge and the last row and column come out as 0.
+Zoom is linear and separable. Order 3 is ``A @ image @ B.T``, where A and B come from scipy's own
+zoom of unit vectors and are made once for each pair of sizes. Order 0 is a gather of rows and
+columns. This keeps a property of the published numbers: at some pairs of sizes (512 -> 224 among
+them) scipy's last coordinate rounds past the edge, so the last row and column become 0.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ NEGLIGIBLE = 1e-9  # weights of a zoom matrix, whose rows sum to 1
 
 
 def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Zoom with cubic splines (order 3), as `scipy.ndimage.zoom` does slice by slice.
+    """Zoom each slice with cubic splines, as `scipy.ndimage.zoom(order=3)` does.
 
     Args:
         images: (..., H, W), floating point.
         size: target (rows, columns).
 
     Returns:
-        (..., rows, columns), same dtype and device; unchanged where the size is already right,
-        as the original leaves such slices alone.
+        (..., rows, columns), same dtype and device. Images that have the target size already are
+        returned unchanged, as in the original.
     """
     height, width = images.shape[-2:]
     rows, columns = size
@@ -44,7 +44,7 @@ def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def resize_labels(labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Zoom with nearest neighbour (order 0), as `scipy.ndimage.zoom` does slice by slice.
+    """Zoom each slice with nearest neighbour, as `scipy.ndimage.zoom(order=0)` does.
 
     Args:
         labels: (..., H, W), any dtype.
@@ -60,7 +60,7 @@ def resize_labels(labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     row_index, row_outside = zoom_index(height, rows, labels.device)
     column_index, column_outside = zoom_index(width, columns, labels.device)
     resized = labels.index_select(-2, row_index).index_select(-1, column_index)
-    # index_select made a new tensor, so filling it in place does not touch the caller's
+    # `index_select` made a new tensor, so the caller's labels do not change here.
     resized.index_fill_(-2, row_outside, 0)
     return resized.index_fill_(-1, column_outside, 0)
 
@@ -69,11 +69,11 @@ def resize_labels(labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def zoom_blocks(
     source: int, target: int, device: torch.device, dtype: torch.dtype
 ) -> list[tuple[int, int, torch.Tensor]]:  # (start, stop, (rows, stop - start))
-    """The matrix of a one-dimensional order-3 zoom, cut into blocks of its rows.
+    """Return the matrix of a one-dimensional order-3 zoom, cut into blocks of rows.
 
-    A spline's weights fall by a factor of four from sample to sample, so each block needs only
-    the columns `start`…`stop`; what lies outside is too small to change a float32. On a GPU one
-    product of the whole matrix is faster than several small ones.
+    The weights of a spline fall by a factor of four from sample to sample. Each block therefore
+    needs only the columns `start`…`stop`; the others are too small to change a float32. On a GPU
+    there is one block, because one large product is faster than several small products.
     """
     matrix = zoom_matrix(source, target)
     count = 1 if device.type == "cuda" else math.ceil(max(source, target) / BLOCK)
@@ -88,7 +88,7 @@ def zoom_blocks(
 
 @lru_cache(maxsize=64)
 def zoom_matrix(source: int, target: int) -> np.ndarray:  # (target, source), float64
-    """The matrix of a one-dimensional order-3 zoom: column j is the zoomed j-th unit vector."""
+    """Return the matrix of a one-dimensional order-3 zoom; column j is the zoomed unit vector j."""
     units = np.eye(source)
     factor = target / source
     return np.stack([ndimage.zoom(unit, factor, order=3) for unit in units], axis=1)
@@ -96,7 +96,7 @@ def zoom_matrix(source: int, target: int) -> np.ndarray:  # (target, source), fl
 
 @contextlib.contextmanager
 def _full_float32(device: torch.device) -> Iterator[None]:
-    """No TF32 in here, whatever the network runs with: it would round slices to 10 bits."""
+    """Switch TF32 off for a while, because it would round slices to 10 bits."""
     if device.type != "cuda":
         yield
         return
@@ -111,9 +111,12 @@ def _full_float32(device: torch.device) -> Iterator[None]:
 @lru_cache(maxsize=256)
 def zoom_index(
     source: int, target: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:  # (target,) int64; positions that lie outside, int64
-    """Which source element each target element takes in a one-dimensional order-0 zoom."""
-    numbered = np.arange(1, source + 1, dtype=np.float64)  # 0 is left to mean "outside"
+) -> tuple[torch.Tensor, torch.Tensor]:  # both int64: (target,), (positions outside,)
+    """Return the source index of each target element in a one-dimensional order-0 zoom.
+
+    The second tensor holds the target positions that lie outside the source.
+    """
+    numbered = np.arange(1, source + 1, dtype=np.float64)  # 0 means "outside"
     taken = ndimage.zoom(numbered, target / source, order=0).astype(np.int64)
     index = torch.from_numpy(np.maximum(taken - 1, 0))
     outside = torch.from_numpy(np.flatnonzero(taken == 0))

@@ -488,7 +488,7 @@ REFUSED = {
     "8 bits for a network of 16": (
         lambda: np.full((3, 9, 9), 200, np.uint8),
         {"intensity": Intensity(RANGE, 0.0, 65535.0)},
-        "8 bits a pixel",
+        "8 bits per pixel",
     ),
     "too large values": (
         lambda: np.full((3, 9, 9), 4000, np.int16),

@@ -193,7 +193,7 @@ def test_slices_that_count_as_cases_are_reported(
     rename_slices(data, pattern)
     train.main(["--root_path", str(data), *TINY_FLAGS, *FLAGS, "--val_every", "1", "--check"])
     page = capsys.readouterr().out
-    assert ("12 slices named as case0005_000 count as 12 cases, not 4" in page) == warned
+    assert ("12 slices named like case0005_000 count as 12 cases, not 4" in page) == warned
     assert ("<case>_slice<number>" in page) == warned
 
 

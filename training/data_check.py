@@ -15,7 +15,7 @@ from common.errors import InputError, first_few
 from config.settings import class_names
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.names import case_of, mistaken_slices
-from datasets.samples import SampleFacts
+from datasets.prepared_files import SampleFacts
 from lora.model import LoRAModel
 from training.memory import GIB, estimate_training_memory
 

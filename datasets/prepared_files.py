@@ -1,4 +1,4 @@
-"""Reading one slice or volume of prepared data, with every check that a user's data needs."""
+"""Reading and checking of prepared slices and volumes."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ import h5py
 import numpy as np
 
 from common.errors import InputError, first_few
+from datasets.registry import is_orientation
 
-from .registry import is_orientation
-
-# Intensities are HU mapped to [0, 1]; cubic zoom overshoots by a few tenths at sharp edges.
+# Prepared images lie in [0, 1]; cubic zoom overshoots by a few tenths at sharp edges.
 PLAUSIBLE_RANGE = (-1.0, 2.0)
-# Attributes of a test volume and how many numbers each has, in SimpleITK's order.
+# Attributes of a test volume in SimpleITK's order, and how many numbers each has.
 GEOMETRY = {"spacing": 3, "origin": 3, "direction": 9}
 
 
 @dataclass(frozen=True)
 class SampleFacts:
-    """What was seen of one slice or volume."""
+    """Facts about one slice or volume."""
 
     name: str
     shape: tuple[int, ...]  # of the label
     colour: bool
-    low: float  # intensities, about [0, 1]
-    high: float
+    low: float  # smallest intensity, about 0
+    high: float  # largest intensity, about 1
     voxels: tuple[int, ...]  # of each class, background first
-    digest: str  # of the image; equal images have equal ones
+    digest: str  # of the image: equal images have equal digests
 
 
 def check_sample(
     image: np.ndarray, label: np.ndarray, path: Path, *, num_classes: int, ndim: int
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 (…, H, W) or (…, 3, H, W), uint8 (…, H, W)
-    """Return a sample in the dtypes that training takes, or say what is wrong with its file.
+    """Check a slice or volume, and return it in the dtypes for training.
 
     Raises:
-        InputError: shapes, labels outside 0…num_classes, NaN, or intensities not about [0, 1].
+        InputError: wrong shapes, labels outside 0…num_classes, NaN, or intensities far outside
+            [0, 1].
     """
     colour = (*label.shape[:-2], 3, *label.shape[-2:])
     if image.shape not in (label.shape, colour) or label.ndim != ndim or not image.size:
@@ -47,34 +47,42 @@ def check_sample(
         )
     for name, array in (("image", image), ("label", label)):
         if array.dtype.kind not in "fiub":
-            raise InputError(f"{path} holds {name} values of type {array.dtype}, expected numbers")
+            raise InputError(
+                f"{path} holds {name} values of type {array.dtype}, expected numbers; run "
+                "preprocess again"
+            )
     low, high = float(image.min()), float(image.max())  # NaN propagates to both
     if not (np.isfinite(low) and np.isfinite(high)):
         raise InputError(f"{path} holds NaN or infinite intensities; run preprocess again")
     if low < PLAUSIBLE_RANGE[0] or high > PLAUSIBLE_RANGE[1]:
         raise InputError(
             f"{path} holds intensities from {low:g} to {high:g}, which look like raw HU or grey "
-            "values where [0, 1] is expected; run preprocess on the raw scans"
+            "values, expected [0, 1]; run preprocess on the raw scans"
         )
-    as_class = label.astype(np.uint8)
-    if (as_class != label).any() or as_class.max() > num_classes:
+    classes = label.astype(np.uint8)
+    if (classes != label).any() or classes.max() > num_classes:
         values = np.unique(label)
         wrong = [f"{v:g}" for v in values if not (0 <= v <= num_classes and v == int(v))]
         raise InputError(
             f"{path} holds label values {first_few(wrong)}, expected 0…{num_classes}; pass the "
-            "right --num_classes or map the labels by preprocess"
+            "right --num_classes, or map the labels with preprocess"
         )
-    return np.ascontiguousarray(image, dtype=np.float32), as_class
+    return np.ascontiguousarray(image, dtype=np.float32), classes
 
 
 def read_volume_file(path: Path) -> dict[str, np.ndarray]:
+    """Read `image` and `label` of a test volume.
+
+    Raises:
+        InputError: the file is damaged, or lacks `image` or `label`.
+    """
     try:
         with h5py.File(path, "r") as file:
             for key in ("image", "label"):
                 if not isinstance(file.get(key), h5py.Dataset):
                     raise InputError(
                         f"{path} has no data set named {key} (it holds "
-                        f"{', '.join(file) or 'nothing'}); write it by preprocess"
+                        f"{', '.join(file) or 'nothing'}); run preprocess again"
                     )
             return {key: file[key][()] for key in ("image", "label")}
     except InputError:
@@ -86,37 +94,49 @@ def read_volume_file(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_geometry(path: Path) -> dict[str, tuple[float, ...]] | None:
-    """Spacing, origin and direction of a volume's scan in SimpleITK's order; None: not stored.
+    """Read spacing, origin and direction of a volume's scan, in SimpleITK's order.
+
+    Returns:
+        None if the file does not store them.
 
     Raises:
-        InputError: they are no such numbers.
+        InputError: the stored values are not a geometry.
     """
     with h5py.File(path, "r") as file:
         if not all(name in file.attrs for name in GEOMETRY):
             return None
         try:
-            stored = {
+            geometry = {
                 name: tuple(np.asarray(file.attrs[name], dtype=float).reshape(length).tolist())
                 for name, length in GEOMETRY.items()
             }
+            valid = min(geometry["spacing"]) > 0 and all(
+                np.isfinite(numbers).all() for numbers in geometry.values()
+            )
         except (TypeError, ValueError, OSError):
-            stored = {"spacing": (0.0,)}
-    if min(stored["spacing"]) <= 0 or not np.isfinite(sum(stored.values(), ())).all():
-        raise InputError(f"{path} stores a geometry that is none; run preprocess again")
-    return stored
+            valid = False
+    if not valid:
+        raise InputError(
+            f"{path} stores an invalid geometry (spacing must be positive and all values finite); "
+            "run preprocess again"
+        )
+    return geometry
 
 
 def read_orientation(path: Path) -> str | None:
-    """What the axes of a volume's array run towards, as LPS; None: it lies as its scan.
+    """Read the directions of a volume's axes, e.g. LPS.
+
+    Returns:
+        None if the volume has the same axes as its scan.
 
     Raises:
-        InputError: it is stored but names no axes.
+        InputError: the stored value is not an orientation.
     """
     with h5py.File(path, "r") as file:
         letters = file.attrs.get("orientation")
     if letters is not None and not (isinstance(letters, str) and is_orientation(letters)):
         raise InputError(
-            f"{path} stores the orientation {letters!r:.20}, expected letters as LPS; run "
+            f"{path} stores the orientation {letters!r:.20}, expected letters like LPS; run "
             "preprocess again"
         )
     return letters

@@ -59,7 +59,7 @@ class Synapse_dataset(Dataset):
     Args:
         base_dir: folder of the `.npz` slices or `.npy.h5` volumes, or the folder above it.
         list_dir: folder of `train.txt` and `test_vol.txt`; None: the folder `lists` beside the
-            data, or the published split if there is no such folder.
+            data if it exists, else the published split.
         split: "train" or "test_vol".
         transform: called with each training sample, e.g. a `RandomGenerator`.
         num_classes: the largest label that is allowed.

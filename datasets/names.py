@@ -27,7 +27,7 @@ def case_of(name: str) -> str:
 def are_slices(scans: Sequence[str]) -> bool:
     """Return whether files named SCAN_NUMBER are slices of their scans.
 
-    They are if there are several scans, and several files for at least one scan. Otherwise the
+    Files count as slices if there are several scans and some scan has several files. Otherwise the
     number may simply count pictures.
 
     Args:
@@ -39,8 +39,8 @@ def are_slices(scans: Sequence[str]) -> bool:
 def mistaken_slices(names: Sequence[str]) -> list[str]:
     """Return a warning if names like `case0005_002` seem to be slices but count as cases.
 
-    It is only a warning, because pictures may have such names. The rule is the one by which
-    `preprocess` recognises pictures as slices of scans.
+    It is only a warning, because pictures may have these names too. `preprocess` uses the same rule
+    to recognise pictures as slices of scans.
     """
     scans = [match[1] for match in map(NUMBERED.fullmatch, names) if match]
     if len(scans) < len(names) or not are_slices(scans):

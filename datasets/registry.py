@@ -35,7 +35,7 @@ class DatasetSpec:
     intensity: Intensity
     orientation: str | None = None  # directions of the axes x, y, z, e.g. LPS; None: as stored
     channels: int = 1  # of an image: 1 grey, 3 colour
-    channel: int | None = None  # the channel in use, e.g. an MR sequence; None: there is only one
+    channel: int | None = None  # channel in use, e.g. an MR sequence; None: no choice
     size: int | None = None  # side of the training slices; None: the size of the scan
     train_cases: tuple[str, ...] = ()  # in the order of the published list
     test_cases: tuple[str, ...] = ()

@@ -49,12 +49,12 @@ def test_series_below_a_series_are_reported(tmp_path: Path, capsys: pytest.Captu
     top = write_dicom(tmp_path / "series", volume(), placed("LPS"))
     write_dicom(top / "old" / "b", volume(), placed("LPS"))
     assert [scan.name for scan in find_scans(top)] == ["series"]
-    assert "folders below are left out: old/b" in capsys.readouterr().err
+    assert "series below it are left out: old/b" in capsys.readouterr().err
 
 
 def test_files_in_folders_below_are_not_searched(tmp_path: Path):
     write_volume(tmp_path / "p1" / "scan.nii.gz", volume(), placed("LPS"))
-    with pytest.raises(InputError, match="below it only DICOM is looked for"):
+    with pytest.raises(InputError, match="in subfolders only DICOM is looked for"):
         find_scans(tmp_path)
 
 

@@ -137,9 +137,9 @@ def test_dicom_is_ordered_by_position(tmp_path: Path, letters: str):
 
 
 BAD_SERIES = {
-    "missing": ([0, 1, 3, 4, 5], "missing or unevenly spaced: between"),
-    "uneven": ([0, 1, 2.1, 3, 4], "missing or unevenly spaced"),
-    "doubled": ([0, 1, 1, 2, 3], "doubled slices at"),
+    "missing": ([0, 1, 3, 4, 5], "missing or unevenly spaced slices: between"),
+    "uneven": ([0, 1, 2.1, 3, 4], "missing or unevenly spaced slices"),
+    "doubled": ([0, 1, 1, 2, 3], "duplicate slices at"),
 }
 
 
@@ -195,7 +195,7 @@ def test_which_files_are_found(tmp_path: Path):
         find_scans(tmp_path)
     with pytest.raises(MissingFileError, match="does not exist"):
         find_scans(tmp_path / "none")
-    with pytest.raises(InputError, match="no scan or picture by its name"):
+    with pytest.raises(InputError, match="is not a scan or picture by its suffix"):
         find_scans(tmp_path / "notes.txt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no scan"):
@@ -277,9 +277,13 @@ def test_a_channel_of_a_4d_file(tmp_path: Path):
 @pytest.mark.parametrize(
     ("names", "chosen", "told"),
     [
-        ("pat_0001 pat_0002 pat_0004", "pat_0001 pat_0002 pat_0004", ""),  # scans
-        ("s_0000 s_0001 s_0002 plain", "s_0001 plain", "left out as others: s_0000, s_0002"),
-        ("s_0000 t_0000 t_0001", "s_0000 t_0001", "by their names of another: s_0000"),
+        ("pat_0001 pat_0002 pat_0004", "pat_0001 pat_0002 pat_0004", ""),  # of one volume each
+        (
+            "s_0000 s_0001 s_0002 plain",
+            "s_0001 plain",
+            "of other channels are left out: s_0000, s_0002",
+        ),
+        ("s_0000 t_0000 t_0001", "s_0000 t_0001", "have the name of another channel: s_0000"),
     ],
 )
 def test_channel_files_and_numbered_scans_are_distinguished(

@@ -421,15 +421,17 @@ ROWS = [
           "stores an invalid geometry"),
     Wrong(E, "a tolerance below 0", nothing, "--nsd_tolerance is -1", ("--nsd_tolerance", "-1")),
     Wrong(S, "the scan is not there", nothing, "does not exist", ("--input", "none.nii.gz")),
-    Wrong(S, "a file of another kind", junk("a.txt"), "no scan or picture", ("--input", "a.txt")),
+    Wrong(S, "a file of another kind", junk("a.txt"), "is not a scan or picture",
+          ("--input", "a.txt")),
     Wrong(S, "a folder without scans", lambda f: (f / "empty").mkdir(), "holds no scan",
           ("--input", "empty")),
-    Wrong(S, "two scans of one name", two_of_a_name, "would have one name", ("--input", "in")),
+    Wrong(S, "two scans of one name", two_of_a_name, "would have the same name",
+          ("--input", "in")),
     Wrong(S, "a scan cut short", cut("scan.nii.gz"), "damaged or cut short"),
     Wrong(S, "MR for a CT network", scan(ONES), "do not look like Hounsfield units"),
-    Wrong(S, "a DICOM slice is missing", dicom([0, 1, 3, 4, 5]), "missing or unevenly spaced",
-          ("--input", "series")),
-    Wrong(S, "a DICOM slice is there twice", dicom([0, 1, 1, 2, 3]), "doubled slices",
+    Wrong(S, "a DICOM slice is missing", dicom([0, 1, 3, 4, 5]),
+          "missing or unevenly spaced slices", ("--input", "series")),
+    Wrong(S, "a DICOM slice is there twice", dicom([0, 1, 1, 2, 3]), "duplicate slices",
           ("--input", "series")),
     Wrong(S, "base weights for an adapter", lambda f: torch.save(
         {"image_encoder.pos_embed": torch.zeros(1)}, f / "b.pth"), "looks like base weights",
@@ -443,8 +445,8 @@ ROWS = [
     Wrong(S, "labels of others in the output", lambda f: (f / "out").mkdir() or shutil.copy(
         f / "scan.nii.gz", f / "out"), "which predict.py has not written"),
     Wrong(S, "scans lie in subfolders alone", lambda f: (f / "in" / "p1").mkdir(parents=True)
-          or shutil.copy(f / "scan.nii.gz", f / "in" / "p1"), "below it only DICOM is looked for",
-          ("--input", "in")),
+          or shutil.copy(f / "scan.nii.gz", f / "in" / "p1"),
+          "in subfolders only DICOM is looked for", ("--input", "in")),
     Wrong(S, "the last DICOM slice is cut short", lambda f: dicom([0, 1, 2, 3, 4])(f) or cut(
         str(max((f / "series").iterdir()).relative_to(f)))(f), "cannot be read as slices",
           ("--input", "series")),

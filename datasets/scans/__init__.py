@@ -1,1 +1,1 @@
-"""Scans, DICOM series and pictures as users have them: found, read, turned, and label files."""
+"""Scans, DICOM series, pictures and label files of users: finding, reading, turning, writing."""

@@ -1,5 +1,7 @@
-"""Segmentations as other programs read them: label files in the scan's own geometry, and the
-tables of names and colours of ITK-SNAP and 3D Slicer.
+"""Label files that other programs read.
+
+Segmentations are written with the geometry of their scan. Tables hold the names and colours of the
+classes for ITK-SNAP and 3D Slicer.
 """
 
 from __future__ import annotations
@@ -22,19 +24,30 @@ from datasets.scans.files import DICOM, ScanFile
 from datasets.scans.volumes import Geometry, read_header, unpacked, write_volume
 
 NIFTI = (".nii.gz", ".nii")
-# What a segmentation of another format is written as; the others keep theirs. NIfTI rounds
-# geometry to 32 bits, which a DICOM series' is not.
+# The format of the label file where it is not the format of the scan. A DICOM series does not
+# become NIfTI, because NIfTI rounds the geometry to 32 bits.
 FORMATS = {".nhdr": ".nrrd", ".mhd": ".mha", DICOM: ".mha"}
 NIFTI_GEOMETRY = (
-    *("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x"),
-    *("qoffset_y", "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z"),
+    "pixdim",
+    "xyzt_units",
+    "qform_code",
+    "quatern_b",
+    "quatern_c",
+    "quatern_d",
+    "qoffset_x",
+    "qoffset_y",
+    "qoffset_z",
+    "sform_code",
+    "srow_x",
+    "srow_y",
+    "srow_z",
 )
-GZIP_LEVEL = 1  # labels shrink a hundredfold all the same
+GZIP_LEVEL = 1  # the fastest level shrinks labels a hundredfold already
 NRRD_GEOMETRY = (b"space:", b"space dimension:", b"space directions:", b"space origin:")
 
 
 def label_suffix(scan: ScanFile, wanted: str | None = None) -> str:
-    """The suffix of a scan's label file."""
+    """Return the suffix of the label file of a scan; pictures do not follow `wanted`."""
     if scan.is_picture:
         return ".png"
     return wanted or FORMATS.get(scan.suffix, scan.suffix)
@@ -43,14 +56,11 @@ def label_suffix(scan: ScanFile, wanted: str | None = None) -> str:
 def write_labels(
     path: Path, labels: np.ndarray, scan: ScanFile, geometry: Geometry | None, spec: DatasetSpec
 ) -> None:
-    """Write a segmentation with the values of its data set, where the scan lay.
-
-    In the scan's own format the geometry is the scan's to the last bit: what its header says is
-    taken over, not computed anew.
+    """Write a segmentation with the label values of its data set and the geometry of its scan.
 
     Args:
-        labels: classes (D, H, W), of a picture (1, H, W), uint8.
-        geometry: of the scan; None: a picture.
+        labels: classes (D, H, W), or (1, H, W) of a picture, uint8.
+        geometry: of the scan; None for a picture.
     """
     values = np.array((0, *spec.predicted_values))
     values = values.astype(np.uint8 if values.max() < 256 else np.uint16)
@@ -61,25 +71,26 @@ def write_labels(
 
 
 def write_like(path: Path, array: np.ndarray, scan: ScanFile, geometry: Geometry) -> None:
-    """Write (D, H, W) voxels where the scan lies, or nothing.
+    """Write (D, H, W) voxels with the geometry of a scan, or no file at all.
 
-    Where the formats agree its header's geometry is taken over; another format may round it.
+    In the format of the scan the geometry is copied from its header, so it is equal to the last
+    bit. Another format may round it.
 
     Raises:
-        InputError: the file cannot be written, or would not lie where the scan lies.
+        InputError: the file cannot be written, or its geometry would differ from the scan's.
     """
     both_nifti = path.name.endswith(NIFTI) and scan.suffix in NIFTI
     exact = both_nifti or path.name.endswith(label_suffix(scan))
 
     def finish(temporary: Path) -> None:
         if exact and path.suffix == ".nrrd":
-            _take_over_nrrd_geometry(temporary, scan.path)
+            _copy_nrrd_geometry(temporary, scan.path)
         _, found = read_header(temporary)
         if found != geometry if exact else not found.matches(geometry):
-            told = "; ".join(found.differences(geometry)) or "its last digits are lost"
+            differences = "; ".join(found.differences(geometry)) or "the last digits would differ"
             raise InputError(
-                f"{path} would not lie where {scan.path} lies ({told}); pass another --format, "
-                f"{'.nrrd' if path.suffix == '.mha' else '.mha'}"
+                f"{path} would not have the geometry of {scan.path} ({differences}); pass another "
+                f"--format, e.g. {'.nrrd' if path.suffix == '.mha' else '.mha'}"
             )
 
     if both_nifti:
@@ -93,7 +104,7 @@ def write_like(path: Path, array: np.ndarray, scan: ScanFile, geometry: Geometry
 def write_index_picture(
     path: Path, labels: np.ndarray, values: np.ndarray, spec: DatasetSpec
 ) -> None:
-    """Write classes (H, W) as a PNG of their values, in their colours where they fit a palette."""
+    """Write classes (H, W) as a PNG of their label values, with a palette if these fit 8 bits."""
     picture = Image.fromarray(values[labels])
     if values.dtype == np.uint8:
         palette = np.zeros((256, 3), dtype=np.uint8)
@@ -105,37 +116,31 @@ def write_index_picture(
 
 def write_label_tables(folder: Path, spec: DatasetSpec) -> None:
     """Write `labels.txt` for ITK-SNAP and `labels.ctbl` for 3D Slicer."""
+    values = (0, *spec.predicted_values)
+    names = ("background", *spec.class_names)
     colours = label_colours(spec.num_classes).tolist()
-    rows = list(zip((0, *spec.predicted_values), ("background", *spec.class_names), colours,
-                    strict=True))  # fmt: skip
     snap = [
-        "# ITK-SnAP label description file: index, red, green, blue, opacity, visible, mesh, name",
-        *(
-            f"{value:5d} {r:5d} {g:4d} {b:4d} {int(value > 0):8d} {int(value > 0):2d} "
-            f'{int(value > 0):2d}    "{name}"'.replace("\n", " ")
-            for value, name, (r, g, b) in rows
-        ),
+        "# ITK-SnAP label description file: index, red, green, blue, opacity, visible, mesh, name"
     ]
-    slicer = [
-        "# 3D Slicer colour table: index, name, red, green, blue, opacity",
-        *(
-            f"{value} {'_'.join(name.split())} {r} {g} {b} {255 * (value > 0)}"
-            for value, name, (r, g, b) in rows
-        ),
-    ]
+    slicer = ["# 3D Slicer colour table: index, name, red, green, blue, opacity"]
+    for value, name, (r, g, b) in zip(values, names, colours, strict=True):
+        shown = int(value > 0)
+        line = f'{value:5d} {r:5d} {g:4d} {b:4d} {shown:8d} {shown:2d} {shown:2d}    "{name}"'
+        snap.append(line.replace("\n", " "))
+        slicer.append(f"{value} {'_'.join(name.split())} {r} {g} {b} {255 * shown}")
     for file, lines in (("labels.txt", snap), ("labels.ctbl", slicer)):
         with atomic_path(folder / file) as temporary:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _write_nifti_like(path: Path, array: np.ndarray, source: Path) -> None:
-    """Write a NIfTI file with the geometry fields of another: their bits, signs included.
+    """Write a NIfTI file with the geometry fields of another file, bit for bit.
 
-    Nothing else of its header goes along: its texts may tell of the patient.
+    The other header fields are not copied, because their texts may identify the patient.
     """
     with unpacked(source) as stream:
-        start = stream.read(Nifti1Header.sizeof_hdr)  # SimpleITK reads no NIfTI-2
-    given = Nifti1Header(start, check=False)  # a check would mend the signs
+        start = stream.read(Nifti1Header.sizeof_hdr)  # always NIfTI-1: SimpleITK reads no NIfTI-2
+    given = Nifti1Header(start, check=False)  # a check would change signs
     header = Nifti1Header(endianness="<")
     header.set_data_dtype(array.dtype)
     header.set_data_shape(array.shape[::-1])
@@ -145,21 +150,21 @@ def _write_nifti_like(path: Path, array: np.ndarray, source: Path) -> None:
     voxels = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("wb"))
-        if path.suffix == ".gz":  # without name and time, so that equal labels are equal files
+        if path.suffix == ".gz":  # no name and no time, so that equal labels give equal files
             file = stack.enter_context(gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0))
         file.write(header.binaryblock.ljust(header.single_vox_offset, b"\0"))
         file.write(voxels.data)
 
 
-def _take_over_nrrd_geometry(path: Path, source: Path) -> None:
-    """Replace the geometry lines of an NRRD header by those of another, as they stand."""
+def _copy_nrrd_geometry(path: Path, source: Path) -> None:
+    """Replace the geometry lines of an NRRD header with those of another file, unchanged."""
     with source.open("rb") as file:
-        theirs = _header_lines(file.read(1 << 20))
-    given = [line for line in theirs if _is_geometry(line)]
+        source_lines = _header_lines(file.read(1 << 20))
+    given = [line for line in source_lines if _is_geometry(line)]
     if not any(line.lower().startswith(b"space directions:") for line in given):
-        return  # it has none: SimpleITK's says the same
-    if not any(re.fullmatch(rb"dimension:\s*3\s*", line.lower()) for line in theirs):
-        return  # of one more axis: a channel was chosen
+        return  # without geometry in the source, SimpleITK writes the same values
+    if not any(re.fullmatch(rb"dimension:\s*3\s*", line.lower()) for line in source_lines):
+        return  # the source is 4-D, so its lines do not fit one channel
     content = path.read_bytes()
     head, body = content.split(b"\n\n", 1)
     lines = [line for line in head.split(b"\n") if not _is_geometry(line)]

@@ -1,18 +1,15 @@
-"""Reading and writing scans with their geometry, so that a prediction lies where the scan lay.
+"""Reading and writing of scans with their geometry, so that a prediction lies where its scan lies.
 
-Arrays are (slice, row, column), geometry is in SimpleITK's order (x, y, z): the order of both is
-what `SimpleITK.GetArrayFromImage` and `GetSpacing` give.
+Arrays are (slice, row, column). Geometry is in SimpleITK's order (x, y, z). Both orders are those
+of `SimpleITK.GetArrayFromImage` and `GetSpacing`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import math
-import os
-import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -22,39 +19,47 @@ import SimpleITK as sitk
 
 from common.errors import InputError
 from common.files import atomic_path, require_file
+from datasets.scans.errors import (
+    reporting_itk_errors,
+    reporting_os_errors,
+    short_reason,
+    utf8_path,
+    without_itk_warnings,
+)
 
 SPACING_TOLERANCE = 1e-3  # relative
 ORIGIN_TOLERANCE = 1e-2  # mm
 DIRECTION_TOLERANCE = 1e-3  # of each cosine
 GZIP_MAGIC = b"\x1f\x8b"
-NIFTI_FLOATS = {16: "f4", 64: "f8"}  # by the header's datatype
-NIFTI_HEADER_SIZES = (348, 540)  # its first number, of version 1 and 2: tells the byte order
+NIFTI_FLOATS = {16: "f4", 64: "f8"}  # `datatype` in the header -> numpy type
+# First number in the header of NIfTI-1 and NIfTI-2; it shows the byte order.
+NIFTI_HEADER_SIZES = (348, 540)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the voxels of a scan lie in the patient, as SimpleITK orders it."""
+    """Where the voxels of a scan lie in the patient, in SimpleITK's order."""
 
     spacing: tuple[float, ...]  # (x, y, z), mm
-    origin: tuple[float, ...]  # (x, y, z) of the first voxel's centre, mm
-    direction: tuple[float, ...]  # 3 x 3 cosines, row-major; its columns are the axes x, y, z
+    origin: tuple[float, ...]  # (x, y, z) of the centre of the first voxel, mm
+    direction: tuple[float, ...]  # 3 × 3 cosines, row-major; the columns are the axes x, y, z
 
     @classmethod
     def unknown(cls) -> Geometry:
-        """The geometry of an array that came without one: 1 mm voxels along the axes."""
+        """Return the geometry for an array without one: 1 mm voxels along the axes."""
         return cls((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))
 
     @property
     def voxel_spacing(self) -> tuple[float, ...]:
-        """Spacing in mm along (slice, row, column), the order of an array's axes."""
+        """Spacing in mm along (slice, row, column), the axes of an array."""
         return self.spacing[::-1]
 
     def matches(self, other: Geometry) -> bool:
-        """Whether both place voxels alike, up to the rounding of file headers."""
+        """Return whether both place voxels alike, up to the rounding of file headers."""
         return not self.differences(other)
 
     def differences(self, other: Geometry) -> list[str]:
-        """Which of spacing, origin and direction differ, as `spacing (1, 1, 3) and (1, 1, 5)`."""
+        """Return what differs, e.g. `spacing (1, 1, 3) and (1, 1, 5)`."""
         close = {
             "spacing": _all_close(self.spacing, other.spacing, relative=SPACING_TOLERANCE),
             "origin": _all_close(self.origin, other.origin, absolute=ORIGIN_TOLERANCE),
@@ -70,20 +75,20 @@ class Geometry:
 def read_volume(
     path: str | Path, channel: int | None = None
 ) -> tuple[np.ndarray, Geometry]:  # (D, H, W), dtype of the file
-    """Read a scan of one value a voxel in any format that SimpleITK knows.
+    """Read a scan with one value per voxel, in any format that SimpleITK knows.
 
     Args:
-        channel: which of the volumes of a 4-D file, from 0; None: the file has to be 3-D.
+        channel: index of the volume to read from a 4-D file; None: the file must be 3-D.
 
     Raises:
-        MissingFileError: there is no such file.
-        InputError: it is unreadable or cut short, not 3-D, of several values a voxel, or holds
-            NaN or infinite values.
+        MissingFileError: the file does not exist.
+        InputError: the file is unreadable, cut short, not 3-D, has several values per voxel, or
+            holds NaN or infinite values.
     """
     path = Path(path)
     reader = _open(path, channel)
     _check_nifti(path, reader)
-    with readable(path):
+    with reporting_itk_errors(path):
         image = reader.Execute()
     array = sitk.GetArrayFromImage(image)
     if array.dtype.kind == "f":
@@ -95,7 +100,7 @@ def read_volume(
 def read_header(
     path: str | Path, channel: int | None = None
 ) -> tuple[tuple[int, ...], Geometry]:  # (D, H, W)
-    """Shape and geometry of a scan without reading its voxels; raises as `read_volume` does."""
+    """Read shape and geometry of a scan without its voxels; raises as `read_volume` does."""
     reader = _open(path, channel)
     return tuple(reader.GetSize()[2::-1]), geometry_of(reader)
 
@@ -106,75 +111,76 @@ def write_volume(
     geometry: Geometry,
     finish: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write (D, H, W) voxels with their geometry, whole or not at all; the dtype is kept.
+    """Write (D, H, W) voxels in their dtype, with their geometry; whole or not at all.
 
     Args:
-        finish: changes or checks the file before it gets its name.
+        finish: changes or checks the temporary file before it gets its final name.
 
     Raises:
-        InputError: the array is not 3-D, no scan format holds its dtype, the suffix names no
-            format, or the file cannot be written.
+        InputError: the array is not 3-D, scan formats cannot hold its dtype, the suffix is not the
+            suffix of a format, or the file cannot be written.
     """
     if array.ndim != 3 or not array.size:
         raise InputError(
             f"cannot write {path}: the array has shape {array.shape}, expected non-empty (D, H, W)"
         )
-    known_name(path)
+    utf8_path(path)
     try:
         image = sitk.GetImageFromArray(array, isVector=False)
     except TypeError:
         raise InputError(
-            f"cannot write {path}: scans do not hold values of type {array.dtype}; convert them, "
-            "labels to uint8 and intensities to float32"
+            f"cannot write {path}: scan files cannot hold values of type {array.dtype}; convert "
+            "labels to uint8, or intensities to float32"
         ) from None
     image.SetSpacing(geometry.spacing)
     image.SetOrigin(geometry.origin)
     image.SetDirection(geometry.direction)
     try:
-        with quiet(), atomic_path(path) as temporary:
+        with without_itk_warnings(), atomic_path(path) as temporary:
             sitk.WriteImage(image, temporary, useCompression=True)
             if finish is not None:
                 finish(temporary)
     except (RuntimeError, OSError) as error:
         raise InputError(
-            f"cannot write {path} ({_meaningful_line(error)}); check that the folder can be "
-            "written and that the name ends as a scan's, e.g. .nii.gz"
+            f"cannot write {path} ({short_reason(error)}); check that the folder is writable and "
+            "that the name has the suffix of a scan, e.g. .nii.gz"
         ) from None
 
 
 def _open(path: str | Path, channel: int | None = None) -> sitk.ImageFileReader:
-    with accessible(path):
+    """Read the header, and set the reader to one 3-D volume of one real number per voxel."""
+    with reporting_os_errors(path):
         path = require_file(path, what="scan", remedy="check the path")
-        path.open("rb").close()  # SimpleITK would not say why it cannot
+        path.open("rb").close()  # SimpleITK would not report why it cannot open the file
     reader = sitk.ImageFileReader()
-    reader.SetFileName(known_name(path))
-    with readable(path):
+    reader.SetFileName(utf8_path(path))
+    with reporting_itk_errors(path):
         reader.ReadImageInformation()
     if channel is not None and reader.GetDimension() == 4:
         *size, count = reader.GetSize()
         if channel >= count:
             raise InputError(
-                f"{path} holds {count} channels, counted from 0; channel {channel} "
-                "is not among them"
+                f"{path} holds {count} channels, numbered 0…{count - 1}, but channel {channel} is "
+                "needed; pass another --channel"
             )
         reader.SetExtractSize((*size, 0))
         reader.SetExtractIndex((0, 0, 0, channel))
     elif reader.GetDimension() != 3:
         raise InputError(
             f"{path} has {reader.GetDimension()} dimensions of size {reader.GetSize()[::-1]}, "
-            "expected 3 (slice, row, column); give one scan a file"
+            "expected 3 (slice, row, column); save one scan per file"
         )
     kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
     if reader.GetNumberOfComponents() != 1 or "complex" in kind:
-        raise InputError(f"{path} holds voxels of {kind}, expected one real number a voxel")
+        raise InputError(f"{path} holds voxels of {kind}, expected one real number per voxel")
     return reader
 
 
 def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
-    """Refuse in a NIfTI file what SimpleITK mends in silence.
+    """Refuse faults of a NIfTI file that SimpleITK hides.
 
-    Voxels that are missing at the end, and NaN and infinite ones, it reads as 0. Of other formats,
-    which carry no `vox_offset`, it refuses the first and keeps the second.
+    SimpleITK reads missing voxels at the end, NaN and infinite values of NIfTI files as 0. In
+    other formats it reports missing voxels and keeps NaN. Only NIfTI has a `vox_offset`.
     """
     if not reader.HasMetaDataKey("vox_offset") or path.suffix in (".hdr", ".img"):
         return
@@ -197,13 +203,13 @@ def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
                 pass
     except (EOFError, OSError, zlib.error) as error:
         raise InputError(
-            f"{path} is damaged or cut short ({_meaningful_line(error)}); fetch it again"
+            f"{path} is damaged or cut short ({short_reason(error)}); fetch it again"
         ) from None
     _refuse_bad_slices(path, bad, slices)
 
 
 def unpacked(path: Path) -> IO[bytes]:
-    """Open a file for reading, through gzip if that is what it holds, whatever its name says."""
+    """Open a file for reading, through gzip if its content is packed, whatever its suffix is."""
     with path.open("rb") as file:
         packed = file.read(2) == GZIP_MAGIC
     return gzip.open(path) if packed else path.open("rb")
@@ -218,17 +224,19 @@ def _refuse_bad_slices(path: Path, bad: list[int], slices: int) -> None:
 
 
 def geometry_of(source: sitk.Image | sitk.ImageFileReader) -> Geometry:
-    """The geometry of an image, or of one volume of a 4-D file.
+    """Return the geometry of an image, or of one volume of a 4-D file.
 
-    A negative spacing, as headers may say it, is a positive one along the opposite axis: so
-    SimpleITK reads the voxels.
+    Some headers hold a negative spacing. It becomes a positive spacing along the opposite axis,
+    because SimpleITK reads the voxels in that way.
     """
     dimension = source.GetDimension()
     spacing = np.array(source.GetSpacing()[:3])
     signs = np.where(spacing < 0, -1.0, 1.0)
     axes = np.reshape(source.GetDirection(), (dimension, dimension))[:3, :3] * signs
     return Geometry(
-        tuple((spacing * signs).tolist()), source.GetOrigin()[:3], tuple(axes.ravel().tolist())
+        spacing=tuple((spacing * signs).tolist()),
+        origin=source.GetOrigin()[:3],
+        direction=tuple(axes.ravel().tolist()),
     )
 
 
@@ -247,60 +255,3 @@ def _all_close(
 
 def _numbers(values: tuple[float, ...]) -> str:
     return f"({', '.join(f'{value:.5g}' for value in values)})"
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep SimpleITK's C++ warnings off stderr; its errors still come as exceptions."""
-    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        yield
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
-
-
-def known_name(path: str | Path) -> str:
-    """The path as SimpleITK takes it, in UTF-8; another would end the process."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"the name {os.fsencode(path)!r} is not in UTF-8, as file names are expected; rename it"
-        ) from None
-    return str(path)
-
-
-@contextlib.contextmanager
-def accessible(path: str | Path) -> Iterator[None]:
-    """Turn a file or folder that may not be read into one line that names it."""
-    try:
-        yield
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(
-            f"cannot read {error.filename or path} ({error.strerror}); give the right to read it, "
-            "or another path"
-        ) from None
-
-
-@contextlib.contextmanager
-def readable(path: str | Path) -> Iterator[None]:
-    """Turn what SimpleITK raises on a bad file into one line that names it."""
-    try:
-        with quiet():
-            yield
-    except RuntimeError as error:
-        raise InputError(
-            f"{path} is not a readable scan ({_meaningful_line(error)}); it may be damaged or cut "
-            "short: fetch or export it again"
-        ) from None
-
-
-def _meaningful_line(error: BaseException) -> str:
-    """What went wrong, without the C++ source line and object address that SimpleITK puts first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith("Exception thrown in SimpleITK")]
-    first = (telling or lines or [type(error).__name__])[0]
-    return re.sub(r"^((s?itk::ERROR|ITK ERROR|\w+\(0x\w+\)|ERROR): )+", "", first)[:200]

@@ -1,0 +1,68 @@
+"""One clear sentence for what the system or SimpleITK raises on a user's file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import SimpleITK as sitk
+
+from common.errors import InputError
+
+
+@contextlib.contextmanager
+def reporting_os_errors(path: str | Path) -> Iterator[None]:
+    """Turn an `OSError` into an `InputError` that names the file or folder."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(
+            f"cannot read {error.filename or path} ({error.strerror}); allow reading it, or pass "
+            "another path"
+        ) from None
+
+
+@contextlib.contextmanager
+def reporting_itk_errors(path: str | Path) -> Iterator[None]:
+    """Turn what SimpleITK raises on a bad file into an `InputError` that names the file."""
+    try:
+        with without_itk_warnings():
+            yield
+    except RuntimeError as error:
+        raise InputError(
+            f"{path} is not a readable scan ({short_reason(error)}); it may be damaged or cut "
+            "short: fetch or export it again"
+        ) from None
+
+
+@contextlib.contextmanager
+def without_itk_warnings() -> Iterator[None]:
+    """Keep SimpleITK's C++ warnings off stderr; its errors are still raised."""
+    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+
+
+def short_reason(error: BaseException) -> str:
+    """Return the reason for an error, without the C++ source line and object address before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reasons = [line for line in lines if not line.startswith("Exception thrown in SimpleITK")]
+    first = (reasons or lines or [type(error).__name__])[0]
+    return re.sub(r"^((s?itk::ERROR|ITK ERROR|\w+\(0x\w+\)|ERROR): )+", "", first)[:200]
+
+
+def utf8_path(path: str | Path) -> str:
+    """Return the path for SimpleITK, which would end the process on a name that is not UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the name {os.fsencode(path)!r} is not in UTF-8; rename it") from None
+    return str(path)

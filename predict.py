@@ -133,7 +133,6 @@ def segment_all(
     Yields:
         The name of each scan and its result, or what is wrong with it: one stops no other.
     """
-    dtype = amp_dtype(next(model.parameters()).device) if args.use_amp else None
     ahead = iter(scans)
 
     def read_next() -> Future[Case] | None:
@@ -147,7 +146,7 @@ def segment_all(
             reading, coming = coming, read_next()
             try:
                 remove_earlier(Path(args.output), scan.name)
-                write = segment(args, spec, model, reading.result(), dtype, progress)
+                write = segment(args, spec, model, reading.result(), progress)
             except Exception as error:  # whatever is wrong with one scan stops no other
                 progress(1)
                 yield scan.name, _told(error)
@@ -172,7 +171,6 @@ def segment(
     spec: DatasetSpec,
     model: torch.nn.Module,
     case: Case,
-    dtype: torch.dtype | None,
     progress: Callable[[float], object],
 ) -> Callable[..., dict[str, Any]]:
     """Label the slices of a scan; returns what writes its files."""
@@ -184,17 +182,18 @@ def segment(
     def keep(start: int, part: torch.Tensor) -> None:  # (B, C, H, W)
         likely[:, start : start + len(part)] = part.transpose(0, 1).half().cpu().numpy()
 
-    labels = predict_volume(
-        model,
-        case.slices,
-        input_size=(args.input_size, args.input_size),
-        image_size=(args.img_size, args.img_size),
-        batch_size=args.batch_size,
-        amp_dtype=dtype,
-        progress=lambda slices: progress(slices / depth),
-        flips=[("rows", "columns").index(name) for name in args.flips],
-        on_probabilities=None if likely is None else keep,
-    )
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, amp_dtype(device), enabled=args.use_amp):
+        labels = predict_volume(
+            model,
+            case.slices,
+            input_size=(args.input_size, args.input_size),
+            image_size=(args.img_size, args.img_size),
+            batch_size=args.batch_size,
+            progress=lambda slices: progress(slices / depth),
+            flips=[("rows", "columns").index(name) for name in args.flips],
+            on_probabilities=None if likely is None else keep,
+        )
     if args.largest_component:
         keep_largest(labels)
     return partial(write_case, args, spec, case, labels, likely)

@@ -146,7 +146,8 @@ def test_cases(
     """
     if not len(dataset):  # more ranks than volumes
         return
-    dtype = amp_dtype(next(model.parameters()).device) if args.use_amp else None
+    device = next(model.parameters()).device
+    autocast = torch.autocast(device.type, amp_dtype(device), enabled=args.use_amp)
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(os.cpu_count()) as finishers:
         waiting: deque[tuple[Future[tuple[CaseResult, CasePanel]], Future[None]]] = deque()
         coming = reader.submit(read_case, dataset, 0)
@@ -154,15 +155,15 @@ def test_cases(
             case = coming.result()
             if index + 1 < len(dataset):
                 coming = reader.submit(read_case, dataset, index + 1)
-            prediction = predict_volume(
-                model,
-                case.image,
-                input_size=(args.input_size, args.input_size),
-                image_size=(args.img_size, args.img_size),
-                batch_size=args.batch_size,
-                amp_dtype=dtype,
-                progress=progress,
-            )
+            with autocast:
+                prediction = predict_volume(
+                    model,
+                    case.image,
+                    input_size=(args.input_size, args.input_size),
+                    image_size=(args.img_size, args.img_size),
+                    batch_size=args.batch_size,
+                    progress=progress,
+                )
             scoring = finishers.submit(score_case, case, prediction, args, folder)
             writing = finishers.submit(
                 write_case, case, prediction, folder / "predictions" if args.is_savenii else None
@@ -211,7 +212,11 @@ def score_case(
         prediction, case.label, args.num_classes, spacing, args.nsd_tolerance
     )
     panel = case_panel(
-        *(case.name, case.image, case.label, prediction, args.num_classes),
+        case.name,
+        case.image,
+        case.label,
+        prediction,
+        args.num_classes,
         spacing=spacing,
         direction=direction,
     )
@@ -224,8 +229,16 @@ def score_case(
         ]
         save_row(pictures, panel.aspect, folder / name, panel.sides)
         worst.append(WorstSlice(index, wrong, foreground, name))
-    facts = {"slices": len(case.label), "spacing": spacing, "sides": panel.sides}
-    return CaseResult(case.name, scores, counts.tolist(), worst, **facts), panel
+    result = CaseResult(
+        case=case.name,
+        scores=scores,
+        confusion=counts.tolist(),
+        worst=worst,
+        slices=len(case.label),
+        spacing=spacing,
+        sides=panel.sides,
+    )
+    return result, panel
 
 
 def write_case(case: Case, prediction: np.ndarray, folder: Path | None) -> None:

@@ -232,6 +232,7 @@ def test_single_volume(
     Args:
         image, label: (1, D, H, W) or (D, H, W), or one slice as (1, 1, H, W).
         classes: foreground classes.
+        multimask_output: kept for callers; all classes are always predicted.
         patch_size: (rows, columns) of the network's input.
         input_size: (rows, columns) of the training slices.
         test_save_path: folder for `<case>_{pred,img,gt}.nii.gz`.
@@ -240,6 +241,7 @@ def test_single_volume(
     Returns:
         (DSC, HD95 in voxels) of the classes 1…classes, by the original's rule for empty masks.
     """
+    del multimask_output
     image, label = (np.asarray(torch.as_tensor(x).cpu()) for x in (image, label))
     image, label = (x[0] if x.ndim == 4 else x for x in (image, label))  # (D, H, W)
     net.eval()
@@ -248,7 +250,6 @@ def test_single_volume(
         image,
         input_size=tuple(input_size),
         image_size=tuple(patch_size),
-        multimask_output=multimask_output,
     )
     if test_save_path is not None:
         geometry = replace(Geometry.unknown(), spacing=(1.0, 1.0, float(z_spacing)))

@@ -18,7 +18,7 @@ from training.batches import augmented_batch, make_loader
 from training.losses import SegmentationLoss
 
 from . import plain, scenes
-from .timing import Row, compare
+from .timing import Comparison, Row, compare
 
 BATCH = 24
 # Dense bf16 products a second that the makers state.
@@ -51,13 +51,18 @@ def gpu_step_rows(device: torch.device) -> list[Row]:
             return plain.plain_step(slow, batch, criterion, optimizer, 1e-4)["loss"]
 
         memory = {name: peak_memory(run, device) for name, run in (("ours", ours), ("peer", peer))}
-        row = compare(
-            *("training step", f"one update, vit_b, 512 px, batch {BATCH}, bf16"),
-            *("the same network written plainly, float32", ours, peer),
-            lambda a, b: abs(float(a) - float(b)),
-            **{"tolerance": 0.02, "target": 8, "repeats": 10, "device": device},
+        comparison = Comparison(
+            name="training step",
+            what=f"one update, vit_b, 512 px, batch {BATCH}, bf16",
+            peer_name="the same network written plainly, float32",
+            ours=ours,
+            peer=peer,
+            difference=lambda a, b: abs(float(a) - float(b)),
+            tolerance=0.02,
+            target=8,
             notes="torch.compile" if compiled else "eager",
         )
+        row = compare(comparison, repeats=10, device=device)
         seconds = row.facts["ours_ms"] / 1e3
         peak = next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name(device)), None)
         row.facts |= {

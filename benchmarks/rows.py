@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
-import test
 from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.resampling import resize_images
@@ -20,7 +20,8 @@ from training.losses import SegmentationLoss
 
 from . import plain, scenes
 from .saving import saving_rows
-from .timing import Row, check_agreement, compare, largest, timed
+from .testing import testing_rows
+from .timing import Comparison, Row, check_agreement, compare, largest, timed
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,9 @@ def metrics_rows(device: torch.device) -> list[Row]:
         metrics_row(
             "metrics, scattered",
             "the same with 60 stray voxels an organ",
-            *(scenes.scattered(prediction), label, 20),
+            scenes.scattered(prediction),
+            label,
+            20,
         ),
     ]
 
@@ -54,9 +57,16 @@ def metrics_row(
     difference = check_agreement(name, worst, 1e-6)
     ratios = [peer_seconds / seconds for seconds in our_seconds]
     return Row(
-        *(name, what, "medpy, whole volume"),
-        *(float(np.median(ratios)), min(ratios), max(ratios), len(ratios), difference, 1e-6),
-        target,
+        name=name,
+        what=what,
+        peer="medpy, whole volume",
+        ratio=float(np.median(ratios)),
+        low=min(ratios),
+        high=max(ratios),
+        repeats=len(ratios),
+        difference=difference,
+        tolerance=1e-6,
+        target=target,
         notes="the peer ran once, organ by organ; ours after each",
     )
 
@@ -78,14 +88,17 @@ def resize_rows(device: torch.device) -> list[Row]:
             out.append(plane)
         return torch.from_numpy(np.stack(out))
 
-    what = f"test-time resize 512→224→512 of {len(image)} slices"
-    peer_name = "scipy zoom, order 3, twice"
-    return [
-        compare(
-            *("resize", what, peer_name, ours, peer, largest),
-            **{"tolerance": 1e-5, "target": 10, "device": device},
-        )
-    ]
+    comparison = Comparison(
+        name="resize",
+        what=f"test-time resize 512→224→512 of {len(image)} slices",
+        peer_name="scipy zoom, order 3, twice",
+        ours=ours,
+        peer=peer,
+        difference=largest,
+        tolerance=1e-5,
+        target=10,
+    )
+    return [compare(comparison, device=device)]
 
 
 def sample_rows(device: torch.device) -> list[Row]:
@@ -101,7 +114,9 @@ def sample_rows(device: torch.device) -> list[Row]:
     def ours() -> list[torch.Tensor]:
         raw = collate_slices([dataset[index] for index in range(len(dataset))])
         batch = prepare_batch(
-            *(raw["image"].to(device), raw["label"].to(device), choices),
+            raw["image"].to(device),
+            raw["label"].to(device),
+            choices,
             output_size=(512, 512),
             low_res=(128, 128),
         )
@@ -114,12 +129,17 @@ def sample_rows(device: torch.device) -> list[Row]:
         ]
         return [torch.stack(parts).to(device) for parts in zip(*samples, strict=True)]
 
-    row = compare(
-        *("training sample", "24 samples: read, augment, resize 224→512, labels", "scipy"),
-        *(ours, peer, lambda a, b: max(map(largest, a, b))),
-        **{"tolerance": 1e-5, "target": 8, "device": device},
+    comparison = Comparison(
+        name="training sample",
+        what="24 samples: read, augment, resize 224→512, labels",
+        peer_name="scipy",
+        ours=ours,
+        peer=peer,
+        difference=lambda a, b: max(map(largest, a, b)),
+        tolerance=1e-5,
+        target=8,
     )
-    return [row]
+    return [compare(comparison, device=device)]
 
 
 def encoder_rows(device: torch.device) -> list[Row]:
@@ -147,32 +167,40 @@ def encoder_rows(device: torch.device) -> list[Row]:
     ):
         images = torch.rand(count, 3, 512, 512, device=device, dtype=dtype)
         ours, peer = encoder.to(dtype), theirs.to(dtype)
-        for function in (ours, peer):
-            function.requires_grad_(False)
-
-        def run(network: nn.Module, images: torch.Tensor = images) -> torch.Tensor:
-            with torch.inference_mode():
-                out = network(images)
-            return out if isinstance(out, torch.Tensor) else out.last_hidden_state
-
-        what = f"encoder forward, vit_b, 512 px, batch {count}, {str(dtype).split('.')[1]}"
-        rows.append(
-            compare(
-                *("encoder", what, "transformers' SAM vision encoder, SDPA"),
-                *(lambda n=ours, r=run: r(n), lambda n=peer, r=run: r(n), largest),
-                **{"tolerance": tolerance, "target": 1.2, "repeats": 9, "device": device},
-            )
+        for network in (ours, peer):
+            network.requires_grad_(False)
+        comparison = Comparison(
+            name="encoder",
+            what=f"encoder forward, vit_b, 512 px, batch {count}, {str(dtype).split('.')[1]}",
+            peer_name="transformers' SAM vision encoder, SDPA",
+            ours=partial(embed, ours, images),
+            peer=partial(embed, peer, images),
+            difference=largest,
+            tolerance=tolerance,
+            target=1.2,
         )
+        rows.append(compare(comparison, repeats=9, device=device))
     return rows
+
+
+@torch.inference_mode()
+def embed(network: nn.Module, images: torch.Tensor) -> torch.Tensor:  # (B, 3, S, S)
+    """Run an image encoder, ours or `SamVisionModel`, and return its embeddings."""
+    out = network(images)
+    return out if isinstance(out, torch.Tensor) else out.last_hidden_state
 
 
 def transformers_names(encoder: nn.Module) -> dict[str, torch.Tensor]:
     """Our encoder's weights by the names of `SamVisionModel`."""
     changes = (
-        *(("patch_embed.proj.", "patch_embed.projection."), ("blocks.", "layers.")),
-        *((".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2.")),
-        *(("neck.0.", "neck.conv1."), ("neck.1.", "neck.layer_norm1.")),
-        *(("neck.2.", "neck.conv2."), ("neck.3.", "neck.layer_norm2.")),
+        ("patch_embed.proj.", "patch_embed.projection."),
+        ("blocks.", "layers."),
+        (".norm1.", ".layer_norm1."),
+        (".norm2.", ".layer_norm2."),
+        ("neck.0.", "neck.conv1."),
+        ("neck.1.", "neck.layer_norm1."),
+        ("neck.2.", "neck.conv2."),
+        ("neck.3.", "neck.layer_norm2."),
     )
     state = {}
     for name, value in encoder.state_dict().items():
@@ -206,80 +234,17 @@ def step_rows(device: torch.device) -> list[Row]:
     def peer() -> float:
         return plain.plain_step(slow, batch, criterion, optimizers[1], 1e-4)["loss"]
 
-    return [
-        compare(
-            *("training step", "one update, vit_b, 512 px, batch 2, float32"),
-            *("the same network written plainly", ours, peer, lambda a, b: abs(a - b)),
-            **{"tolerance": 1e-5, "target": 1.3, "repeats": 6},
-        )
-    ]
-
-
-def testing_rows(device: torch.device) -> list[Row]:
-    """`test.py` on a volume: with vit_b, and all that is not the network."""
-    image, label, prediction = scenes.scene()
-    middle = slice(60, 80)
-    with_network = testing_row(
-        *("test.py", "a volume of 20×512×512, vit_b, read to NIfTI", device),
-        *(image[middle], label[middle], prediction[middle], scenes.network(), 1.8, 3),
+    comparison = Comparison(
+        name="training step",
+        what="one update, vit_b, 512 px, batch 2, float32",
+        peer_name="the same network written plainly",
+        ours=ours,
+        peer=peer,
+        difference=lambda a, b: abs(a - b),
+        tolerance=1e-5,
+        target=1.3,
     )
-    middle = slice(40, 88)
-    without = testing_row(
-        *("test.py, not the network", "a volume of 48×512×512, masks given, read to NIfTI", device),
-        *(image[middle], label[middle], prediction[middle], None, 20, 3),
-    )
-    return [with_network, without]
-
-
-def testing_row(
-    name: str,
-    what: str,
-    device: torch.device,
-    image: np.ndarray,
-    label: np.ndarray,
-    prediction: np.ndarray,
-    model: nn.Module | None,
-    target: float,
-    repeats: int,
-) -> Row:
-    """One volume through `test.test_cases` and through the original's loop."""
-    folder = scenes.scratch_folder()
-    args, dataset = scenes.test_data(folder, {"case0001": (image, label)}, "--is_savenii")
-    slow = None if model is None else plain.plain_copy(model).eval().to(device)
-    if model is not None:
-        model.eval().to(device).merge()
-        pack_encoder(model)
-    fast_net = scenes.Answers(prediction, model).to(device)
-    slow_net = scenes.Answers(prediction, slow).to(device)
-
-    def ours() -> tuple[torch.Tensor, np.ndarray]:
-        fast_net.restart()
-        results = list(test.test_cases(args, fast_net, dataset, folder / "out"))
-        scores = results[0][0].scores
-        return logits_of(fast_net), np.array([(s.samed_dsc, s.samed_hd95) for s in scores])
-
-    def peer() -> tuple[torch.Tensor, np.ndarray]:
-        slow_net.restart()
-        found, scores = plain.plain_test(
-            *(dataset.paths[0], slow_net),
-            **{"classes": scenes.NUM_CLASSES, "input_size": args.input_size},
-            **{"image_size": args.img_size, "folder": folder},
-        )
-        check_agreement(name, float((found != prediction).sum()), 0)
-        return logits_of(slow_net), np.array(scores)
-
-    def difference(a: tuple, b: tuple) -> float:
-        return max(largest(a[0], b[0]), float(np.abs(a[1] - b[1]).max()))
-
-    return compare(
-        *(name, what, "the original's loop: slice by slice, scipy, medpy", ours, peer, difference),
-        **{"tolerance": 1e-4, "target": target, "repeats": repeats, "device": device},
-    )
-
-
-def logits_of(net: scenes.Answers) -> torch.Tensor:
-    """All logits of the network inside; zero if there is none."""
-    return torch.cat(net.logits) if net.logits else torch.zeros(1)
+    return [compare(comparison, repeats=6)]
 
 
 ROWS: dict[str, Callable[[torch.device], list[Row]]] = {

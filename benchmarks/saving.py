@@ -59,9 +59,16 @@ def saving_rows(device: torch.device) -> list[Row]:
     difference = max(largest(kept[n], names[n].detach()) for n in kept if n in names)
     return [
         Row(
-            *("saving", f"state, adapter and log of an epoch of {UPDATES} updates, vit_b"),
-            *("the training of that epoch, 512 px, 2 slices an update", statistics.median(ratios)),
-            *(min(ratios), max(ratios), len(ratios)),
-            *(check_agreement("saving", difference, 0), 0, 50, "at most 2 % of it"),
+            name="saving",
+            what=f"state, adapter and log of an epoch of {UPDATES} updates, vit_b",
+            peer="the training of that epoch, 512 px, 2 slices an update",
+            ratio=statistics.median(ratios),
+            low=min(ratios),
+            high=max(ratios),
+            repeats=len(ratios),
+            difference=check_agreement("saving", difference, 0),
+            tolerance=0,
+            target=50,
+            notes="at most 2 % of it",
         )
     ]

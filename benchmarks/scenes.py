@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -33,8 +34,21 @@ def scratch_folder() -> Path:
     return Path(folder)
 
 
+class Scene(NamedTuple):
+    """A volume with its label and a prediction, each (D, H, W)."""
+
+    image: np.ndarray  # float32 in [0, 1]
+    label: np.ndarray  # uint8
+    prediction: np.ndarray  # uint8
+
+    def part(self, start: int, stop: int) -> Scene:
+        """Return the slices `start`…`stop - 1` alone."""
+        part = slice(start, stop)
+        return Scene(self.image[part], self.label[part], self.prediction[part])
+
+
 @lru_cache(maxsize=2)
-def scene(slices: int = 150, size: int = 512) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def scene(slices: int = 150, size: int = 512) -> Scene:
     """A phantom CT of the abdomen: image float32 in [0, 1], label and prediction uint8, (D, H, W).
 
     The prediction is the label seen through a smooth random warp of a few voxels, so that every
@@ -49,7 +63,7 @@ def scene(slices: int = 150, size: int = 512) -> tuple[np.ndarray, np.ndarray, n
     image, label = (
         np.repeat(a, 3, axis=0)[:slices] for a in (image, to_class[phantom.label])
     )  # thin slices, as many as BTCV has
-    return image, label, warped(label)
+    return Scene(image, label, warped(label))
 
 
 def warped(label: np.ndarray) -> np.ndarray:

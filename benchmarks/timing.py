@@ -37,29 +37,33 @@ class Row:
         return self.target is None or self.ratio >= self.target
 
 
-def compare(
-    name: str,
-    what: str,
-    peer_name: str,
-    ours: Callable[[], Any],
-    peer: Callable[[], Any],
-    difference: Callable[[Any, Any], float],
-    *,
-    tolerance: float,
-    target: float | None,
-    repeats: int = 5,
-    device: torch.device | None = None,
-    notes: str = "",
-) -> Row:
-    """Run both once to warm up and to compare their results, then in turns for their times.
+@dataclass(frozen=True)
+class Comparison:
+    """Two functions that compute the same, and how much their results may differ."""
+
+    name: str
+    what: str  # the task that is timed
+    peer_name: str
+    ours: Callable[[], Any]
+    peer: Callable[[], Any]
+    difference: Callable[[Any, Any], float]  # of their two results
+    tolerance: float  # the largest difference that is allowed
+    target: float | None  # the smallest promised ratio; None: no promise
+    notes: str = ""
+
+
+def compare(pair: Comparison, *, repeats: int = 5, device: torch.device | None = None) -> Row:
+    """Run both once to warm up and to compare their results, then in turns to time them.
 
     Raises:
-        DisagreementError: the results differ by more than `tolerance`.
+        DisagreementError: the results differ by more than the tolerance.
     """
-    found = check_agreement(name, difference(ours(), peer()), tolerance)
+    difference = check_agreement(
+        pair.name, pair.difference(pair.ours(), pair.peer()), pair.tolerance
+    )
     ratios, seconds = [], []
     for _ in range(repeats):
-        peer_seconds, our_seconds = timed(peer, device), timed(ours, device)
+        peer_seconds, our_seconds = timed(pair.peer, device), timed(pair.ours, device)
         ratios.append(peer_seconds / our_seconds)
         seconds.append((our_seconds, peer_seconds))
     facts = {}
@@ -69,8 +73,18 @@ def compare(
             "peer_ms": 1e3 * statistics.median(pair[1] for pair in seconds),
         }
     return Row(
-        *(name, what, peer_name, statistics.median(ratios), min(ratios), max(ratios), repeats),
-        *(found, tolerance, target, notes, facts),
+        name=pair.name,
+        what=pair.what,
+        peer=pair.peer_name,
+        ratio=statistics.median(ratios),
+        low=min(ratios),
+        high=max(ratios),
+        repeats=repeats,
+        difference=difference,
+        tolerance=pair.tolerance,
+        target=pair.target,
+        notes=pair.notes,
+        facts=facts,
     )
 
 

@@ -76,11 +76,11 @@ def draw_scores(results: Sequence[CaseResult], class_names: Sequence[str]) -> Fi
     )
     upper.set_title(title, loc="left", pad=24)
     add_legend(figure, [upper.scatter([], [], **style) for style in MARKS.values()], list(MARKS), 3)
-    lower.set_xticks(
-        range(len(class_names)),
-        class_names if crowded else [name.replace(" ", "\n") for name in class_names],
-        **({"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}),
-    )
+    places = range(len(class_names))
+    if crowded:
+        lower.set_xticks(places, class_names, rotation=40, ha="right", rotation_mode="anchor")
+    else:
+        lower.set_xticks(places, [name.replace(" ", "\n") for name in class_names])
     figure.set_layout_engine("tight", rect=(0, 0.05, 1, 1))  # when drawn: see `render`
     return figure
 
@@ -97,9 +97,13 @@ def draw_bars(axes: Axes, results: Sequence[CaseResult], score: str, factor: flo
         axes.annotate(
             f"{height:.1f}",
             (index, 1),
-            **{"xycoords": ("data", "axes fraction"), "ha": "center", "weight": "bold"},
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            weight="bold",
             fontsize=10 if len(results[0].scores) <= CROWDED else 7,
-            **{"xytext": (0, 4), "textcoords": "offset points", "annotation_clip": False},
+            annotation_clip=False,
         )
         for result, shift in zip(results, spread, strict=True):  # a case keeps its place
             value, outcome = getattr(result.scores[index], score), result.scores[index].outcome

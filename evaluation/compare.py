@@ -202,8 +202,11 @@ def paired(values: Sequence[Scored], groups: Sequence[str] | None = None) -> Dif
         found = bootstrap(
             (sums, counts),
             lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
-            **{"paired": True, "vectorized": True, "method": "percentile"},
-            **{"n_resamples": 9999, "rng": 0},
+            paired=True,
+            vectorized=True,
+            method="percentile",
+            n_resamples=9999,
+            rng=0,
         ).confidence_interval
         interval = (float(found.low), float(found.high))
     return Difference(one, other, float(each.mean()), interval, tuple(each.tolist()))

@@ -64,16 +64,18 @@ def case_panel(
             the array lies. See `view`.
     """
     chosen = choose_slices(label if label is not None and label.any() else prediction)
+
+    def pictures(labels: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        return tuple(shown_slice(image, labels, index, num_classes, direction) for index in chosen)
+
     return CasePanel(
-        case,
-        len(prediction),
-        chosen,
-        *(
-            tuple(shown_slice(image, labels, index, num_classes, direction) for index in chosen)
-            for labels in (label, prediction)
-        ),
-        1.0 if spacing is None else spacing[1] / spacing[2],
-        view(direction)[1],
+        case=case,
+        depth=len(prediction),
+        slices=chosen,
+        truth=pictures(label),
+        prediction=pictures(prediction),
+        aspect=1.0 if spacing is None else spacing[1] / spacing[2],
+        sides=view(direction)[1],
     )
 
 
@@ -156,9 +158,13 @@ def mark_sides(picture: Image.Image, sides: str | None) -> None:
     font = ImageFont.load_default(max(14, min(width, height) // 16))
     for letter, at, anchor in zip(sides or "", (0.02, 0.98), "lr", strict=False):
         ImageDraw.Draw(picture).text(
-            *((at * width, height / 2), letter),
-            **{"font": font, "anchor": f"{anchor}m", "fill": "white"},
-            **{"stroke_width": 2, "stroke_fill": "black"},
+            (at * width, height / 2),
+            letter,
+            font=font,
+            anchor=f"{anchor}m",
+            fill="white",
+            stroke_width=2,
+            stroke_fill="black",
         )
 
 
@@ -238,11 +244,14 @@ def draw_overlays(
     height = side * sum(heights) + heading * len(panels) + below
     figure = Figure(figsize=(width, height))
     grid = figure.subplots(
-        *(len(panels), columns), squeeze=False, gridspec_kw={"height_ratios": heights}
+        len(panels), columns, squeeze=False, gridspec_kw={"height_ratios": heights}
     )
     figure.subplots_adjust(
-        **{"left": 0.05 / width, "right": 1 - 0.05 / width, "wspace": 0.04},
-        **{"bottom": below / height, "top": 1 - heading / height},
+        left=0.05 / width,
+        right=1 - 0.05 / width,
+        bottom=below / height,
+        top=1 - heading / height,
+        wspace=0.04,
         hspace=heading / (side * np.mean(heights)),
     )
     for row, panel, caption in zip(grid, panels, captions, strict=True):
@@ -270,14 +279,25 @@ def draw_case(row: Sequence[Axes], panel: CasePanel, caption: str, kinds: tuple[
                 panel.sides or "", (0.02, 0.98), ("left", "right"), strict=False
             ):
                 axes.text(
-                    *(at, 0.5, letter),
-                    **{"transform": axes.transAxes, "ha": side, "va": "center"},
-                    **{"color": "white", "fontsize": 8, "bbox": SHADE},
+                    at,
+                    0.5,
+                    letter,
+                    transform=axes.transAxes,
+                    ha=side,
+                    va="center",
+                    color="white",
+                    fontsize=8,
+                    bbox=SHADE,
                 )
     row[0].annotate(
-        *(f"{panel.case}   {caption}", (0, 1)),
-        **{"xycoords": "axes fraction", "xytext": (0, 19), "textcoords": "offset points"},
-        **{"weight": "bold", "fontsize": 11, "annotation_clip": False},
+        f"{panel.case}   {caption}",
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(0, 19),
+        textcoords="offset points",
+        weight="bold",
+        fontsize=11,
+        annotation_clip=False,
     )
 
 

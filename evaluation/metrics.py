@@ -123,10 +123,22 @@ def score_class(
     dsc = 2.0 * overlap / (predicted + real)
     hd95 = hausdorff95(surface_distances(*surfaces))
     if spacing is None:
-        return ClassScore(BOTH, dsc, hd95, dsc, hd95, None, None)
+        return ClassScore(
+            outcome=BOTH,
+            samed_dsc=dsc,
+            samed_hd95=hd95,
+            dsc=dsc,
+            hd95_voxels=hd95,
+            hd95_mm=None,
+            assd_mm=None,
+        )
     distances = surface_distances(*surfaces, spacing)
     return ClassScore(
-        *(BOTH, dsc, hd95, dsc, hd95),
+        outcome=BOTH,
+        samed_dsc=dsc,
+        samed_hd95=hd95,
+        dsc=dsc,
+        hd95_voxels=hd95,
         hd95_mm=hausdorff95(distances),
         assd_mm=average_distance(distances),
         hd95_to_label_mm=float(np.percentile(distances[0], 95)),

@@ -30,8 +30,16 @@ from evaluation.figures import case_panel, draw_overlays, save
 RECORDS = ".done"
 OBLONG = 2.0  # pixels are about square in the plane that a scan was taken in
 NOT_IN_KEY = {  # flags that do not change what is written for a case
-    *("input", "output", "overwrite", "config", "device", "batch_size", "processes"),
-    *("deterministic", "ckpt", "lora_ckpt"),
+    "input",
+    "output",
+    "overwrite",
+    "config",
+    "device",
+    "batch_size",
+    "processes",
+    "deterministic",
+    "ckpt",
+    "lora_ckpt",
 }
 
 
@@ -160,7 +168,8 @@ def read_case(spec: DatasetSpec, scan: ScanFile) -> Case:
             logging.warning(
                 "%s: its slices were taken in another plane than those that the network was "
                 "trained on, it sees pixels of %.3g × %.3g mm; look closely at the result",
-                *(scan.name, *pixel),
+                scan.name,
+                *pixel,
             )
     limits = spec.intensity.limits(array, scan.path)
     slices = UnitSlices(array, limits, spec.channels, scan.path)
@@ -187,7 +196,11 @@ def write_case(
     if likely is not None:
         write_probabilities(folder / "probabilities" / scan.name, suffix, case, likely, spec)
     panel = case_panel(
-        *(scan.name, case.slices, None, labels, spec.num_classes),
+        scan.name,
+        case.slices,
+        None,
+        labels,
+        spec.num_classes,
         spacing=case.place.voxel_spacing if case.place else None,
         direction=case.place.direction if case.place else None,
     )

@@ -11,9 +11,9 @@ import torch
 from conftest import randomise_updates, tiny_model, write_slices
 
 import test
-from benchmarks import rows, scaling, scenes, table
+from benchmarks import scaling, scenes, table, testing
 from benchmarks.plain import plain_copy, plain_sample, plain_test
-from benchmarks.timing import DisagreementError, Row, compare
+from benchmarks.timing import Comparison, DisagreementError, Row, compare
 from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.scans.volumes import read_volume
@@ -81,8 +81,14 @@ def test_the_rows_of_testing_run_on_what_test_py_reads():
     """Without this test only `make benchmark` would notice changed flags or data."""
     label = np.zeros((2, 32, 32), dtype=np.uint8)
     label[:, 8:24, 8:24] = 3
-    row = rows.testing_row(
-        "test.py", "masks given", torch.device("cpu"), label / 8, label, label, None, 0, 1
+    row = testing.testing_row(
+        "test.py",
+        "masks given",
+        torch.device("cpu"),
+        scenes.Scene(label / 8, label, label),
+        None,
+        target=0,
+        repeats=1,
     )
     assert row.repeats == 1 and row.difference == 0
     (result, _) = scaling.test_slices(1, torch.device("cpu"))()[0]
@@ -111,17 +117,18 @@ def test_samples_equal_the_plain_path(size: int, tmp_path: Path):
 
 @pytest.mark.parametrize("peer", [1.1, math.nan])
 def test_no_speed_without_agreement(peer: float):
+    comparison = Comparison(
+        name="row",
+        what="what",
+        peer_name="peer",
+        ours=lambda: 1.0,
+        peer=lambda: peer,
+        difference=lambda a, b: abs(a - b),
+        tolerance=1e-3,
+        target=None,
+    )
     with pytest.raises(DisagreementError, match="differ"):
-        compare(
-            "row",
-            "what",
-            "peer",
-            lambda: 1.0,
-            lambda: peer,
-            lambda a, b: abs(a - b),
-            tolerance=1e-3,
-            target=None,
-        )
+        compare(comparison)
 
 
 def test_the_page_says_what_was_not_measured(tmp_path: Path):

@@ -127,17 +127,19 @@ def dsc_of_case(
 ) -> tuple[float | None, ...]:
     """DSC of each class in one case; None where the label has none of it."""
     counts = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
+    device = next(model.parameters()).device
+    autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
     for start in range(0, len(slices), 64):  # as many as fit easily, whatever the case's length
         samples = [slices[i] for i in range(start, min(start + 64, len(slices)))]
         for shape in dict.fromkeys(sample["label"].shape for sample in samples):
             group = [sample for sample in samples if sample["label"].shape == shape]
-            prediction = predict_volume(
-                model,
-                np.stack([sample["image"] for sample in group]),
-                input_size=shape,
-                image_size=(img_size, img_size),
-                amp_dtype=amp_dtype,
-            )
+            with autocast:
+                prediction = predict_volume(
+                    model,
+                    np.stack([sample["image"] for sample in group]),
+                    input_size=shape,
+                    image_size=(img_size, img_size),
+                )
             label = np.stack([sample["label"] for sample in group])
             counts += confusion(prediction, label, num_classes)
     predicted, real, both = counts.sum(axis=1), counts.sum(axis=0), counts.diagonal()

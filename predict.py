@@ -19,7 +19,7 @@ from tqdm import tqdm
 from common.errors import EXIT_BAD_INPUT, EXIT_KEYBOARD, InputError, exit_on_bad_input, first_few
 from common.files import make_folder
 from config.flags import predict_parser
-from config.settings import dataset_spec, parse_args
+from config.settings import dataset_spec, parse_args, prediction_key, recorded_values
 from datasets.registry import DatasetSpec
 from datasets.scans.files import DICOM, ScanFile, find_scans, of_channel
 from distributed.launch import launch, processes_here
@@ -32,7 +32,6 @@ from evaluation.scan_results import (
     read_case,
     refuse_foreign,
     remove_earlier,
-    run_key,
     scratch_array,
     write_case,
     write_summary,
@@ -79,7 +78,7 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
     folder = Path(args.output)
     refuse_folder_of(scans, Path(args.input), folder)
     scans = of_channel(scans, spec.channel if args.channel is None else args.channel)
-    key = run_key(args)
+    key = prediction_key(args)
     # the first rank looks for all: one that came late would see what others have written since
     look = ranks.first and not args.overwrite
     if look:
@@ -115,7 +114,14 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
         return
     results = {s.name: everything[s.name] for s in scans if isinstance(everything[s.name], dict)}
     failures = {name: one for name, one in everything.items() if isinstance(one, str)}
-    write_summary(args, spec, folder, results, failures, key=key, environment=environment())
+    write_summary(
+        spec,
+        folder,
+        results,
+        failures,
+        key=key,
+        settings={"flags": recorded_values(args), "environment": environment()},
+    )
     _exit_if_failed(failures, len(scans))
 
 

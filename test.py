@@ -20,7 +20,7 @@ from tqdm import tqdm
 from common.errors import exit_on_bad_input
 from common.files import make_folder
 from config.flags import test_parser
-from config.settings import class_names, parse_args
+from config.settings import class_names, parse_args, recorded_values
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.scans.orientation import orientation_of, turned, turned_geometry
 from datasets.scans.volumes import Geometry, write_volume
@@ -117,7 +117,7 @@ def report(
     """Write tables and pictures of all cases."""
     names = class_names(args)
     tested = {"tested": f"{datetime.now():%Y-%m-%d %H:%M}"}
-    settings = {"flags": vars(args), "environment": tested | environment()}
+    settings = {"flags": recorded_values(args), "environment": tested | environment()}
     write_csv(folder / "results.csv", results, names)
     write_json(folder / "results.json", results, names, settings, args.nsd_tolerance)
     pages = write_pages(folder, panels, results, names)

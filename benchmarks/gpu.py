@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config.settings import complete
 from datasets.dataset_synapse import Synapse_dataset
-from trainer import freeze_unreached, make_optimizer, training_step
+from trainer import StepOptions, freeze_unreached, make_optimizer, training_step
 from training.batches import augmented_batch, make_loader
 from training.losses import SegmentationLoss
 
@@ -21,6 +21,7 @@ from . import plain, scenes
 from .timing import Comparison, Row, compare
 
 BATCH = 24
+BF16 = StepOptions(amp_dtype=torch.bfloat16)
 # Dense bf16 products a second that the makers state.
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "3090": 71e12, "4090": 165e12}
 
@@ -42,10 +43,7 @@ def gpu_step_rows(device: torch.device) -> list[Row]:
         optimizers = [make_optimizer(n, adamw=True, base_lr=1e-4) for n in (model, slow)]
 
         def ours(network=network, optimizer=optimizers[0]) -> torch.Tensor:
-            autocast = torch.autocast("cuda", torch.bfloat16)
-            return training_step(network, batch, criterion, optimizer, 1e-4, autocast=autocast)[0][
-                "loss"
-            ]
+            return training_step(network, batch, criterion, optimizer, 1e-4, BF16)[0]["loss"]
 
         def peer(slow=slow, optimizer=optimizers[1]) -> float:
             return plain.plain_step(slow, batch, criterion, optimizer, 1e-4)["loss"]
@@ -116,8 +114,7 @@ def idle_share(model: nn.Module, criterion: SegmentationLoss, device: torch.devi
         start = time.perf_counter()
         for slices in batches:
             batch = augmented_batch(slices, 0, args, 128, device)
-            autocast = torch.autocast("cuda", torch.bfloat16)
-            training_step(model, batch, criterion, optimizer, 1e-5, autocast=autocast)
+            training_step(model, batch, criterion, optimizer, 1e-5, BF16)
         torch.cuda.synchronize()
         return time.perf_counter() - start
 

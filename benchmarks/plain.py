@@ -89,7 +89,7 @@ class PlainLoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
         parts = list(F.linear(x, self.weight, self.bias).split(self.part_width, dim=-1))
         for part, branch in self.updates.items():
-            parts[int(part)] = parts[int(part)] + branch(x)
+            parts[int(part)] = parts[int(part)] + branch.up(branch.down(x))
         return torch.cat(parts, dim=-1)
 
 

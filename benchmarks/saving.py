@@ -36,7 +36,8 @@ def saving_rows(device: torch.device) -> list[Row]:
 
     with RunLog(folder, every=args.log_every) as log:
         run = Progress()
-        checkpoint = Checkpoint(folder, args, run, model, optimizer, None, log, ALONE)
+        scaler = torch.amp.GradScaler(enabled=False)
+        checkpoint = Checkpoint(folder, args, run, model, optimizer, scaler, log, ALONE)
 
         def train() -> None:
             training_step(model, batch, criterion, optimizer, 1e-4)

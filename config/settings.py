@@ -21,6 +21,7 @@ from config.parser import Flag, Parser, check_limits, that_change_numbers
 from config.run_folder import CONFIG_FILE, newest_adapter, read_config_file
 from config.shared_flags import AUTO, SCRATCH
 from config.source_code import changed_files, fingerprint_code
+from config.test_flags import PREDICT
 from datasets.registry import SYNAPSE, DatasetSpec, get_dataset, spec_from_json, stored_spec
 from lora.adapter_file import holds_every_weight, read_adapter
 from segment_anything import ENCODERS
@@ -180,15 +181,21 @@ def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
     return network | {"class_names": class_names(args), "spec": args.spec, "code": args.code}
 
 
-def prediction_key(args: argparse.Namespace, flags: dict[str, Flag]) -> dict[str, Any]:
-    """Return what decides the files of a segmented case besides its scan, as plain JSON values.
+def recorded_values(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags as plain JSON values, with one hash in place of all source fingerprints."""
+    values = json.loads(json.dumps(vars(args)))
+    values["code"] = hashlib.sha256(json.dumps(values["code"]).encode()).hexdigest()[:16]
+    return values
+
+
+def prediction_key(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what decides the files of a segmented case besides its scan.
 
     A case whose record holds the same key needs no second segmentation.
     """
-    values = that_change_numbers(vars(args), flags)
-    code = hashlib.sha256(json.dumps(values.pop("code")).encode()).hexdigest()[:16]
-    values = json.loads(json.dumps(values))
-    return values | {"code": code, "adapter": sha256_of(Path(args.lora_ckpt))}
+    flags = {flag.name: flag for group in PREDICT.values() for flag in group}
+    values = that_change_numbers(recorded_values(args), flags)
+    return values | {"adapter": sha256_of(Path(args.lora_ckpt))}
 
 
 def warn_of_changed_code(args: argparse.Namespace, settings: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import InputError, cannot_write, first_few
-from common.files import atomic_path, sha256_of, write_json
+from common.files import atomic_path, write_json
 from datasets.intensity import to_unit, with_channels
 from datasets.registry import DatasetSpec
 from datasets.scans.files import ScanFile, read_scan, stamp
@@ -29,24 +29,6 @@ from evaluation.figures import case_panel, draw_overlays, save
 
 RECORDS = ".done"
 OBLONG = 2.0  # pixels are about square in the plane that a scan was taken in
-NOT_IN_KEY = {  # flags that do not change what is written for a case
-    "input",
-    "output",
-    "overwrite",
-    "config",
-    "device",
-    "batch_size",
-    "processes",
-    "deterministic",
-    "ckpt",
-    "lora_ckpt",
-}
-
-
-def run_key(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides the files of a case besides the scan, in plain JSON."""
-    flags = {name: value for name, value in vars(args).items() if name not in NOT_IN_KEY}
-    return json.loads(json.dumps(flags)) | {"adapter": sha256_of(Path(args.lora_ckpt))}
 
 
 def finished(
@@ -251,14 +233,13 @@ def write_probabilities(
 
 
 def write_summary(
-    args: argparse.Namespace,
     spec: DatasetSpec,
     folder: Path,
     results: dict[str, dict[str, Any]],
     failures: dict[str, str],
     *,
     key: dict[str, Any],
-    environment: dict[str, Any],
+    settings: dict[str, Any],
 ) -> None:
     """Write `volumes.csv`, `predictions.json` and the tables of names and colours.
 
@@ -279,6 +260,6 @@ def write_summary(
                        strict=True)  # fmt: skip
             writer.writerows([result["case"], *row] for row in rows)
     content = {"cases": cases, "failed": failures, "spec": spec.to_json(),
-               "flags": vars(args), "environment": environment}  # fmt: skip
+               **settings}  # fmt: skip
     write_json(folder / "predictions.json", content)
     logging.info("%d segmentations in %s", len(results), folder)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Training on SLURM: sbatch docs/slurm.sh FLAGS, from the repository's folder. Out of time, the job
-# saves its state, asks to be queued again, and goes on from there.
+# Train on SLURM: `sbatch docs/slurm.sh FLAGS` in the repository's folder. When its time is over, the
+# job saves its state, queues itself again, and continues from there.
 #SBATCH --job-name=samed
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -10,19 +10,21 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@300
-# USR1 comes to this script 300 s before the time is over (and at a preemption, where SLURM has
-# PreemptParameters=send_user_signal): train.py finishes its step and saves, and the job is queued
-# again. TERM without USR1 is a scancel, or a preemption with GraceTime: it is passed on, so that the
-# state is saved, but nothing is asked for; what is preempted under PreemptMode=REQUEUE, SLURM
-# queues again by itself, because of --requeue.
+# SLURM sends USR1 to this script 300 s before the time is over, and at a preemption if it runs with
+# PreemptParameters=send_user_signal. train.py then finishes its step and saves, and the job is queued
+# again. TERM without USR1 means scancel, or a preemption with GraceTime: the state is saved, but the
+# job is not queued here. Under PreemptMode=REQUEUE, SLURM queues it again itself because of --requeue.
 set -u
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240 # seconds that ranks have to save, within the 300
+# Seconds that the ranks have to save, within the 300.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
 EXIT_INTERRUPTED=75
 RUN=("${SAMED_PYTHON:-.venv/bin/python}")
-if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then # one torchrun on every machine
+# On several machines, start one torchrun on each.
+if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then
     HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    PORT=$((20000 + SLURM_JOB_ID % 10000)) # another job on the machine has another
-    RUN=(srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" # which srun does not inherit
+    # Jobs on the same machine need different ports. srun does not inherit --cpus-per-task.
+    PORT=$((20000 + SLURM_JOB_ID % 10000))
+    RUN=(srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}"
          "${RUN[@]}" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES"
          --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" --max_restarts 3 --rdzv_backend c10d
          --rdzv_endpoint "$HOST:$PORT" --rdzv_id "$SLURM_JOB_ID"
@@ -35,13 +37,15 @@ ASKED=0 ENDED=0
 trap 'SIGNALLED=1 ASKED=1; kill -USR1 $CHILD 2>/dev/null' USR1
 trap 'SIGNALLED=1 ENDED=1; kill -TERM $CHILD 2>/dev/null' TERM
 SIGNALLED=1
-while [ $SIGNALLED -eq 1 ]; do # a signal ends the wait, not the training
+# A signal ends `wait`, but not the training.
+while [ $SIGNALLED -eq 1 ]; do
     SIGNALLED=0
     wait $CHILD
     CODE=$?
 done
 if [ $ASKED -eq 1 ] && [ $CODE -ne 0 ] && [ $CODE -ne 2 ]; then
-    CODE=$EXIT_INTERRUPTED # torchrun makes it 1; asked before it listens, Python is killed
+    # torchrun turns the code into 1, and Python is killed if the signal comes before it listens.
+    CODE=$EXIT_INTERRUPTED
 elif [ $ENDED -eq 1 ]; then
     exit $CODE
 fi

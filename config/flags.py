@@ -1,12 +1,12 @@
 """The command lines of train.py, test.py and predict.py.
 
-The flags themselves stand in `train_flags.py`, `test_flags.py` and `shared_flags.py`.
+The flags themselves stand in `train_flags.py`, `inference_flags.py` and `shared_flags.py`.
 """
 
 from __future__ import annotations
 
+from config.inference_flags import PREDICT, TEST
 from config.parser import Parser
-from config.test_flags import PREDICT, TEST
 from config.train_flags import TRAIN
 
 

@@ -17,11 +17,11 @@ from typing import Any
 from common.errors import InputError, first_few, warn
 from common.files import require_file, sha256_of
 from config.flags import train_parser
+from config.inference_flags import PREDICT
 from config.parser import Flag, Parser, check_limits, that_change_numbers
 from config.run_folder import CONFIG_FILE, newest_adapter, read_config_file
 from config.shared_flags import AUTO, SCRATCH
 from config.source_code import changed_files, fingerprint_code
-from config.test_flags import PREDICT
 from datasets.registry import SYNAPSE, DatasetSpec, get_dataset, spec_from_json, stored_spec
 from lora.adapter_file import holds_every_weight, read_adapter
 from segment_anything import ENCODERS

@@ -412,9 +412,9 @@ def test_a_new_row_of_encoders_trains_and_tests(
         "vit_small",
         lambda **kwargs: build_sam_module.build_sam("vit_small", **kwargs),
     )
-    from config import shared_flags, test_flags, train_flags
+    from config import inference_flags, shared_flags, train_flags
 
-    for table in (train_flags.TRAIN, test_flags.TEST):
+    for table in (train_flags.TRAIN, inference_flags.TEST):
         for flag in table["network"]:
             if flag.name == "vit_name":
                 monkeypatch.setattr(shared_flags, "ENCODERS", build_sam_module.ENCODERS)

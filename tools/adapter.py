@@ -14,9 +14,9 @@ import torch
 
 from common.errors import InputError, exit_on_bad_input
 from common.files import atomic_path, save_tensors, sha256_of
+from config.inference_flags import MERGE
 from config.parser import Parser
 from config.settings import parse_args
-from config.test_flags import MERGE
 from lora.adapter_file import (
     SAFETENSORS,
     SETTINGS_KEY,

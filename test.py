@@ -36,6 +36,13 @@ from evaluation.figures import (
     write_pages,
 )
 from evaluation.groups import with_groups
+from evaluation.medpy_check import (
+    EXIT_MEDPY_DIFFERS,
+    CheckedPair,
+    MedpyCheck,
+    report_check,
+    require_medpy,
+)
 from evaluation.metrics import compare_volume
 from evaluation.page import write_page
 from evaluation.predict_volume import predict_volume
@@ -64,6 +71,8 @@ WAITING = 4  # volumes that may wait to be scored and written
 def main(argv: Sequence[str] | None = None) -> None:
     """Check everything that was given, then segment, score and report, on every GPU here."""
     args = parse_args(test_parser(), argv)
+    if args.check_with_medpy:
+        require_medpy()
     processes = processes_here(args.device, args.processes)
     if processes > 1:
         raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))
@@ -92,20 +101,45 @@ def test(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     logging.info(
         "%d volumes of %s, on %d × %s", len(dataset), dataset.list_path, ranks.count, device
     )
-    own = dataset.only(range(ranks.rank, len(dataset), ranks.count))
-    with tqdm(
-        total=own.count_slices(),
-        desc="testing" if ranks.count == 1 else "testing, of one process",
-        unit="slice",
-        disable=None if ranks.first else True,
-    ) as bar:
-        finished = list(test_cases(args, model, own, folder, progress=bar.update))
+    rank_cases = dataset.only(range(ranks.rank, len(dataset), ranks.count))
+    finished, checked = test_with_bars(args, model, rank_cases, folder, ranks)
     by_case = {
         result.case: (result, panel) for part in ranks.gather(finished) for result, panel in part
     }
+    pairs = [pair for part in ranks.gather(checked) for pair in part]
     if ranks.first:
         results, panels = zip(*(by_case[case] for case in dataset.sample_list), strict=True)
         report(args, folder, with_groups(results, dataset.data_dir), panels)
+        if args.check_with_medpy and not report_check(pairs, class_names(args)):
+            raise SystemExit(EXIT_MEDPY_DIFFERS)
+
+
+def test_with_bars(
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    dataset: Synapse_dataset,
+    folder: Path,
+    ranks: Ranks,
+) -> tuple[list[tuple[CaseResult, CasePanel]], list[CheckedPair]]:
+    """Test the volumes of this rank, compare with medpy if asked, and show how far both are."""
+    share = "" if ranks.count == 1 else ", share of one process"
+    hidden = None if ranks.first else True  # None: shown on a terminal alone
+    with (
+        tqdm(
+            total=dataset.count_slices(), desc=f"testing{share}", unit="slice", disable=hidden
+        ) as slices_bar,
+        tqdm(
+            total=len(dataset) * args.num_classes,
+            desc=f"checking with medpy{share}",
+            unit="organ",
+            disable=hidden if args.check_with_medpy else True,
+        ) as check_bar,
+    ):
+        check = MedpyCheck(check_bar.update) if args.check_with_medpy else None
+        finished = list(
+            test_cases(args, model, dataset, folder, progress=slices_bar.update, check=check)
+        )
+    return finished, check.pairs if check else []
 
 
 def report(
@@ -139,6 +173,7 @@ def test_cases(
     folder: Path,
     *,
     progress: Callable[[int], object] | None = None,
+    check: MedpyCheck | None = None,
 ) -> Iterator[tuple[CaseResult, CasePanel]]:
     """Segment one volume while the next is read and earlier ones are scored and written.
 
@@ -164,7 +199,7 @@ def test_cases(
                     batch_size=args.batch_size,
                     progress=progress,
                 )
-            scoring = finishers.submit(score_case, case, prediction, args, folder)
+            scoring = finishers.submit(score_case, case, prediction, args, folder, check)
             writing = finishers.submit(
                 write_case, case, prediction, folder / "predictions" if args.is_savenii else None
             )
@@ -203,7 +238,11 @@ def read_case(dataset: Synapse_dataset, index: int) -> Case:
 
 
 def score_case(
-    case: Case, prediction: np.ndarray, args: argparse.Namespace, folder: Path
+    case: Case,
+    prediction: np.ndarray,
+    args: argparse.Namespace,
+    folder: Path,
+    check: MedpyCheck | None,
 ) -> tuple[CaseResult, CasePanel]:
     """Score a prediction (D, H, W); keep the few slices that are shown, write the worst ones."""
     spacing = case.geometry.voxel_spacing if case.geometry else None
@@ -211,6 +250,8 @@ def score_case(
     scores, counts = compare_volume(
         prediction, case.label, args.num_classes, spacing, args.nsd_tolerance
     )
+    if check is not None:
+        check.add_case(case.name, prediction, case.label, scores)
     panel = case_panel(
         case.name,
         case.image,

@@ -15,11 +15,11 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
-from medpy.metric import binary
 from scipy import ndimage
 from torch import nn
 
 from datasets.augmentation import Augmentation
+from evaluation.medpy_check import medpy_scores
 from lora import LoRAModel
 from lora.layers import LoRALinear
 from segment_anything.modeling import relative_attention, transformer
@@ -189,16 +189,9 @@ def plain_test(
         prediction[index] = (
             out if out.shape == plane.shape else plain_zoom(out, plane.shape, order=0)
         )
-    scores = [plain_scores(prediction == c, label == c) for c in range(1, classes + 1)]
+    scores = [medpy_scores(prediction == c, label == c) for c in range(1, classes + 1)]
     for suffix, array in (("pred", prediction), ("img", image), ("gt", label)):
         volume = sitk.GetImageFromArray(array.astype(np.float32))
         volume.SetSpacing((1, 1, 1))
         sitk.WriteImage(volume, str(folder / f"{path.name}_{suffix}.nii.gz"))
     return prediction, scores
-
-
-def plain_scores(prediction: np.ndarray, label: np.ndarray) -> tuple[float, float]:
-    """DSC and HD95 of one class by medpy over the whole volume, with the original's empty rule."""
-    if prediction.any() and label.any():
-        return binary.dc(prediction, label), binary.hd95(prediction, label)
-    return (1.0, 0.0) if prediction.any() else (0.0, 0.0)

@@ -13,6 +13,7 @@ from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.resampling import resize_images
 from evaluation.cpu_speed import pack_encoder
+from evaluation.medpy_check import medpy_scores, require_medpy
 from evaluation.metrics import score_volume
 from trainer import freeze_unreached, make_optimizer, training_step
 from training.batches import collate_slices
@@ -45,12 +46,13 @@ def metrics_row(
     name: str, what: str, prediction: np.ndarray, label: np.ndarray, target: float
 ) -> Row:
     """Our time for all organs after each organ of the peer: the turns of one long comparison."""
+    require_medpy()  # imports it before the clock starts
     ours = score_volume(prediction, label, scenes.NUM_CLASSES)
     peer_seconds, our_seconds, worst = 0.0, [], 0.0
     for index, score in enumerate(ours, start=1):
         scores: list[tuple[float, float]] = []
         masks = prediction == index, label == index
-        peer_seconds += timed(lambda m=masks, s=scores: s.append(plain.plain_scores(*m)))
+        peer_seconds += timed(lambda m=masks, s=scores: s.append(medpy_scores(*m)))
         our_seconds.append(timed(lambda: score_volume(prediction, label, scenes.NUM_CLASSES)))
         dsc, hd95 = scores[0]
         worst = max(worst, abs(dsc - score.samed_dsc), abs(hd95 - score.samed_hd95))

@@ -1,15 +1,17 @@
-"""What is reported of a segmentation: DSC, HD95 and ASSD, and the rules for empty masks.
+"""Scores of a segmentation: DSC, HD95, ASSD and NSD, with two rules for empty masks.
 
-HD95 is the 95th percentile of both directed surface distances *pooled*, as medpy computes it and
-as SAMed's published numbers are; many libraries report the larger of two directed percentiles,
-which differs by up to 30 %. Two rules for empty masks stand side by side: `samed`, the original's,
-which scores a missed organ HD95 0 and a false one DSC 1, and an honest one.
+HD95 is the 95th percentile of both directed surface distances *pooled*, as medpy and SAMed's
+published numbers define it. Many libraries report the larger of two directed percentiles, which
+differs by up to 30 %.
+
+The `samed` rule is the original's: a missed organ scores HD95 0 and a false organ scores DSC 1. The
+honest rule stands in `dsc_from_counts` alone; test.py and the validation while training use it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.spatial import KDTree
@@ -20,18 +22,59 @@ NSD_TOLERANCE = 2.0  # mm
 
 @dataclass(frozen=True)
 class ClassScore:
-    """The scores of one class in one volume. None: not defined there, left out of means."""
+    """The scores of one class in one volume; None where a score is not defined."""
 
-    outcome: str  # which of prediction and label have it: BOTH, FALSE_ORGAN, MISSED or ABSENT
-    samed_dsc: float  # 0…1, the original's rule for empty masks
-    samed_hd95: float  # voxels, the original's rule
-    dsc: float | None  # 0…1; a false or missed organ scores 0, an absent one nothing
-    hd95_voxels: float | None  # only where both have it
-    hd95_mm: float | None  # the same in mm; None also where the spacing is unknown
-    assd_mm: float | None  # average symmetric surface distance
-    hd95_to_label_mm: float | None = None  # of the distances from the prediction's surface alone
-    hd95_to_prediction_mm: float | None = None  # and from the label's
-    nsd: float | None = None  # 0…1, share of both surfaces within the tolerance of the other
+    outcome: str  # BOTH, FALSE_ORGAN (prediction alone), MISSED (label alone) or ABSENT
+    samed_dsc: float  # 0…1, samed rule
+    samed_hd95: float  # voxels, samed rule
+    dsc: float | None  # 0…1, honest rule
+    hd95_voxels: float | None = None  # None unless both masks have the class, here and below
+    hd95_mm: float | None = None  # None also if the spacing is unknown, here and below
+    assd_mm: float | None = None  # average symmetric surface distance
+    hd95_to_label_mm: float | None = None  # from the prediction's surface to the label's
+    hd95_to_prediction_mm: float | None = None  # from the label's surface to the prediction's
+    nsd: float | None = None  # 0…1, share of both surfaces within the tolerance; honest rule
+
+
+def outcome_of(predicted: int, real: int) -> str:
+    """Return which of prediction and label have a class, given its voxels in each."""
+    if predicted and real:
+        return BOTH
+    if predicted:
+        return FALSE_ORGAN
+    return MISSED if real else ABSENT
+
+
+def dsc_from_counts(overlap: int, predicted: int, real: int) -> float | None:
+    """Return the DSC of a class by the honest rule for empty masks.
+
+    This is the only place of that rule: test.py and the validation while training follow it. NSD
+    takes its value where a mask is empty.
+
+    Args:
+        overlap, predicted, real: voxels in both masks, in the prediction, in the label.
+
+    Returns:
+        0…1; None leaves the case out of the mean of the class.
+    """
+    outcome = outcome_of(predicted, real)
+    if outcome == ABSENT:
+        return None
+    if outcome in (FALSE_ORGAN, MISSED):
+        return 0.0
+    return dice(overlap, predicted, real)
+
+
+def dice(overlap: int, predicted: int, real: int) -> float:
+    """Return the Dice similarity coefficient of two masks that are not both empty."""
+    return 2.0 * overlap / (predicted + real)
+
+
+def class_dsc(counts: np.ndarray) -> tuple[float | None, ...]:  # (N + 1, N + 1) integers -> N
+    """Return the DSC of the classes 1…N by the honest rule, given the `confusion` of a case."""
+    overlap = counts.diagonal()[1:].tolist()
+    predicted, real = (counts.sum(axis=axis)[1:].tolist() for axis in (1, 0))
+    return tuple(map(dsc_from_counts, overlap, predicted, real))
 
 
 def score_volume(
@@ -53,8 +96,8 @@ def compare_volume(
 ) -> tuple[list[ClassScore], np.ndarray]:
     """Score the classes 1…num_classes of one volume or slice, and count their confusion.
 
-    All classes share one pass over the voxels; what follows grows with the surfaces alone, so
-    that neither the size of a volume nor stray voxels far from an organ cost much.
+    One pass over the voxels serves all classes. The cost of the distances grows with the surfaces
+    alone, so large volumes and stray voxels far from an organ stay cheap.
 
     Args:
         prediction, label: classes (D, H, W) or (H, W), unsigned integers or bool; not changed.
@@ -62,8 +105,8 @@ def compare_volume(
         tolerance: of the normalised surface Dice, mm.
 
     Returns:
-        Scores of the classes in order, and the voxels (num_classes + 1, num_classes + 1) of every
-        predicted class (row) and true one (column), background first.
+        The scores of the classes in order, and the number of voxels of each predicted class (row)
+        and true class (column), (num_classes + 1, num_classes + 1), background first.
 
     Raises:
         ValueError: the shapes differ.
@@ -71,7 +114,7 @@ def compare_volume(
     if prediction.shape != label.shape:
         raise ValueError(f"prediction {prediction.shape} and label {label.shape} differ in shape")
     voxels = prediction.size
-    box = joint_box(prediction, label)  # no surface and no distance depends on what is outside
+    box = joint_box(prediction, label)  # outside is background, which has no surface
     prediction, label = prediction[box], label[box]
     counts = confusion(prediction, label, num_classes)
     counts[0, 0] += voxels - prediction.size
@@ -100,7 +143,7 @@ def score_class(
     spacing: Sequence[float] | None = None,
     tolerance: float = NSD_TOLERANCE,
 ) -> ClassScore:
-    """Score one class from what is left of its masks.
+    """Score one class from its voxel counts and surfaces.
 
     Args:
         overlap, predicted, real: voxels in both masks, in the prediction, in the label.
@@ -108,37 +151,29 @@ def score_class(
         spacing: mm per voxel in array order, if known.
         tolerance: of the normalised surface Dice, mm.
     """
-    if not (predicted and real):
-        outcome = FALSE_ORGAN if predicted else MISSED if real else ABSENT
+    outcome = outcome_of(predicted, real)
+    dsc = dsc_from_counts(overlap, predicted, real)
+    if outcome != BOTH:
         return ClassScore(
             outcome=outcome,
             samed_dsc=1.0 if outcome == FALSE_ORGAN else 0.0,
             samed_hd95=0.0,
-            dsc=None if outcome == ABSENT else 0.0,
-            hd95_voxels=None,
-            hd95_mm=None,
-            assd_mm=None,
-            nsd=None if outcome == ABSENT or spacing is None else 0.0,
-        )
-    dsc = 2.0 * overlap / (predicted + real)
-    hd95 = hausdorff95(surface_distances(*surfaces))
-    if spacing is None:
-        return ClassScore(
-            outcome=BOTH,
-            samed_dsc=dsc,
-            samed_hd95=hd95,
             dsc=dsc,
-            hd95_voxels=hd95,
-            hd95_mm=None,
-            assd_mm=None,
+            nsd=None if spacing is None else dsc,
         )
-    distances = surface_distances(*surfaces, spacing)
-    return ClassScore(
+    hd95 = hausdorff95(surface_distances(*surfaces))
+    score = ClassScore(
         outcome=BOTH,
-        samed_dsc=dsc,
+        samed_dsc=dice(overlap, predicted, real),
         samed_hd95=hd95,
         dsc=dsc,
         hd95_voxels=hd95,
+    )
+    if spacing is None:
+        return score
+    distances = surface_distances(*surfaces, spacing)
+    return replace(
+        score,
         hd95_mm=hausdorff95(distances),
         assd_mm=average_distance(distances),
         hd95_to_label_mm=float(np.percentile(distances[0], 95)),
@@ -148,23 +183,23 @@ def score_class(
 
 
 def calculate_metric_percase(pred: np.ndarray, gt: np.ndarray) -> tuple[float, float]:
-    """(DSC, HD95 in voxels) by the original's rule for empty masks; changes neither input."""
+    """Return DSC and HD95 (voxels) of two masks by the samed rule; neither mask is changed."""
     score = score_volume(np.asarray(pred) > 0, np.asarray(gt) > 0, 1)[0]
     return score.samed_dsc, score.samed_hd95
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of the values that are defined; None if none is."""
+    """Return the mean of the defined values; None if no value is defined."""
     defined = [value for value in values if value is not None]
     return sum(defined) / len(defined) if defined else None
 
 
 def joint_box(first: np.ndarray, second: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box around all that is not 0 in either; of no voxels where all is 0."""
+    """Return the smallest box around the nonzero voxels of both arrays; empty if all are 0."""
     box: list[slice] = []
     for axis in range(first.ndim):
         others = tuple(other for other in range(first.ndim) if other != axis)
-        cut = (*box, ...)  # later axes look only into what the earlier ones left
+        cut = (*box, ...)  # the axes before this one are cropped already
         filled = np.flatnonzero(first[cut].any(axis=others) | second[cut].any(axis=others))
         box.append(slice(int(filled[0]), int(filled[-1]) + 1) if filled.size else slice(0, 0))
     return tuple(box)
@@ -173,7 +208,10 @@ def joint_box(first: np.ndarray, second: np.ndarray) -> tuple[slice, ...]:
 def confusion(
     prediction: np.ndarray, label: np.ndarray, num_classes: int
 ) -> np.ndarray:  # (num_classes + 1, num_classes + 1) int64
-    """How many voxels of label j (column) are predicted as i (row); values beyond count as 0."""
+    """Count the voxels of each predicted class (row) and true class (column), background first.
+
+    Values above `num_classes` count as background.
+    """
     size = num_classes + 1
     either = np.flatnonzero((prediction != 0) | (label != 0))
     rows, columns = (a.ravel()[either].astype(np.int64) for a in (prediction, label))
@@ -185,10 +223,10 @@ def confusion(
 
 
 def surface_voxels(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
-    """Of each class, the indices (N, ndim) of its voxels with a face neighbour outside it.
+    """Return the indices (N, ndim) of the surface voxels of each class 1…num_classes.
 
-    Beyond the array nothing belongs to any class. Equal neighbours differ from no class and
-    unequal ones from both, so one comparison along each axis serves all classes.
+    A surface voxel has a face neighbour of another value, or lies at the edge of the array. That
+    does not depend on the class, so one comparison along each axis serves all classes.
     """
     surface = np.zeros(labels.shape, dtype=bool)
     for axis in range(labels.ndim):
@@ -208,27 +246,29 @@ def surface_voxels(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
 def surface_distances(
     first: np.ndarray, second: np.ndarray, spacing: Sequence[float] | float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distance of every surface voxel to the other surface, in both directions.
+    """Return the distance from each surface voxel to the other surface, in both directions.
+
+    A k-d tree finds the same nearest voxel as a distance transform of the volume, at a cost that
+    grows with the surface and not with the volume.
 
     Args:
         first, second: (N, ndim) and (M, ndim) voxel indices, not empty.
         spacing: per axis; 1 for distances in voxels.
 
     Returns:
-        (N,) and (M,) distances. A k-d tree finds the same nearest voxel as a distance transform
-        of the volume, at a cost that grows with the surface and not with the box.
+        (N,) and (M,) distances.
     """
     first, second = first * np.asarray(spacing), second * np.asarray(spacing)
-    # an unbalanced tree gives the same neighbours and is built without sorting for medians
+    # An unbalanced tree finds the same neighbours and is faster to build: it needs no medians.
     trees = [KDTree(points, balanced_tree=False) for points in (first, second)]
     return trees[1].query(first, workers=-1)[0], trees[0].query(second, workers=-1)[0]
 
 
 def hausdorff95(distances: tuple[np.ndarray, np.ndarray]) -> float:
-    """95th percentile of both directed distance sets pooled."""
+    """Return the 95th percentile of both directed distance sets pooled."""
     return float(np.percentile(np.concatenate(distances), 95))
 
 
 def average_distance(distances: tuple[np.ndarray, np.ndarray]) -> float:
-    """Average symmetric surface distance: the mean of both directed distance sets pooled."""
+    """Return the average symmetric surface distance: the mean of both distance sets pooled."""
     return float(np.concatenate(distances).mean())

@@ -18,6 +18,7 @@ import trainer
 from common.errors import InputError
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.names import case_of
+from evaluation import metrics
 from evaluation.metrics import score_volume
 from evaluation.predict_volume import predict_volume
 from lora import LoRAModel
@@ -72,10 +73,62 @@ def test_a_validation_gives_the_scores_of_a_test_of_the_stacked_slices(data: Pat
         label = np.stack([part[i]["label"] for i in range(len(part))])
         prediction = predict_volume(model, volume, input_size=(40, 40), image_size=(64, 64))
         expected = [score.dsc for score in score_volume(prediction, label, 8)]
-        present = [(label == index).any() for index in range(1, 9)]
-        for dsc, reference, is_there in zip(found.cases[name], expected, present, strict=True):
-            assert dsc == (pytest.approx(reference) if is_there else None)
+        for dsc, reference in zip(found.cases[name], expected, strict=True):
+            assert dsc == (None if reference is None else pytest.approx(reference))
     assert found.score == pytest.approx(np.mean([dsc for dsc in found.dsc if dsc is not None]))
+
+
+class Everywhere(torch.nn.Module):
+    """A network that finds class 1 in every pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: torch.Tensor, *_: object) -> dict[str, torch.Tensor]:
+        return {"masks": torch.eye(4)[1][None, :, None, None].expand(len(images), -1, 64, 64)}
+
+
+def unlabelled(folder: Path) -> dict[str, Synapse_dataset]:
+    """One held-out case; its label has class 2 in one slice and neither class 1 nor class 3."""
+    (folder / "train_npz").mkdir(parents=True)
+    (folder / "lists").mkdir()
+    for index in range(2):
+        label = np.zeros((40, 40), np.float32)
+        label[:9, :9] = 2 * index
+        image = np.zeros((40, 40), np.float32)
+        np.savez(folder / "train_npz" / f"case0001_slice{index:03d}.npz", image=image, label=label)
+    names = [f"case0001_slice{index:03d}\n" for index in range(2)]
+    (folder / "lists" / "train.txt").write_text("".join(names))
+    return {"case0001": Synapse_dataset(folder, None, "train")}
+
+
+def test_a_false_organ_counts_as_zero_in_a_validation_as_in_a_test(tmp_path: Path):
+    cases = unlabelled(tmp_path)
+    found = validate(Everywhere(), cases, num_classes=3, img_size=64)
+    assert found.dsc == (0.0, 0.0, None)  # a false organ, a missed one, an absent one
+    label = np.stack([cases["case0001"][index]["label"] for index in range(2)])
+    scores = score_volume(np.ones_like(label), label, 3)
+    assert found.dsc == tuple(score.dsc for score in scores)
+
+
+def test_the_rule_for_empty_masks_is_changed_in_one_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def ignore_false_organs(overlap: int, predicted: int, real: int) -> float | None:
+        return 2 * overlap / (predicted + real) if real else None
+
+    cases = unlabelled(tmp_path)
+    label = np.stack([cases["case0001"][index]["label"] for index in range(2)])
+
+    def found() -> tuple[tuple[float | None, ...], ...]:
+        scores = score_volume(np.ones_like(label), label, 3, (1.0, 1.0, 1.0))
+        validated = validate(Everywhere(), cases, num_classes=3, img_size=64).dsc
+        return validated, tuple(s.dsc for s in scores), tuple(s.nsd for s in scores)
+
+    assert found() == ((0.0, 0.0, None),) * 3
+    monkeypatch.setattr(metrics, "dsc_from_counts", ignore_false_organs)
+    assert found() == ((None, 0.0, None),) * 3
 
 
 def test_the_best_adapter_belongs_to_the_best_score(data: Path, tmp_path: Path):

@@ -18,7 +18,7 @@ from common.errors import InputError
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.names import case_of, slices_by_case
 from distributed.ranks import ALONE, Ranks
-from evaluation.metrics import confusion, mean
+from evaluation.metrics import class_dsc, confusion, mean
 from evaluation.predict_volume import predict_volume
 from training.checkpoint import Progress
 from training.run_log import RunLog
@@ -125,7 +125,7 @@ def dsc_of_case(
     img_size: int,
     amp_dtype: torch.dtype | None,
 ) -> tuple[float | None, ...]:
-    """DSC of each class in one case; None where the label has none of it."""
+    """Return the DSC of each class in one case, by the rule of `evaluation.metrics`."""
     counts = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
@@ -142,11 +142,7 @@ def dsc_of_case(
                 )
             label = np.stack([sample["label"] for sample in group])
             counts += confusion(prediction, label, num_classes)
-    predicted, real, both = counts.sum(axis=1), counts.sum(axis=0), counts.diagonal()
-    return tuple(
-        2 * float(both[i]) / float(predicted[i] + real[i]) if real[i] else None
-        for i in range(1, num_classes + 1)
-    )
+    return class_dsc(counts)
 
 
 def note_validation(

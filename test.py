@@ -27,14 +27,7 @@ from datasets.scans.volumes import Geometry, write_volume
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
 from evaluation.cpu_speed import pack_encoder
-from evaluation.figures import (
-    CasePanel,
-    case_panel,
-    save_row,
-    shown_slice,
-    worst_slices,
-    write_pages,
-)
+from evaluation.figures import write_pages
 from evaluation.groups import with_groups
 from evaluation.medpy_check import (
     EXIT_MEDPY_DIFFERS,
@@ -44,6 +37,7 @@ from evaluation.medpy_check import (
     require_medpy,
 )
 from evaluation.metrics import compare_volume
+from evaluation.overlays import CasePanel, case_panel, save_row, shown_slice, worst_slices
 from evaluation.page import write_page
 from evaluation.predict_volume import predict_volume
 from evaluation.tables import (

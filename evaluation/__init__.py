@@ -1,1 +1,1 @@
-"""Volumes through a network, metrics, tables, pictures and pages, and what a prediction leaves."""
+"""Predict volumes, score them, and write tables, pictures, pages and predictions."""

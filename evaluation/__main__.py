@@ -1,4 +1,4 @@
-"""One page of test runs, alone or side by side: `python -m evaluation --help`."""
+"""Write one page of test runs, alone or side by side: `python -m evaluation --help`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from evaluation.tables import read_json
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write one page of one or more test runs."""
+    """Read the results of one or more test runs and write their page."""
     parser = argparse.ArgumentParser(
         prog="python -m evaluation",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Write one HTML page of test runs, which needs no network and no other file.\n"
-        "With several runs, those after the first are compared with the first, case by case:\n"
+        description="Write test runs as one HTML page that needs no network and no other file.\n"
+        "Each run after the first is compared with the first, case by case:\n"
         "  python -m evaluation output/RUN1 output/RUN2 --output comparison.html",
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN",
-        help="a run folder that was tested, the folder that test.py wrote, or its results.json",
-    )  # fmt: skip
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a tested run folder, a folder written by test.py, or its results.json",
+    )
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write")
     args = parser.parse_args(argv)
     with exit_on_bad_input():
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def results_file(run: Path) -> Path:
-    """The `results.json` that a command line means."""
+    """Return the path of the `results.json` that an argument means."""
     candidates = [run, run / "results.json", run / "test" / "results.json"]
     return next((path for path in candidates if path.is_file()), run / "results.json")
 

@@ -1,4 +1,4 @@
-"""Scores as charts: bars and boxes of every organ. Names are drawn as they are."""
+"""Draw the scores of each organ: bars, boxes and differences. Names are drawn literally."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CROWDED = 10  # organs, beyond which names are turned and numbers small
-MARKS = {  # of a case among the scores of an organ, by its outcome
+CROWDED = 10  # with more organs, names are turned and numbers are small
+MARKS = {  # style of the mark of a case, by its outcome
     BOTH: {"s": 18, "color": "0.15", "alpha": 0.7, "marker": "o", "zorder": 3},
     MISSED: {"s": 46, "color": "crimson", "marker": "x", "linewidths": 2, "zorder": 4},
     FALSE_ORGAN: {"s": 46, "color": "black", "marker": "^", "zorder": 4},
@@ -29,7 +29,7 @@ MARKS = {  # of a case among the scores of an organ, by its outcome
 
 
 def render(figure: Figure, file: Path | IO[bytes], **options: Any) -> None:
-    """Draw a figure with every name as it is: `$` starts no formula, missing glyphs are boxes."""
+    """Write a figure with literal names: `$` starts no formula, missing glyphs become boxes."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -40,7 +40,7 @@ def render(figure: Figure, file: Path | IO[bytes], **options: Any) -> None:
 
 
 def as_data(figure: Figure) -> str:
-    """A figure as the address of an SVG picture that holds it."""
+    """Return a figure as an SVG picture in a data URL."""
     content = io.BytesIO()
     render(figure, content, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"
@@ -49,7 +49,10 @@ def as_data(figure: Figure) -> str:
 def add_legend(
     figure: Figure, handles: Sequence[Artist], names: Sequence[str], columns: int
 ) -> None:
-    """A legend below; matplotlib would leave out names that start with `_` if it were told them."""
+    """Add a legend below the figure.
+
+    The names are set afterwards, because matplotlib leaves out labels that start with `_`.
+    """
     legend = figure.legend(
         handles, ["x"] * len(handles), ncols=columns, loc="lower center", frameon=False
     )
@@ -58,7 +61,7 @@ def add_legend(
 
 
 def draw_scores(results: Sequence[CaseResult], class_names: Sequence[str]) -> Figure:
-    """DSC and HD95 of every organ: a bar for the mean, a mark for each case."""
+    """Draw DSC and HD95 of each organ: a bar for the mean, a mark for each case."""
     from matplotlib.figure import Figure
 
     crowded = len(class_names) > CROWDED
@@ -81,12 +84,13 @@ def draw_scores(results: Sequence[CaseResult], class_names: Sequence[str]) -> Fi
         lower.set_xticks(places, class_names, rotation=40, ha="right", rotation_mode="anchor")
     else:
         lower.set_xticks(places, [name.replace(" ", "\n") for name in class_names])
-    figure.set_layout_engine("tight", rect=(0, 0.05, 1, 1))  # when drawn: see `render`
+    # The layout is computed while drawing, after `render` has changed the texts.
+    figure.set_layout_engine("tight", rect=(0, 0.05, 1, 1))
     return figure
 
 
 def draw_bars(axes: Axes, results: Sequence[CaseResult], score: str, factor: float) -> None:
-    """The mean of a score per organ as a bar, with every case that defines it as a mark."""
+    """Draw the mean of a score of each organ as a bar, and each case that defines it as a mark."""
     colours = label_colours(len(results[0].scores)) / 255
     spread = np.linspace(-0.25, 0.25, len(results)) if len(results) > 1 else [0.0]
     for index, row in enumerate(class_means(results)):
@@ -105,7 +109,7 @@ def draw_bars(axes: Axes, results: Sequence[CaseResult], score: str, factor: flo
             fontsize=10 if len(results[0].scores) <= CROWDED else 7,
             annotation_clip=False,
         )
-        for result, shift in zip(results, spread, strict=True):  # a case keeps its place
+        for result, shift in zip(results, spread, strict=True):  # a case has one shift in all bars
             value, outcome = getattr(result.scores[index], score), result.scores[index].outcome
             if value is not None:
                 axes.scatter(index + shift, factor * value, clip_on=False, **MARKS[outcome])
@@ -119,7 +123,7 @@ def draw_bars(axes: Axes, results: Sequence[CaseResult], score: str, factor: flo
 def draw_boxes(
     results: Sequence[CaseResult], class_names: Sequence[str], score: str, unit: str, factor: float
 ) -> Figure:
-    """How a score spreads over the cases, a box an organ, with every case as a dot."""
+    """Draw how a score spreads over the cases: a box for each organ, a dot for each case."""
     from matplotlib.figure import Figure
 
     colours = label_colours(len(class_names)) / 255
@@ -147,28 +151,28 @@ def draw_boxes(
     axes.grid(axis="y", alpha=0.3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.set_layout_engine("tight")  # when drawn: see `render`
+    figure.set_layout_engine("tight")  # computed while drawing, as in `draw_scores`
     return figure
 
 
 def draw_differences(
     rows: Sequence[dict[str, Any]], score: str, unit: str, factor: float
 ) -> Figure:
-    """The paired difference of every row of `compare`: its mean, its interval, each case."""
+    """Draw the paired differences in the rows of `compare`: mean, interval and each case."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.2, 0.3 * len(rows) + 0.9))
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        one = row["scores"][score]
-        if one.difference is None:
+        found = row["scores"][score]
+        if found.difference is None:
             continue
-        each = factor * np.array(one.each)
+        each = factor * np.array(found.each)
         axes.scatter(each, np.full(each.size, place), s=12, color="0.6", alpha=0.5, linewidths=0)
-        if one.interval is not None:
-            ends = factor * np.array(one.interval)
+        if found.interval is not None:
+            ends = factor * np.array(found.interval)
             axes.plot(ends, (place, place), color="#1f5f99", linewidth=2.5, solid_capstyle="butt")
-        axes.scatter(factor * one.difference, place, s=34, color="#1f5f99", zorder=3)
+        axes.scatter(factor * found.difference, place, s=34, color="#1f5f99", zorder=3)
     axes.axvline(0, color="0.3", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -177,5 +181,5 @@ def draw_differences(
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    figure.set_layout_engine("tight")  # when drawn: see `render`
+    figure.set_layout_engine("tight")  # computed while drawing, as in `draw_scores`
     return figure

@@ -1,4 +1,4 @@
-"""Test runs side by side: what each scores, and how they differ case by case."""
+"""Compare test runs: their means side by side, and their differences case by case."""
 
 from __future__ import annotations
 
@@ -15,55 +15,53 @@ from evaluation.tables import (
     COLUMNS,
     SAMED,
     CaseResult,
+    Means,
     TestRun,
     class_means,
     outcome_counts,
     total_means,
 )
 
-FEWEST_GROUPS = 5  # scans for a confidence interval to mean anything
+FEWEST_GROUPS = 5  # with fewer scans, a confidence interval means nothing
 COMPARED = ("dsc", "nsd", "hd95_mm", "hd95_voxels", *SAMED)
-Scored = tuple[float | None, float | None]  # of the same case by two runs
+Scored = tuple[float | None, float | None]  # one score of the same case in two runs
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A score of two runs over the cases that define it in both."""
+    """A score of two runs, over the cases that define it in both runs."""
 
-    first: float | None
-    second: float | None
-    difference: float | None  # second - first, mean over the pairs
+    first: float | None  # mean of the first run
+    second: float | None  # mean of the second run
+    difference: float | None  # mean of second - first
     interval: tuple[float, float] | None  # 95 %; None: too few groups
-    each: tuple[float, ...]  # of every pair
+    each: tuple[float, ...]  # second - first in each case
 
     @property
     def pairs(self) -> int:
-        """How many cases define the score in both."""
+        """The number of cases that define the score in both runs."""
         return len(self.each)
 
     @property
     def better(self) -> int:
-        """1 or -1 for more or less where the interval leaves out 0, else 0."""
+        """1 if the interval lies above 0, -1 if it lies below 0, else 0."""
         if self.interval is None or self.interval[0] <= 0 <= self.interval[1]:
             return 0
         return 1 if self.interval[0] > 0 else -1
 
 
 def overview(runs: Sequence[TestRun]) -> dict[str, Any]:
-    """Means of every class of any run, and which run has the best of each.
+    """Put the means of all runs side by side and mark the best ones.
 
     Returns:
-        `scores`, and `rows`: a name, for each score the value of every run and whether it is the
-        best as it is shown, and how often every run misses the class or finds a false one; the
-        last row is that of the totals.
+        `scores`: the names of the scores shown. `rows`: one for each class of any run, and a last
+        one for the totals. Each row holds its `name`; `scores`, for each score the value of every
+        run and whether it is the best; `counts`, in how many cases every run misses the class,
+        and in how many it falsely finds the class.
     """
     in_mm = all(total_means(run.results)["hd95_mm"] is not None for run in runs)
     scores = ("dsc", "hd95_mm" if in_mm else "hd95_voxels")
-    columns = [
-        dict(zip(run.class_names, zip(class_means(run.results), outcome_counts(run.results),
-                                      strict=True), strict=True))
-        for run in runs
-    ]  # fmt: skip
+    columns = [_class_columns(run) for run in runs]
     rows = []
     for name in dict.fromkeys(name for run in runs for name in run.class_names):
         found = [column.get(name, ({}, {})) for column in columns]
@@ -78,8 +76,10 @@ def overview(runs: Sequence[TestRun]) -> dict[str, Any]:
             }
         )
     totals = [total_means(run.results) for run in runs]
-    sums = [[sum(n or 0 for n in column) for column in zip(*counts, strict=True)]
-            for counts in zip(*(row["counts"] for row in rows), strict=True)]  # fmt: skip
+    sums = [
+        [sum(row["counts"][kind][index] or 0 for row in rows) for index in range(len(runs))]
+        for kind in (0, 1)
+    ]
     rows.append(
         {
             "name": "mean",
@@ -90,8 +90,14 @@ def overview(runs: Sequence[TestRun]) -> dict[str, Any]:
     return {"scores": scores, "rows": rows}
 
 
+def _class_columns(run: TestRun) -> dict[str, tuple[Means, dict[str, int]]]:
+    """Return the means and the outcome counts of each class of a run, by its name."""
+    columns = zip(class_means(run.results), outcome_counts(run.results), strict=True)
+    return dict(zip(run.class_names, columns, strict=True))
+
+
 def _marked(score: str, values: Sequence[float | None]) -> list[tuple[float | None, bool]]:
-    """Each value, and whether it is the best of several that do not all look alike."""
+    """Pair each value with whether it is the best; no value is if all look alike when rounded."""
     _, factor, more = COLUMNS[score]
     shown = [None if value is None else round(factor * value, 2) for value in values]
     known = {value for value in shown if value is not None}
@@ -100,27 +106,27 @@ def _marked(score: str, values: Sequence[float | None]) -> list[tuple[float | No
 
 
 def compare(first: TestRun, second: TestRun) -> dict[str, Any]:
-    """Paired differences, second - first, of every class that both runs have.
+    """Return paired differences, second - first, of each class that both runs have.
 
     Raises:
-        InputError: no class or no case in common, or other labels.
+        InputError: the runs share no class or no case, or their labels differ.
     """
     names = [name for name in first.class_names if name in second.class_names]
-    firsts, others = ({result.case: result for result in run.results} for run in (first, second))
-    both = [case for case in firsts if case in others]
-    if not names or not both:
+    by_case = [{result.case: result for result in run.results} for run in (first, second)]
+    shared = [case for case in by_case[0] if case in by_case[1]]
+    if not names or not shared:
         raise InputError(
             f"{first.path} and {second.path} have no {'case' if names else 'class'} in common; "
             "compare runs on the same test data"
         )
-    pairs = [(firsts[case], others[case]) for case in both]
-    for one, other in pairs:
-        if _voxels(first, one, names) != _voxels(second, other, names):
+    pairs = [(by_case[0][case], by_case[1][case]) for case in shared]
+    for result, other in pairs:
+        if _voxels(first, result, names) != _voxels(second, other, names):
             raise InputError(
-                f"{first.path} and {second.path} were tested on different labels of {one.case}; "
+                f"{first.path} and {second.path} were tested on different labels of {result.case}; "
                 "compare runs on the same test data"
             )
-    groups = [one.group or other.independent for one, other in pairs]
+    groups = [result.group or other.independent for result, other in pairs]
     places = [(first.class_names.index(name), second.class_names.index(name)) for name in names]
     same_tolerance = first.definitions.get("nsd") == second.definitions.get("nsd")
     compared = [score for score in COMPARED if score != "nsd" or same_tolerance]
@@ -135,18 +141,18 @@ def compare(first: TestRun, second: TestRun) -> dict[str, Any]:
         "overall": overall,
         "scores": [score for score in compared if overall[score].pairs],
         "same_tolerance": same_tolerance,
-        "pairs": len(both),
+        "pairs": len(shared),
         "groups": len(set(groups)),
         "removed": _changed(pairs, places, FALSE_ORGAN, ABSENT),
         "added": _changed(pairs, places, ABSENT, FALSE_ORGAN),
-        "alone": sorted(firsts.keys() ^ others.keys()),
+        "alone": sorted(by_case[0].keys() ^ by_case[1].keys()),
     }
 
 
 def _scored(
     pairs: Sequence[tuple[CaseResult, CaseResult]], places: Sequence[tuple[int, int]], score: str
 ) -> list[list[Scored]]:
-    """Of every class, a score of both runs in every case."""
+    """Return a score of both runs, for each class and each case."""
     return [
         [(getattr(a.scores[i], score), getattr(b.scores[j], score)) for a, b in pairs]
         for i, j in places
@@ -154,11 +160,11 @@ def _scored(
 
 
 def _case_means(by_class: Sequence[Sequence[Scored]]) -> list[Scored]:
-    """Of every case, the means of both runs over the same classes: those that both define."""
+    """Return the means of both runs for each case, over the classes that both runs define."""
     means = []
     for case in zip(*by_class, strict=True):
         known = [pair for pair in case if None not in pair]
-        means.append((mean(one for one, _ in known), mean(other for _, other in known)))
+        means.append((mean(first for first, _ in known), mean(second for _, second in known)))
     return means
 
 
@@ -168,13 +174,13 @@ def _changed(
     before: str,
     after: str,
 ) -> int:
-    """How often a class has one outcome in the first run and another in the second."""
+    """Count how often a class changes its outcome from `before` to `after` between the runs."""
     outcomes = [(a.scores[i].outcome, b.scores[j].outcome) for a, b in pairs for i, j in places]
     return outcomes.count((before, after))
 
 
 def _voxels(run: TestRun, result: CaseResult, names: Sequence[str]) -> list[int] | None:
-    """How many voxels of each class the labels have; None: not known."""
+    """Return the number of voxels of each class in the label; None if it is unknown."""
     if result.confusion is None:
         return None
     real = np.sum(result.confusion, axis=0)
@@ -182,18 +188,19 @@ def _voxels(run: TestRun, result: CaseResult, names: Sequence[str]) -> list[int]
 
 
 def paired(values: Sequence[Scored], groups: Sequence[str] | None = None) -> Difference:
-    """Means over the cases where both are defined, and what the mean difference may be.
+    """Average the cases that both runs define, and estimate how certain their difference is.
 
     Args:
-        groups: the scan that each case is of; None: every case is its own. The interval is the
-            percentile bootstrap's over these, with a fixed seed.
+        values: one score of both runs for each case.
+        groups: the scan that each case belongs to; None: each case is a scan of its own. The
+            percentile bootstrap, with a fixed seed, draws scans.
     """
     groups = range(len(values)) if groups is None else groups
     kept = [(pair, group) for pair, group in zip(values, groups, strict=True) if None not in pair]
     if not kept:
-        return Difference(None, None, None, None, ())
+        return Difference(first=None, second=None, difference=None, interval=None, each=())
     known = np.array([pair for pair, _ in kept], dtype=float)
-    one, other = known.mean(axis=0).tolist()
+    first, second = known.mean(axis=0).tolist()
     each = known[:, 1] - known[:, 0]
     _, places = np.unique([group for _, group in kept], return_inverse=True)
     sums, counts = np.bincount(places, each), np.bincount(places)
@@ -209,4 +216,10 @@ def paired(values: Sequence[Scored], groups: Sequence[str] | None = None) -> Dif
             rng=0,
         ).confidence_interval
         interval = (float(found.low), float(found.high))
-    return Difference(one, other, float(each.mean()), interval, tuple(each.tolist()))
+    return Difference(
+        first=first,
+        second=second,
+        difference=float(each.mean()),
+        interval=interval,
+        each=tuple(each.tolist()),
+    )

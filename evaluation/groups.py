@@ -1,4 +1,7 @@
-"""Which cases are of one scan: slices of a patient are alike, so they are no separate evidence."""
+"""Group the cases that belong to the same scan.
+
+Slices of a scan resemble each other, so they do not count as independent cases.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from evaluation.tables import CaseResult
 
 
 def with_groups(results: Sequence[CaseResult], folder: Path) -> list[CaseResult]:
-    """The results with the scan that each case is of, as preprocessing says, else by the names.
+    """Return the results with the scan of each case, as preprocessing recorded it or by its name.
 
     Args:
-        folder: of the test volumes.
+        folder: holds the test volumes.
     """
     cases = [result.case for result in results]
     recorded = recorded_groups(folder)
@@ -27,22 +30,25 @@ def with_groups(results: Sequence[CaseResult], folder: Path) -> list[CaseResult]
         groups = named_groups(cases)
     else:
         groups = cases
-    return [replace(result, group=one) for result, one in zip(results, groups, strict=True)]
+    return [replace(result, group=group) for result, group in zip(results, groups, strict=True)]
 
 
 def recorded_groups(folder: Path) -> dict[str, str]:
-    """The scan of every case, as preprocessing recorded it; empty: it recorded none."""
+    """Return the scan of each case as preprocessing recorded it; empty without such a record."""
     for path in (folder / SUMMARY_FILE, folder.parent / SUMMARY_FILE):
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))["cases"]
             return {str(row["case"]): str(row["group"]) for row in rows}
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # none, or of another program
+            continue  # there is no such file, or another program wrote it
     return {}
 
 
 def named_groups(cases: Sequence[str]) -> list[str]:
-    """The scans of slices named SCAN_NUMBER, by preprocessing's rule, or SCAN_sliceNUMBER."""
+    """Return the scans of slices that are named SCAN_sliceNUMBER or SCAN_NUMBER.
+
+    SCAN_NUMBER counts only if `are_slices`, the rule of preprocessing, accepts the names.
+    """
     parts = [re.fullmatch(r"(.+)_(slice)?(\d+)", case) for case in cases]
     if not all(parts):
         return list(cases)

@@ -28,9 +28,9 @@ class ClassScore:
     samed_dsc: float  # 0…1, samed rule
     samed_hd95: float  # voxels, samed rule
     dsc: float | None  # 0…1, honest rule
-    hd95_voxels: float | None = None  # None unless both masks have the class, here and below
-    hd95_mm: float | None = None  # None also if the spacing is unknown, here and below
-    assd_mm: float | None = None  # average symmetric surface distance
+    hd95_voxels: float | None  # None unless both masks have the class, here and below
+    hd95_mm: float | None  # None also if the spacing is unknown, here and below
+    assd_mm: float | None  # average symmetric surface distance
     hd95_to_label_mm: float | None = None  # from the prediction's surface to the label's
     hd95_to_prediction_mm: float | None = None  # from the label's surface to the prediction's
     nsd: float | None = None  # 0…1, share of both surfaces within the tolerance; honest rule
@@ -159,6 +159,9 @@ def score_class(
             samed_dsc=1.0 if outcome == FALSE_ORGAN else 0.0,
             samed_hd95=0.0,
             dsc=dsc,
+            hd95_voxels=None,
+            hd95_mm=None,
+            assd_mm=None,
             nsd=None if spacing is None else dsc,
         )
     hd95 = hausdorff95(surface_distances(*surfaces))
@@ -168,6 +171,8 @@ def score_class(
         samed_hd95=hd95,
         dsc=dsc,
         hd95_voxels=hd95,
+        hd95_mm=None,
+        assd_mm=None,
     )
     if spacing is None:
         return score

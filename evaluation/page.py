@@ -16,7 +16,7 @@ from common.files import atomic_path
 from datasets.colours import label_colours
 from evaluation.charts import as_data, draw_boxes, draw_differences
 from evaluation.compare import FEWEST_GROUPS, compare, overview
-from evaluation.figures import WORST_A_CASE
+from evaluation.overlays import WORST_A_CASE
 from evaluation.tables import (
     COLUMNS,
     OUTCOMES,

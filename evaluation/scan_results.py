@@ -25,7 +25,8 @@ from datasets.scans.files import ScanFile, read_scan, stamp
 from datasets.scans.labels import label_suffix, write_label_tables, write_labels, write_like
 from datasets.scans.orientation import orientation_of, turned, turned_geometry
 from datasets.scans.volumes import Geometry
-from evaluation.figures import case_panel, draw_overlays, save
+from evaluation.figures import draw_overlays, save
+from evaluation.overlays import case_panel
 
 RECORDS = ".done"
 OBLONG = 2.0  # pixels are about square in the plane that a scan was taken in

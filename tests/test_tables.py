@@ -12,19 +12,10 @@ import pytest
 from PIL import Image
 
 from evaluation.charts import as_data, draw_boxes
-from evaluation.figures import (
-    CASES_A_PAGE,
-    SLICES_A_CASE,
-    CasePanel,
-    case_panel,
-    draw_overlays,
-    overlay,
-    save,
-    save_row,
-    write_pages,
-)
+from evaluation.figures import CASES_A_PAGE, draw_overlays, save, write_pages
 from evaluation.groups import with_groups
 from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, compare_volume
+from evaluation.overlays import SLICES_A_CASE, CasePanel, case_panel, overlay, save_row
 from evaluation.tables import (
     DEFINITIONS,
     OUTCOMES,

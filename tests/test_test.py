@@ -17,8 +17,9 @@ from real_data import REAL_DATA, needs_real_data
 
 import train
 from datasets.scans.volumes import Geometry, read_volume
-from evaluation.figures import case_panel, choose_slices, overlay, write_pages
+from evaluation.figures import write_pages
 from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, score_volume
+from evaluation.overlays import case_panel, choose_slices, overlay
 from evaluation.tables import CaseResult, class_means, format_table, total_means, write_json
 from preprocess.prepare import main as prepare
 

@@ -1,0 +1,1 @@
+"""Preparation of training slices and test volumes from raw scans, pictures or phantoms."""

@@ -7,28 +7,27 @@ from pathlib import Path
 
 from common.errors import InputError
 from datasets.registry import DATASETS
-
-from .descriptor import RULES
+from preprocess.spec import RULES
 
 DESCRIPTION = (
-    "Convert scans or pictures and their labels to what train.py and test.py read.\n\n"
-    "Your own data, as nnU-Net or the Medical Segmentation Decathlon keep theirs (dataset.json,\n"
-    "imagesTr/, labelsTr/), or a folder of images/ and labels/ with files of equal names:\n"
+    "Convert scans or pictures and their labels to the files that train.py and test.py read.\n\n"
+    "Your own data, in the layout of nnU-Net or the Medical Segmentation Decathlon (dataset.json,\n"
+    "imagesTr/, labelsTr/), or in two folders images/ and labels/ with files of equal names:\n"
     "  python -m preprocess.prepare --input Dataset004_Liver --output data/liver\n"
     "  python -m preprocess.prepare --input heart2d --output data/heart --test_cases 10004 \\\n"
     "      --class_names LV RV LA RA aorta PA SVC IVC\n"
     "Synapse, with the published split and slices of 224 x 224:\n"
     "  python -m preprocess.prepare --input RawData --output data/Synapse --size 224\n"
-    "One scan to train and test on (an overfit check):\n"
+    "One scan for both training and testing (an overfit check):\n"
     "  python -m preprocess.prepare --input raw --output data/one --train_cases scan1 "
     "--test_cases scan1\n\n"
-    "Run the same command again after an interruption or a corrected file: finished cases\n"
-    "are kept, changed ones are converted again. See preprocess/README.md."
+    "After an interruption or a corrected file, run the same command again: finished cases are\n"
+    "kept, changed cases are converted again. See preprocess/README.md."
 )
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `python -m preprocess.prepare`."""
+    """Return the parser of `python -m preprocess.prepare`."""
     parser = argparse.ArgumentParser(
         prog="python -m preprocess.prepare",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -36,76 +35,96 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--input", type=Path, required=True, help="folder of the raw data")
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder to write, made if it is missing"
+        "--output", type=Path, required=True, help="folder to write; it is made if missing"
     )
     parser.add_argument(
         "--size", type=int, help="zoom training slices to SIZE x SIZE (default: keep their size)"
     )
-    data = parser.add_argument_group("what the data are, where they do not say it themselves")
+    data = parser.add_argument_group("the data set, where its files do not describe it")
     data.add_argument(
         "--dataset",
-        help=f"classes and split of {', '.join(DATASETS)} (default: for folders named like BTCV's)",
+        help=f"use the classes and split of a known data set: {', '.join(DATASETS)} (default: "
+        "Synapse if the folders have BTCV's names)",
     )
-    data.add_argument("--name", help="of the data set (default: dataset.json's or the folder's)")
     data.add_argument(
-        "--class_names", nargs="+", help="of the label values, ascending, without background"
+        "--name", help="name of the data set (default: from dataset.json, else the folder's name)"
+    )
+    data.add_argument(
+        "--class_names",
+        nargs="+",
+        help="names of the label values in ascending order, without background",
     )
     data.add_argument(
         "--intensity",
         choices=tuple(RULES),
-        help=f"{'; '.join(f'{key}: {rule}' for key, rule in RULES.items()).replace('%', '%%')} "
-        "(default: by dataset.json, else by the first scan's values)",
+        help="how values are scaled to [0, 1]; "
+        f"{'; '.join(f'{key}: {rule}' for key, rule in RULES.items()).replace('%', '%%')} "
+        "(default: from dataset.json, else from the values of the first scan)",
     )
     data.add_argument(
         "--window",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="other limits of that rule, e.g. -160 240 HU",
+        help="other limits for the intensity rule, e.g. -160 240 HU",
     )
-    data.add_argument("--channel", type=int, help="which of several channels, from 0")
+    data.add_argument("--channel", type=int, help="which of several channels to use, from 0")
     data.add_argument(
         "--group",
         choices=("auto", "none"),
         default="auto",
-        help="auto (default): pictures named SCAN_NUMBER are slices of their scans, never split",
+        help="auto (default): pictures named SCAN_NUMBER are slices of scans, and the split keeps "
+        "a scan together; none: every picture is a case",
     )
     data.add_argument(
         "--label_values",
         choices=("raw", "classes"),
         default="raw",
-        help="raw (default): map the data set's own values to classes; classes: already mapped",
+        help="raw (default): map the label values of the data set to classes; classes: the files "
+        "hold classes already",
     )
-    split = parser.add_argument_group("split, by case")
+    split = parser.add_argument_group("split of the cases")
     split.add_argument(
-        "--train_cases", nargs="*", metavar="CASE", help="(default: all that are not test cases)"
+        "--train_cases",
+        nargs="*",
+        metavar="CASE",
+        help="cases to train on (default: all that are not test cases)",
     )
     split.add_argument(
         "--test_cases",
         nargs="*",
         metavar="CASE",
-        help="names, or numbers of BTCV's (default: the published ones; those of imagesTs/ with "
-        "labelsTs/; else a share)",
+        help="cases to test, by name or BTCV's number (default: the published test cases, else "
+        "those in imagesTs/ and labelsTs/, else a random share)",
     )
     split.add_argument(
-        "--test_share", type=float, default=0.2, help="drawn for testing (default: %(default)s)"
+        "--test_share",
+        type=float,
+        default=0.2,
+        help="share of the cases to draw for testing (default: %(default)s)",
     )
-    split.add_argument("--folds", type=int, help="test one of so many equal parts instead")
-    split.add_argument("--fold", type=int, help="which, from 0 (default)")
-    split.add_argument("--seed", type=int, default=1234, help="of the draw (default: 1234)")
+    split.add_argument(
+        "--folds", type=int, help="cut the cases into this number of parts and test one of them"
+    )
+    split.add_argument("--fold", type=int, help="which part to test, from 0 (default: 0)")
+    split.add_argument(
+        "--seed", type=int, default=1234, help="seed of the random split (default: %(default)s)"
+    )
     parser.add_argument(
-        "--workers", type=int, help="processes (default: up to 4), about 2 GB each for 512 x 512"
+        "--workers",
+        type=int,
+        help="number of processes (default: up to 4); each needs about 2 GB for 512 x 512",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="convert every case again, also into a folder of slices made elsewhere",
+        help="convert every case again, also in a folder of slices that were made elsewhere",
     )
     return parser
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse values that make no sense, before anything is read."""
+    """Refuse values that are not valid, before any file is read."""
     lowest = {"size": 1, "workers": 1, "folds": 2, "fold": 0, "channel": 0, "seed": 0}
     for flag, low in lowest.items():
         value = getattr(args, flag)
@@ -114,11 +133,11 @@ def check_flags(args: argparse.Namespace) -> None:
     if not 0 < args.test_share < 1:
         raise InputError(f"--test_share is {args.test_share:g}, expected between 0 and 1")
     if args.fold is not None and args.folds is None:
-        raise InputError(f"--fold is {args.fold}, but of how many is not said; pass --folds")
+        raise InputError(f"--fold is {args.fold} but --folds is missing; pass --folds")
     if args.folds is not None and args.test_cases is not None:
-        raise InputError("--folds and --test_cases both say what is tested; pass one of them")
+        raise InputError("--folds and --test_cases both choose test cases; pass only one of them")
     args.fold = args.fold or 0
     if args.folds is not None and args.fold >= args.folds:
         raise InputError(f"--fold is {args.fold}, expected 0…{args.folds - 1}")
     if args.output.resolve() == args.input.resolve():
-        raise InputError(f"--output is the --input folder {args.input}; choose another")
+        raise InputError(f"--output is the --input folder {args.input}; choose another folder")

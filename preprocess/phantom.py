@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,17 +18,18 @@ from common.files import make_folder
 from datasets.scans.volumes import Geometry, write_volume
 from preprocess.phantom_volume import make_phantom
 
-NUMBERS = (*range(1, 11), *range(21, 41))  # BTCV's cases, so that the published split applies
+# The numbers of BTCV's cases, so that the published split applies.
+NUMBERS = [*range(1, 11), *range(21, 41)]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `python -m preprocess.phantom`."""
+    """Return the parser of `python -m preprocess.phantom`."""
     parser = argparse.ArgumentParser(
         prog="python -m preprocess.phantom",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Make phantom CT volumes of the abdomen, each with an anatomy of its own, as\n"
+        description="Make phantom CT volumes of the abdomen, each with a different anatomy:\n"
         "OUTPUT/Training/img/img0001.nii.gz (HU) and OUTPUT/Training/label/label0001.nii.gz\n"
-        "(raw BTCV values), named as BTCV names its cases. Then, as with real data:\n"
+        "(raw BTCV values), with the file names of BTCV. Continue as with real data:\n"
         "  python -m preprocess.prepare --input OUTPUT --output DATA",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
@@ -35,12 +37,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--cases",
         type=int,
         default=len(NUMBERS),
-        help=f"how many, at most {len(NUMBERS)} (default: all)",
+        help=f"number of cases, at most {len(NUMBERS)} (default: all)",
     )
-    parser.add_argument("--size", type=int, default=160, help="rows and columns (default: 160)")
-    parser.add_argument("--slices", type=int, default=32, help="of 5 mm (default: 32)")
-    parser.add_argument("--seed", type=int, default=0, help="of the whole set (default: 0)")
-    parser.add_argument("--workers", type=int, help="processes (default: one a core)")
+    parser.add_argument(
+        "--size", type=int, default=160, help="number of rows and of columns (default: 160)"
+    )
+    parser.add_argument(
+        "--slices", type=int, default=32, help="number of slices of 5 mm (default: 32)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of all cases (default: 0)")
+    parser.add_argument("--workers", type=int, help="number of processes (default: one per core)")
     return parser
 
 
@@ -71,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_case(output: Path, number: int, *, seed: int, size: int, slices: int) -> None:
-    """Make and write one case; its anatomy depends on (seed, number) alone."""
+    """Make and write one case; its anatomy depends only on (seed, number)."""
     phantom = make_phantom((seed, number), size=size, slices=slices)
-    geometry = Geometry(phantom.spacing, (0.0, 0.0, 0.0), Geometry.unknown().direction)
+    geometry = replace(Geometry.unknown(), spacing=phantom.spacing)
     folder = output / "Training"
     write_volume(folder / "img" / f"img{number:04d}.nii.gz", phantom.image, geometry)
     write_volume(folder / "label" / f"label{number:04d}.nii.gz", phantom.label, geometry)

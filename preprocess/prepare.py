@@ -1,8 +1,9 @@
 """Raw scans to training slices and test volumes: `python -m preprocess.prepare --help`.
 
-The order of events of one run: find the cases (`layouts.py`, `descriptor.py`), give them roles and
-check them (`cases.py`), convert them in parallel (`convert.py`), write lists and summary
-(`summary.py`). A finished case leaves a record, so a rerun skips it.
+The steps of a run: find the cases and describe the data set (`raw_data.py`), choose which cases
+train and which are tested (`split.py`), check them (`jobs.py`), convert them in parallel
+(`convert.py`), write lists and summary (`summary.py`). Each finished case has a record, so that the
+next run skips it.
 """
 
 from __future__ import annotations
@@ -35,23 +36,12 @@ from common.files import make_folder, write_json
 from datasets.registry import SPEC_FILE, SUMMARY_FILE, DatasetSpec
 from datasets.scans.orientation import orientation_of
 from datasets.scans.volumes import Geometry
-
-from .cases import (
-    LISTS,
-    RECORDS,
-    SLICES,
-    TEST,
-    TRAIN,
-    VOLUMES,
-    Job,
-    Split,
-    check_headers,
-    choose_roles,
-)
-from .convert import try_convert
-from .flags import build_parser, check_flags
-from .layouts import read_layout
-from .summary import (
+from preprocess.convert import try_convert
+from preprocess.flags import build_parser, check_flags
+from preprocess.jobs import LISTS, RECORDS, SLICES, VOLUMES, Job, check_headers
+from preprocess.raw_data import find_raw_data
+from preprocess.split import TEST, TRAIN, Split, choose_roles
+from preprocess.summary import (
     LIST_FILES,
     print_table,
     warn_of_labels,
@@ -61,13 +51,13 @@ from .summary import (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check all that is cheap to check, convert, then write lists and summary."""
+    """Check flags and headers, convert the cases, then write lists and summary."""
     args = build_parser().parse_args(argv)
     with exit_on_bad_input():
         check_flags(args)
         jobs = plan_jobs(args)
         headers, problems = check_headers(jobs)
-        _stop_if(problems, len(jobs), "nothing was converted")
+        _stop_on(problems, len(jobs), "nothing was converted")
         if args.size and any(shape[1] != shape[2] for shape, _ in headers):
             warn(f"some slices are not square; --size {args.size} changes their proportions")
         refuse_input_folders(args.output, jobs)
@@ -76,17 +66,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = {} if args.overwrite else dict(finished_results(jobs))
         kept = set(results)
         pending = [job for job in jobs if job.name not in results]
-        if pending:  # until all cases are done, no list may name what is being replaced
+        if pending:  # lists must not name files that are being replaced
             for stale in (*LIST_FILES.values(), SUMMARY_FILE, SPEC_FILE):
                 (args.output / stale).unlink(missing_ok=True)
         problems = convert_all(pending, args.workers or min(4, _cpu_count()), results)
-        _stop_if(problems, len(jobs), "lists were not written, finished cases are kept")
+        _stop_on(problems, len(jobs), "lists were not written, finished cases are kept")
 
         spec = jobs[0].spec
         cases = [results[job.name] for job in jobs]
         write_lists(jobs, args.output, cases)
         write_summary(args, spec, cases)
-        write_json(args.output / SPEC_FILE, as_it_lies(spec, [g for _, g in headers]).to_json())
+        geometries = [geometry for _, geometry in headers]
+        write_json(args.output / SPEC_FILE, with_common_orientation(spec, geometries).to_json())
     print_table(spec, cases, kept)
     warn_of_labels(args, spec, cases)
     slices = sum(case["slices"] for case in cases if TRAIN in case["roles"])
@@ -97,68 +88,92 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def plan_jobs(args: argparse.Namespace) -> list[Job]:
-    """Pair the files and give each case its roles; cases of no role are left out."""
-    data = read_layout(args)
-    chosen = (args.test_share, args.folds, args.fold, args.seed)
-    roles = choose_roles(data, Split(args.train_cases, args.test_cases, *chosen))
-    both = [name for name, held in roles.items() if len(held) == 2]
+    """Find the cases and choose their roles; cases without a role are left out."""
+    data = find_raw_data(args)
+    split = Split(
+        train=args.train_cases,
+        test=args.test_cases,
+        test_share=args.test_share,
+        folds=args.folds,
+        fold=args.fold,
+        seed=args.seed,
+    )
+    roles = choose_roles(data, split)
+    both = [name for name, case_roles in roles.items() if len(case_roles) == 2]
     if both:
-        warn(f"{first_few(both)} both train and test: an overfit check, no held-out score")
+        warn(
+            f"{first_few(both)} both train and test, so the scores are an overfit check and not "
+            "held-out scores"
+        )
     left_out = [name for name in data.cases if not roles[name]]
     if left_out:
-        warn(f"{len(left_out)} cases were not named and are left out: {first_few(left_out)}")
+        warn(f"{len(left_out)} cases are not named and are left out: {first_few(left_out)}")
     spec = replace(data.spec, size=args.size)
     jobs = [
-        Job(case, roles[name], spec, args.label_values, args.output)
+        Job(
+            case=case,
+            roles=roles[name],
+            spec=spec,
+            label_values=args.label_values,
+            output=args.output,
+        )
         for name, case in data.cases.items()
         if roles[name]
     ]
     if not jobs:
-        raise InputError("--train_cases and --test_cases name no case; name at least one")
+        raise InputError("--train_cases and --test_cases name no case, expected at least one")
     return jobs
 
 
-def as_it_lies(spec: DatasetSpec, geometries: Sequence[Geometry | None]) -> DatasetSpec:
-    """The spec with the orientation that all scans have, if they were left as they lay.
+def with_common_orientation(
+    spec: DatasetSpec, geometries: Sequence[Geometry | None]
+) -> DatasetSpec:
+    """Return the spec with the orientation that all scans have, if they are not turned.
 
-    So that predict.py can bring any scan to what the network was trained on.
+    `predict.py` then turns other scans to the orientation of the training data.
     """
     if spec.orientation is not None or spec.is_pictures:
         return spec
     found = {orientation_of(geometry) for geometry in geometries if geometry}
     if len(found) > 1:
-        warn(f"the scans lie in several orientations ({first_few(sorted(found))}) and stay so")
+        warn(
+            f"the scans have different orientations ({first_few(sorted(found))}) and are not "
+            "turned to one of them"
+        )
     return replace(spec, orientation=found.pop() if len(found) == 1 else None)
 
 
 def refuse_input_folders(output: Path, jobs: Sequence[Job]) -> None:
-    """Raise an `InputError` where results would lie among the scans and be read with them."""
-    read = {scan.path.resolve().parent for job in jobs for scan in (job.case.image, job.case.label)}
+    """Raise an `InputError` if the output lies in a folder of scans: it would be read with them."""
+    scans = [scan for job in jobs for scan in (job.case.image, job.case.label)]
+    folders = {scan.path.resolve().parent for scan in scans}
     inside = output.resolve()
-    if found := read & {inside, *inside.parents}:
+    if found := folders & {inside, *inside.parents}:
         raise InputError(
-            f"--output {output} lies in a folder that is read, {min(found)}; choose another"
+            f"--output {output} lies in {min(found)}, a folder of scans that are read; choose "
+            "another folder"
         )
 
 
 def open_output(output: Path, overwrite: bool) -> None:
-    """Make the output folder; refuse one whose slices this program did not write.
+    """Make the output folder and its subfolders.
 
     Raises:
-        InputError: it cannot be made, or holds data without records and `overwrite` is off.
+        InputError: a folder cannot be made, or the output holds data that this program did not
+            write and `overwrite` is off.
     """
     foreign = [name for name in (SLICES, VOLUMES) if (output / name).exists()]
     if foreign and not (output / RECORDS).is_dir() and not overwrite:
         raise InputError(
-            f"{output} already holds {' and '.join(foreign)} made elsewhere; choose another "
-            "--output, or pass --overwrite to replace the cases of this run"
+            f"{output} already holds {' and '.join(foreign)} that were made elsewhere; choose "
+            "another --output, or pass --overwrite to replace the cases of this run"
         )
     for name in (SLICES, VOLUMES, LISTS, RECORDS):
         make_folder(output / name, flag="--output")
 
 
 def finished_results(jobs: list[Job]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The recorded results of the cases whose settings, sources and outputs are as recorded."""
+    """Yield the recorded results of cases whose settings, sources and outputs are unchanged."""
     for job in jobs:
         try:
             record = json.loads(job.record_path.read_text(encoding="utf-8"))
@@ -166,13 +181,13 @@ def finished_results(jobs: list[Job]) -> Iterator[tuple[str, dict[str, Any]]]:
             files = job.outputs(result["slices"])
             finished = record["key"] == job.key() and all(path.is_file() for path in files)
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # no record, or not one of ours: convert the case
+            continue  # the case has no valid record, so it will be converted
         if finished:
             yield job.name, result
 
 
 def convert_all(jobs: list[Job], workers: int, results: dict[str, dict[str, Any]]) -> list[str]:
-    """Convert the cases, fill `results` by name, and return what went wrong with the others."""
+    """Convert the cases, add their results to `results` by name, and return the problems."""
     if not jobs:
         return []
     problems = []
@@ -184,16 +199,17 @@ def convert_all(jobs: list[Job], workers: int, results: dict[str, dict[str, Any]
             else:
                 results[name] = result
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        print("\ninterrupted; run the same command again to continue", file=sys.stderr)
         raise SystemExit(EXIT_KEYBOARD) from None
     return problems
 
 
 def _attempts(jobs: list[Job], workers: int) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Yield the results of `try_convert` as the cases finish."""
     if workers <= 1:
         yield from map(try_convert, jobs)
         return
-    # spawn: a forked child would inherit locked threads of torch
+    # Workers are spawned, because a forked process would inherit locked threads of torch.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker)
     try:
@@ -201,7 +217,7 @@ def _attempts(jobs: list[Job], workers: int) -> Iterator[tuple[str, dict[str, An
             yield future.result()
     except BrokenProcessPool:
         raise InputError(
-            "a worker process was killed, most often for want of memory; run the same command "
+            "a worker process was killed, probably because memory ran out; run the same command "
             "with a smaller --workers (finished cases are kept)"
         ) from None
     finally:
@@ -209,12 +225,12 @@ def _attempts(jobs: list[Job], workers: int) -> Iterator[tuple[str, dict[str, An
 
 
 def _start_worker() -> None:
-    torch.set_num_threads(1)  # the cases are what runs in parallel
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C a begun case is finished
+    torch.set_num_threads(1)  # the workers run in parallel already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C, workers finish their cases
 
 
-def _stop_if(problems: list[str], total: int, consequence: str) -> None:
-    """End with exit code 2 and one line for each bad case, if there are any."""
+def _stop_on(problems: list[str], total: int, consequence: str) -> None:
+    """If there are problems, print one line for each faulty case and end with exit code 2."""
     if problems:
         for problem in sorted(problems):
             print(f"error: {problem}", file=sys.stderr)

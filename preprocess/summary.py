@@ -1,4 +1,4 @@
-"""What preparation leaves beside the data: lists, a summary, a table on screen, warnings."""
+"""What preprocessing writes and prints about all cases: lists, summary, table, warnings."""
 
 from __future__ import annotations
 
@@ -11,59 +11,56 @@ from common.errors import first_few, warn
 from common.files import atomic_path, write_json
 from datasets.intensity import WINDOW
 from datasets.registry import SUMMARY_FILE, DatasetSpec
-
-from .cases import LISTS, TEST, TRAIN, Job
+from preprocess.jobs import LISTS, Job
+from preprocess.split import TEST, TRAIN
 
 LIST_FILES = {TRAIN: f"{LISTS}/train.txt", TEST: f"{LISTS}/test_vol.txt"}
 TABLE_ROWS = 60
-MUCH_CLIPPED = 0.25  # of the labelled voxels: the window hides what is to be learned
+MUCH_CLIPPED = 0.25  # of the labelled voxels: the window hides what the network should learn
 
 
 def write_lists(jobs: Sequence[Job], output: Path, cases: Sequence[dict[str, Any]]) -> None:
-    """Write `train.txt` and `test_vol.txt`, named by slice and by case.
+    """Write `train.txt` with the names of slices, and `test_vol.txt` with the names of cases.
 
-    The published cases come in published order, then the others.
+    Published cases come first, in the published order.
     """
-    slices = {job.name: case["slices"] for job, case in zip(jobs, cases, strict=True)}
-    names: dict[str, list[str]] = {}
-    for role, published in ((TRAIN, jobs[0].spec.train_cases), (TEST, jobs[0].spec.test_cases)):
+    slice_counts = {job.name: case["slices"] for job, case in zip(jobs, cases, strict=True)}
+    spec = jobs[0].spec
+    for role, published in ((TRAIN, spec.train_cases), (TEST, spec.test_cases)):
         rank = {name: position for position, name in enumerate(published)}
-        own = [job for job in jobs if role in job.roles]
-        own.sort(key=lambda job: rank.get(job.name, len(rank)))
-        names[role] = [
-            name
-            for job in own
-            for name in (job.slice_names(slices[job.name]) if role == TRAIN else [job.name])
-        ]
-    for role, file in LIST_FILES.items():
-        with atomic_path(output / file) as temporary:
-            temporary.write_text("".join(f"{name}\n" for name in names[role]), encoding="utf-8")
+        listed = [job for job in jobs if role in job.roles]
+        listed.sort(key=lambda job: rank.get(job.name, len(rank)))
+        names: list[str] = []
+        for job in listed:
+            names += job.slice_names(slice_counts[job.name]) if role == TRAIN else [job.name]
+        with atomic_path(output / LIST_FILES[role]) as temporary:
+            temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def write_summary(
     args: argparse.Namespace, spec: DatasetSpec, cases: Sequence[dict[str, Any]]
 ) -> None:
-    """Write `preprocess.json`: the settings of the run and what each case holds."""
+    """Write `preprocess.json`: the flags of the run, the data set, and facts about each case."""
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     write_json(args.output / SUMMARY_FILE, {"flags": flags, "spec": spec.to_json(), "cases": cases})
 
 
 def print_table(spec: DatasetSpec, cases: Sequence[dict[str, Any]], kept: set[str]) -> None:
-    """Print one line a case; `kept` are those that were already up to date."""
-    width = max(8, *(len(case["case"]) for case in cases)) + 1
+    """Print one line per case; `kept` holds the cases that were finished before this run."""
+    width = max(8, max(len(case["case"]) for case in cases)) + 1
     print(
         f"\n{'case':<{width}}{'for':<11}{'slices':>6}  {'rows x cols':<12}"
         f"{'spacing x y z, mm':<22}{'labelled':>8}  {'':<5}absent classes"
     )
     for case in cases[:TABLE_ROWS]:
-        _, height, width_ = case["shape"]
+        _, rows, columns = case["shape"]
         voxels = case["voxels"]
         labelled = 1 - voxels["background"] / sum(voxels.values())
         absent = [name for name in spec.class_names if not voxels[name]]
         spacing = " ".join(f"{s:.3f}" for s in case.get("spacing", ())) or "-"
         print(
             f"{case['case']:<{width}}{'+'.join(case['roles']):<11}{case['slices']:>6}  "
-            f"{f'{height} x {width_}':<12}{spacing:<22}"
+            f"{f'{rows} x {columns}':<12}{spacing:<22}"
             f"{labelled:>8.2%}  {'kept' if case['case'] in kept else '':<5}"
             f"{'all' if len(absent) == spec.num_classes else first_few(absent, 3) or '-'}"
         )
@@ -74,19 +71,19 @@ def print_table(spec: DatasetSpec, cases: Sequence[dict[str, Any]], kept: set[st
 def warn_of_labels(
     args: argparse.Namespace, spec: DatasetSpec, cases: Sequence[dict[str, Any]]
 ) -> None:
-    """Warn of empty labels, of classes read as raw values, and of a window that hides organs."""
+    """Warn about empty labels, classes read as raw values, and a window that hides labels."""
     empty = [c["case"] for c in cases if c["voxels"]["background"] == sum(c["voxels"].values())]
     if empty:
-        warn(f"no class of {spec.name} is in the labels of {first_few(empty)}; they were kept")
+        warn(f"no class of {spec.name} is in the labels of {first_few(empty)}; they are kept")
     largest = max(case["largest_label_value"] for case in cases)
     if args.label_values == "raw" and 0 < largest <= spec.num_classes < max(spec.raw_labels):
         warn(
-            f"no label is above {largest}, as if they held classes 0…{spec.num_classes} "
-            "already; if so, run again with --label_values classes"
+            f"no label value is above {largest}, so the labels may hold classes "
+            f"0…{spec.num_classes} already; in that case pass --label_values classes"
         )
     hidden = [f"{c['case']} {c['clipped']:.0%}" for c in cases if c["clipped"] > MUCH_CLIPPED]
     if hidden and spec.intensity.rule == WINDOW:
         warn(
-            f"of the labelled voxels many lie outside {spec.intensity}: {first_few(hidden)}; pass "
-            "a --window that shows them"
+            f"many labelled voxels lie outside HU {spec.intensity.low:g}…{spec.intensity.high:g}: "
+            f"{first_few(hidden)}; pass a --window that includes them"
         )

@@ -161,7 +161,7 @@ def test_an_unusual_file_name_does_not_split_scans(tmp_path: Path, capfd: ERRORS
     pictures = {name: gradient(255, np.uint8) for name in (*names, "cover", "a")}
     root, output = write_pictures(tmp_path / "raw", pictures), tmp_path / "data"
     assert run_prepare(root, output, "--test_cases", "c", "cover") == 0
-    assert "by no number and stay by themselves: cover" in capfd.readouterr().err
+    assert "no number at the end of their name, so each is a case: cover" in capfd.readouterr().err
     assert cases_of(output, "train") == {"a", "b"}
     assert cases_of(output, "test_vol") == {"c", "cover"}
     slices = {path.stem for path in (output / "train_npz").iterdir()}
@@ -219,13 +219,13 @@ def test_a_byte_order_mark_is_no_fault(tmp_path: Path):
 
 
 IN_VAIN = {
-    "class names": ("described", ("--class_names", "a", "b"), "dataset.json says"),
-    "a data set": ("described", ("--dataset", "bogus"), "dataset.json says"),
+    "class names": ("described", ("--class_names", "a", "b"), "dataset.json defines"),
+    "a data set": ("described", ("--dataset", "bogus"), "dataset.json defines"),
     "BTCV's class names": ("btcv", ("--class_names", "a"), "are known"),
     "BTCV's channel": ("btcv", ("--channel", "1"), "are known"),
     "BTCV's name": ("btcv", ("--name", "mine"), "are known"),
-    "a channel of 3-D files": ("plain", ("--channel", "1"), "holds one channel, 0"),
-    "a channel of pictures": ("pictures", ("--channel", "1"), "holds one channel, 0"),
+    "a channel of 3-D files": ("plain", ("--channel", "1"), "holds only channel 0"),
+    "a channel of pictures": ("pictures", ("--channel", "1"), "holds only channel 0"),
 }
 
 
@@ -280,7 +280,7 @@ def test_the_output_may_not_lie_in_a_folder_that_is_read(
 ):
     root = write_set(tmp_path / "raw", NNUNET)
     before = sorted(root.rglob("*"))
-    assert "lies in a folder that is read" in refused(root, root / inside, capfd)
+    assert "a folder of scans that are read" in refused(root, root / inside, capfd)
     assert sorted(root.rglob("*")) == before
     assert run_prepare(root, root / "prepared") == 0
 

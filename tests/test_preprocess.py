@@ -25,9 +25,10 @@ from datasets.registry import SPEC_FILE, SYNAPSE, stored_spec
 from datasets.scans.files import ScanFile
 from datasets.scans.orientation import orientation_of
 from datasets.scans.volumes import Geometry, read_volume, write_volume
-from preprocess.cases import Split, choose_roles
-from preprocess.layouts import RawCase, RawData
 from preprocess.prepare import main
+from preprocess.raw_cases import RawCase
+from preprocess.raw_data import RawData
+from preprocess.split import Split, choose_roles
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_CT = REPOSITORY.parent / "shared" / "data" / "ct"

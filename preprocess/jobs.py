@@ -1,0 +1,146 @@
+"""The work for one case: its files, roles and outputs, and checks before it is converted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import InputError
+from datasets.names import slice_name
+from datasets.registry import DatasetSpec
+from datasets.scans.files import read_scan_header, stamp
+from datasets.scans.orientation import orientation_of, turned, turned_geometry
+from datasets.scans.volumes import Geometry
+from preprocess.raw_cases import RawCase
+from preprocess.split import TEST, TRAIN
+
+FORMAT = 3  # raise it when the outputs change, so that finished cases are converted again
+SLICES, VOLUMES, LISTS, RECORDS = "train_npz", "test_vol_h5", "lists", ".done"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case and everything that its outputs depend on."""
+
+    case: RawCase
+    roles: tuple[str, ...]  # TRAIN, TEST or both
+    spec: DatasetSpec
+    label_values: str  # "raw" or "classes"
+    output: Path
+
+    @property
+    def name(self) -> str:
+        return self.case.name
+
+    @property
+    def record_path(self) -> Path:
+        return self.output / RECORDS / f"{self.name}.json"
+
+    @property
+    def volume_path(self) -> Path:
+        return self.output / VOLUMES / f"{self.name}.npy.h5"
+
+    def slice_path(self, name: str) -> Path:
+        return self.output / SLICES / f"{name}.npz"
+
+    def slice_names(self, count: int) -> list[str]:
+        """Return the names of the training slices; a picture's name has its slice number already.
+
+        Args:
+            count: number of slices in the case.
+        """
+        if self.case.is_slice:
+            return [self.name]
+        return [slice_name(self.name, index) for index in range(count)]
+
+    def outputs(self, slices: int) -> Iterator[Path]:
+        """Yield every file that a case with this number of slices writes, except its record."""
+        if TRAIN in self.roles:
+            yield from map(self.slice_path, self.slice_names(slices))
+        if TEST in self.roles:
+            yield self.volume_path
+
+    def leftovers(self) -> Iterator[Path]:
+        """Yield all files of the case from earlier runs, and unfinished files of killed runs."""
+        number = "" if self.case.is_slice else r"_slice\d+"
+        endings = {SLICES: rf"{number}\.npz", VOLUMES: r"\.npy\.h5", RECORDS: r"\.json"}
+        for folder, ending in endings.items():
+            name = re.compile(rf"(\.\d+\.partial\.)?{re.escape(self.name)}{ending}")
+            yield from (p for p in (self.output / folder).iterdir() if name.fullmatch(p.name))
+
+    def key(self) -> dict[str, Any]:
+        """Return, as plain JSON, what a record must hold if the outputs of the case are current."""
+        spec = self.spec.to_json()
+        if TRAIN not in self.roles:
+            spec["size"] = None  # only training slices are resized
+        return {
+            "format": FORMAT,
+            "spec": {k: v for k, v in spec.items() if k not in ("train_cases", "test_cases")},
+            "label_values": self.label_values,
+            "roles": list(self.roles),
+            "channel": self.case.image.channel,
+            "sources": [stamp(scan.path) for scan in (self.case.image, self.case.label)],
+        }
+
+
+def check_headers(
+    jobs: list[Job],
+) -> tuple[list[tuple[tuple[int, ...], Geometry | None]], list[str]]:
+    """Compare the headers of each image and label.
+
+    Returns:
+        Shapes (D, H, W) and geometries of the images, and the problems that were found.
+    """
+    headers, problems = [], []
+    for job in jobs:
+        try:
+            shape, geometry = read_scan_header(job.case.image)
+            label_shape, label_geometry = read_scan_header(job.case.label)
+            voxels = np.broadcast_to(np.uint8(0), label_shape)  # stands for voxels that are unread
+            label_on_image_grid(job.case, shape, geometry, voxels, label_geometry)
+            headers.append((shape, geometry))
+        except InputError as error:
+            problems.append(str(error))
+    return headers, problems
+
+
+def label_on_image_grid(
+    case: RawCase,
+    shape: tuple[int, ...],
+    geometry: Geometry | None,
+    label: np.ndarray,
+    label_geometry: Geometry | None,
+) -> np.ndarray:  # (D, H, W) of the image
+    """Return the label, with its axes turned to those of the image if it then covers its voxels.
+
+    Args:
+        shape: (D, H, W) of the image.
+        geometry: of the image; None for a picture.
+        label: voxels (D, H, W).
+        label_geometry: of the label; None for a picture.
+
+    Raises:
+        InputError: the label does not lie on the grid of the image.
+    """
+    differences = []
+    if geometry and label_geometry:
+        differences = geometry.differences(label_geometry)
+        label_orientation, orientation = orientation_of(label_geometry), orientation_of(geometry)
+        if label_orientation != orientation:
+            turned_label = turned(label, label_orientation, orientation)
+            there = turned_geometry(label_geometry, label.shape, orientation)
+            if turned_label.shape == shape and geometry.matches(there):
+                return turned_label
+    if shape != label.shape:
+        differences.insert(0, f"shape (D, H, W) {shape} and {label.shape}")
+    if differences:
+        raise InputError(
+            f"{case.image.path} and {case.label.path} differ in {'; '.join(differences)}; export "
+            "the label on the image's grid"
+        )
+    return label

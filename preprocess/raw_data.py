@@ -1,0 +1,96 @@
+"""Finding and describing a raw data set.
+
+Three layouts are known: `dataset.json` with imagesTr and labelsTr (nnU-Net, and the Medical
+Segmentation Decathlon), the numbered files of BTCV in img and label, and two plain folders with
+files of the same names.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.errors import InputError, MissingFileError, first_few, warn
+from common.files import require_folder
+from datasets.registry import DatasetSpec, get_dataset
+from preprocess.dataset_json import DATASET_JSON, read_dataset_json
+from preprocess.labels import class_values_in
+from preprocess.raw_cases import LAYOUTS, RawCase, find_btcv, match_files
+from preprocess.spec import choose_intensity, make_spec
+
+PLAIN = (("images", "labels"), ("images", "masks"), ("imagesTr", "labelsTr"))
+
+
+@dataclass(frozen=True)
+class RawData:
+    """A data set as it was found."""
+
+    spec: DatasetSpec
+    cases: dict[str, RawCase]  # ascending by name
+    test: tuple[str, ...] | None = None  # the cases of its test folder; None: no such folder
+
+
+def find_raw_data(args: argparse.Namespace) -> RawData:
+    """Find the cases in `args.input` and describe the data set; flags override the description.
+
+    Raises:
+        MissingFileError: the folder has none of the known layouts, or lacks files.
+        InputError: the description or the files are faulty.
+    """
+    folder = require_folder(args.input, what="--input", remedy=f"expected {LAYOUTS}")
+    if (folder / DATASET_JSON).is_file():
+        return _described_data(folder, args)
+    btcv = folder / "Training" if (folder / "Training").is_dir() else folder
+    if args.dataset is not None or (btcv / "img").is_dir():
+        spec, cases = get_dataset(args.dataset or "Synapse"), find_btcv(btcv)
+        reason = f"the name, classes and channel of {spec.name} are known"
+        _refuse_flags(args, ("class_names", "channel", "name"), reason)
+        return RawData(replace(spec, intensity=choose_intensity(args, spec.intensity)), cases)
+    for images, labels in PLAIN:
+        if (folder / images).is_dir() and (folder / labels).is_dir():
+            cases = match_files(folder / images, folder / labels, args.channel, args.group)
+            values = class_values_in([case.label for case in cases.values()], args.class_names)
+            scans = [case.image for case in cases.values()]
+            return RawData(make_spec(folder.resolve().name, values, scans, args), cases)
+    raise MissingFileError(
+        f"--input {folder} holds no data set in a known layout, expected {LAYOUTS}"
+    )
+
+
+def _described_data(folder: Path, args: argparse.Namespace) -> RawData:
+    """Find the cases beside a `dataset.json`."""
+    reason = f"{folder / DATASET_JSON} defines the classes"
+    _refuse_flags(args, ("dataset", "class_names"), reason)
+    described = read_dataset_json(folder / DATASET_JSON, args.channel)
+    for kind in ("imagesTr", "labelsTr"):
+        require_folder(folder / kind, what="folder", remedy=f"{DATASET_JSON} beside it needs it")
+    cases = match_files(folder / "imagesTr", folder / "labelsTr", described.channel, args.group)
+    if described.training is not None and described.training != len(cases):
+        warn(
+            f"{DATASET_JSON} has numTraining {described.training} but labelsTr holds {len(cases)} "
+            "labels"
+        )
+    test = None
+    if (folder / "imagesTs").is_dir() and (folder / "labelsTs").is_dir():
+        test_cases = match_files(
+            folder / "imagesTs", folder / "labelsTs", described.channel, args.group
+        )
+        both = sorted(test_cases.keys() & cases.keys())
+        if both:
+            raise InputError(
+                f"{folder} has {first_few(both)} in both imagesTr and imagesTs; rename one of each"
+            )
+        test, cases = tuple(test_cases), dict(sorted((cases | test_cases).items()))
+    name = described.name or folder.resolve().name
+    scans = [case.image for case in cases.values()]
+    spec = make_spec(name, described.values, scans, args, described.modality)
+    return RawData(spec, cases, test)
+
+
+def _refuse_flags(args: argparse.Namespace, flags: Sequence[str], reason: str) -> None:
+    """Raise an `InputError` for a flag that would have no effect."""
+    for flag in flags:
+        if getattr(args, flag) is not None:
+            raise InputError(f"--{flag} has no effect because {reason}; leave it out")

@@ -1,0 +1,125 @@
+"""The description of a data set (`DatasetSpec`), from the flags and from the files."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from common.errors import InputError, first_few, warn
+from datasets.intensity import CT, MR, PERCENTILES, PICTURE, RANGE, WINDOW, Intensity
+from datasets.registry import DatasetSpec
+from datasets.scans.files import ScanFile, read_scan
+from datasets.scans.orientation import CANONICAL
+from datasets.scans.pictures import read_picture
+
+AIR = -200  # HU; without a description, a scan with lower values is read as CT
+SMALL_PART = 0.25  # of the range of 16 bits; pictures with lower values only are dark
+RULES = {"ct": CT, "mr": MR, "picture": PICTURE}
+
+
+def make_spec(
+    name: str,
+    values: dict[str, int],
+    images: Sequence[ScanFile],
+    args: argparse.Namespace,
+    modality: str = "",
+) -> DatasetSpec:
+    """Describe a data set; what the flags leave open comes from the files.
+
+    Args:
+        name: of the data set, if `args.name` is None.
+        values: class name -> label value, ascending by value.
+        images: of all cases.
+        modality: name of the channel in `dataset.json`; empty: not known.
+
+    Raises:
+        InputError: there are too many classes or no images, or pictures and volumes are mixed.
+    """
+    if len(values) > 255:
+        raise InputError(f"{name} has {len(values)} classes, expected at most 255 (8-bit labels)")
+    if not images:
+        raise InputError(f"{name} holds no case, expected at least one image with its label")
+    pictures = images[0].is_picture
+    mixed = [image.path.name for image in images if image.is_picture != pictures]
+    if mixed:
+        raise InputError(f"{name} mixes pictures and volumes: {first_few(mixed)}; separate them")
+    channels = 1
+    if pictures:
+        channels, rule = _picture_kind(images, args)
+    elif modality:
+        rule = CT if re.search(r"(?<![a-z])ct(?![a-z])", modality.lower()) else MR
+    else:
+        smallest = float(read_scan(images[0])[0].min())
+        rule = CT if smallest < AIR else MR
+    return DatasetSpec(
+        name=re.sub(r"[^\w.-]+", "_", args.name or name).strip(".") or "dataset",
+        class_names=tuple(values),
+        raw_labels={value: index for index, value in enumerate(values.values(), start=1)},
+        ignored_labels=(),
+        predicted_values=tuple(values.values()),
+        intensity=choose_intensity(args, rule),
+        orientation=None if pictures else CANONICAL,
+        channels=channels,
+        channel=args.channel,
+        pictures=pictures,
+    )
+
+
+def choose_intensity(args: argparse.Namespace, default: Intensity) -> Intensity:
+    """Return the intensity rule that the flags name, or `default`.
+
+    Raises:
+        InputError: the limits are in the wrong order, or are not percentiles.
+    """
+    rule = RULES.get(args.intensity, default)
+    if rule.rule == default.rule:
+        rule = default  # its limits fit the data: 16-bit pictures have wider limits than 8-bit
+    low, high = args.window or (rule.low, rule.high)
+    percentiles = rule.rule == PERCENTILES
+    if not low < high or (percentiles and not 0 <= low < high <= 100):
+        expected = "two percentiles, " if percentiles else ""
+        raise InputError(f"--window is {low:g} {high:g}, expected {expected}the lower limit first")
+    chosen = args.intensity is not None or args.window is not None
+    return Intensity(rule=rule.rule, low=low, high=high, sure=chosen and rule.rule == WINDOW)
+
+
+def _picture_kind(images: Sequence[ScanFile], args: argparse.Namespace) -> tuple[int, Intensity]:
+    """Return the number of channels (3 if any picture is in colour) and the rule for the values.
+
+    Raises:
+        InputError: the pictures have both 8 and 16 bits, or hold fractions.
+    """
+    channels, largest = 1, 0
+    names: dict[int, list[str]] = {8: [], 16: [], 0: []}  # by bits; 0: neither 8 nor 16
+    for image in tqdm(images, desc="reading pictures", unit="case", leave=False, disable=None):
+        array = read_picture(image.path)
+        channels = max(channels, array.shape[1] if array.ndim == 4 else 1)
+        bits = 8 * array.dtype.itemsize if array.dtype in (np.uint8, np.uint16) else 0
+        names[bits].append(image.path.name)
+        largest = max(largest, int(array.max()))
+    folder = images[0].path.parent
+    if RULES.get(args.intensity, PICTURE) != PICTURE:  # the other rules accept every type
+        return channels, PICTURE
+    if names[0]:
+        raise InputError(
+            f"{folder} holds pictures of neither 8 nor 16 bits ({first_few(names[0])}); export "
+            "them with 8 or 16 bits, or pass --intensity mr to scale each picture by its values"
+        )
+    if names[8] and names[16]:
+        raise InputError(
+            f"{folder} holds pictures of 8 bits ({first_few(names[8])}) and of 16 bits "
+            f"({first_few(names[16])}); convert all of them to 8 bits or to 16 bits"
+        )
+    if names[16] and args.window is None and largest < SMALL_PART * 65535:
+        fitting = max(1, 2 ** largest.bit_length() - 1)
+        warn(
+            f"the largest value in {folder} is {largest} of 65535, so the network sees dark "
+            f"pictures; --window 0 {fitting} would fit"
+        )
+    if names[16]:
+        return channels, Intensity(rule=RANGE, low=0.0, high=65535.0)
+    return channels, PICTURE

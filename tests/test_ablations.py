@@ -149,6 +149,7 @@ def network_of(adapter: Path, *flags: str) -> LoRAModel:
     return utils.build_model(args, torch.device("cpu"))[0].eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_train_test_and_predict_agree_on_a_variant_of_ones_own(
     name: str, variant, data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -238,6 +239,7 @@ def test_updates_of_other_blocks_are_refused(tmp_path: Path):
     assert all(torch.equal(value, before[key]) for key, value in last.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_last_half_of_the_blocks_is_restored_in_its_places(
     variant, data: Path, base: Path, tmp_path: Path
 ):
@@ -318,6 +320,7 @@ def edited(monkeypatch: pytest.MonkeyPatch):
     return edit
 
 
+@pytest.mark.slow
 def test_an_edited_script_is_not_taken_for_the_old_run(
     edited, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
@@ -333,6 +336,7 @@ def test_an_edited_script_is_not_taken_for_the_old_run(
     assert [record["step"] for record in records if "loss" in record] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_test_and_predict_warn_of_edited_code(
     edited, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
@@ -362,6 +366,7 @@ def test_only_code_counts_not_comments_docstrings_or_formatting(tmp_path: Path):
     assert source_code.changed_files(None, before) == []
 
 
+@pytest.mark.slow
 def test_a_note_enters_the_name_and_tells_runs_apart(data: Path, tmp_path: Path):
     plain = train_with(data, tmp_path / "out")
     noted = train_with(data, tmp_path / "out", "--note", "focal", "--resume", "auto")
@@ -401,6 +406,7 @@ def test_parts_draw_the_same_dropout_in_both_passes():
     assert torch.rand(()) == after  # later steps draw as if there had been one pass
 
 
+@pytest.mark.slow
 def test_a_new_row_of_encoders_trains_and_tests(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -425,6 +431,7 @@ def test_a_new_row_of_encoders_trains_and_tests(
     assert len(network.sam.image_encoder.blocks) == 2
 
 
+@pytest.mark.slow
 def test_neighbouring_slices_as_channels_by_one_edit(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -1,6 +1,7 @@
 """Training in separate processes, which tests can kill.
 
-A server process imports everything once. Each training process is a fork of it and starts at once.
+A server process imports everything once, also what training itself imports late. Each training
+process is a fork of the server and starts at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
 import torch
+import torch._dynamo
 
 import train
 from common.errors import exit_on_bad_input

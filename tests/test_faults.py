@@ -16,8 +16,7 @@ from types import ModuleType
 import processes
 import pytest
 import torch
-from conftest import write_slices
-from test_resume import assert_equal_runs, flags_of, folder_of, wait_for_step
+from test_resume import assert_equal_runs, folder_of, small_flags_of, wait_for_step, write_data
 
 import common.files
 import train
@@ -33,15 +32,15 @@ from training.memory import out_of_memory
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_slices(tmp_path_factory.mktemp("data"), count=3, cases=3)
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three epochs without any fault."""
     output = tmp_path_factory.mktemp("whole")
-    log = output.parent / "whole.log"
-    assert processes.run(flags_of(data, output, "--stop_epoch", "3"), log) == [0]
+    log = output.with_suffix(".log")
+    assert processes.run(small_flags_of(data, output, "--stop_epoch", "3"), log) == [0]
     return output
 
 
@@ -49,7 +48,7 @@ def test_a_full_disk_stops_with_a_message_and_the_run_resumes_later(
     data: Path, whole: Path, tmp_path: Path
 ):
     output, log = tmp_path / "out", tmp_path / "log"
-    argv = flags_of(data, output, "--stop_epoch", "3")
+    argv = small_flags_of(data, output, "--stop_epoch", "3")
     (process,) = processes.start(argv, log)
     wait_for_step(output, 3, process.is_alive)
     size = saved_states(folder_of(output))[0].stat().st_size
@@ -66,7 +65,7 @@ def test_a_full_disk_stops_with_a_message_and_the_run_resumes_later(
 
 def test_a_disk_too_full_for_the_logs_stops_with_a_message(data: Path, whole: Path, tmp_path: Path):
     output, log = tmp_path / "out", tmp_path / "log"
-    argv = flags_of(data, output, "--stop_epoch", "3")
+    argv = small_flags_of(data, output, "--stop_epoch", "3")
     (process,) = processes.start([*argv, "--log_every", "1"], log)
     wait_for_step(output, 3, process.is_alive)
     (events,) = folder_of(output).glob("log/events*")
@@ -86,7 +85,7 @@ def test_a_fault_in_a_loader_worker_ends_the_run_with_an_error_line(
 ):
     copied = Path(shutil.copytree(data, tmp_path / "data"))
     output, log = tmp_path / "out", tmp_path / "log"
-    (process,) = processes.start(flags_of(copied, output, "--num_workers", "2"), log)
+    (process,) = processes.start(small_flags_of(copied, output, "--num_workers", "2"), log)
     wait_for_step(output, 3, process.is_alive)
     if what == "killed":
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -106,7 +105,7 @@ def test_a_fault_in_a_loader_worker_ends_the_run_with_an_error_line(
 def test_the_older_state_survives_any_disk_error(
     number: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    train.main(flags_of(data, tmp_path, "--max_iterations", "3"))
+    train.main(small_flags_of(data, tmp_path, "--max_iterations", "3"))
     folder = folder_of(tmp_path)
     before = {path: path.read_bytes() for path in saved_states(folder)}
 
@@ -124,7 +123,7 @@ def test_the_older_state_survives_any_disk_error(
 
 def test_killed_between_writing_and_naming_a_state(data: Path, whole: Path, tmp_path: Path):
     output, log = tmp_path / "out", tmp_path / "log"
-    argv = flags_of(data, output, "--stop_epoch", "3")
+    argv = small_flags_of(data, output, "--stop_epoch", "3")
     (process,) = processes.start(argv, log, before=processes.killed_while_saving)
     process.join(timeout=60)
     assert process.exitcode == -signal.SIGKILL
@@ -147,7 +146,7 @@ def test_a_signal_during_a_save_lets_it_finish(
         return save(*args, **kwargs)
 
     monkeypatch.setattr(training_state, "save_tensors", asked)
-    argv = flags_of(data, tmp_path / "out", "--stop_epoch", "3")
+    argv = small_flags_of(data, tmp_path / "out", "--stop_epoch", "3")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the run to compare with had a single thread
     with pytest.raises(SystemExit) as stopped:
@@ -189,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_slices(
     with pytest.raises(
         InputError, match=r"the loss is nan at step 3 \(slices case\d{4}_"
     ) as caught:
-        train.main(flags_of(data, tmp_path, "--max_iterations", "9"))
+        train.main(small_flags_of(data, tmp_path, "--max_iterations", "9"))
     assert str(caught.value).count("_slice") == 2
     state = newest_state(folder_of(tmp_path))
     assert state["progress"]["step"] <= 3
@@ -201,11 +200,11 @@ def test_skip_nan_leaves_out_some_updates(
     data: Path,
     tmp_path: Path,
 ):
-    flags = ["--max_iterations", "9"]
+    flags = ["--max_iterations", "9", "--skip_nan"]
     with pytest.raises(InputError, match="at step 6"):
-        train.main(flags_of(data, tmp_path / "one", *flags, "--skip_nan", "1"))
+        train.main(small_flags_of(data, tmp_path / "one", *flags, "1"))
     not_finite.calls = 0
-    train.main(flags_of(data, tmp_path / "two", *flags, "--skip_nan", "2", "--clip_grad", "1"))
+    train.main(small_flags_of(data, tmp_path / "two", *flags, "2", "--clip_grad", "1"))
     lines = (folder_of(tmp_path / "two") / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "lr" in record]
     assert [record["step"] for record in records if "skipped" in record] == [3, 6]
@@ -226,14 +225,14 @@ def test_weights_that_are_not_finite_are_never_saved(
 
     monkeypatch.setattr(trainer, "SegmentationLoss", NaNGradientAt)
     with pytest.raises(InputError, match=r"weights are NaN or infinite after step 3, first \w+"):
-        train.main(flags_of(data, tmp_path / "stops", "--max_iterations", "9"))
+        train.main(small_flags_of(data, tmp_path / "stops", "--max_iterations", "9"))
     state = newest_state(folder_of(tmp_path / "stops"))
     assert state["progress"]["step"] == 3
     assert all(torch.isfinite(value).all() for value in state["model"].values())
     assert not list(folder_of(tmp_path / "stops").glob("*.pth"))
 
     NaNGradientAt.calls = 0
-    flags = flags_of(data, tmp_path / "skips", "--max_iterations", "6", "--skip_nan", "1")
+    flags = small_flags_of(data, tmp_path / "skips", "--max_iterations", "6", "--skip_nan", "1")
     train.main(flags)
     lines = (folder_of(tmp_path / "skips") / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "lr" in record]
@@ -277,7 +276,7 @@ def test_too_little_gpu_memory_is_reported_wherever_it_happens(
     monkeypatch.setattr(place, name, error)
     flags = ("--batch_size", "5", "--n_gpu", "2", "--val_every", "1", "--stop_epoch", "1")
     with pytest.raises(InputError) as caught:
-        train.main(flags_of(data, tmp_path, *flags))
+        train.main(small_flags_of(data, tmp_path, *flags))
     text = str(caught.value)
     assert ("too small by 2.00 GiB" in text) == (error is exhausted)
     assert "pass --batch_size 2 --global_batch 10 (the same recipe)" in text
@@ -302,7 +301,8 @@ def test_too_little_gpu_memory_suggests_flags(flags: tuple[str, ...], told: str)
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(data: Path, tmp_path: Path):
     locked, log = tmp_path / "locked", tmp_path / "log"
     locked.mkdir(mode=0o500)
-    (process,) = processes.start(flags_of(data, locked), log, before=processes.bound_by_permissions)
+    argv = small_flags_of(data, locked)
+    (process,) = processes.start(argv, log, before=processes.bound_by_permissions)
     process.join(timeout=60)
     assert process.exitcode == 2, log.read_text()
     (line,) = [line for line in log.read_text().splitlines() if "error" in line]
@@ -312,7 +312,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(data: Path, tmp
 
 def test_a_folder_that_becomes_read_only_loses_nothing(data: Path, whole: Path, tmp_path: Path):
     output, log = tmp_path / "out", tmp_path / "log"
-    argv = flags_of(data, output, "--stop_epoch", "3")
+    argv = small_flags_of(data, output, "--stop_epoch", "3")
     (process,) = processes.start(argv, log, before=processes.bound_by_permissions)
     wait_for_step(output, 3, process.is_alive)
     states = saved_states(folder_of(output))[0].parent

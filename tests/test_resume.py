@@ -31,12 +31,24 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine slices of three cases."""
-    return write_slices(tmp_path_factory.mktemp("data"), count=3, cases=3)
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def write_data(folder: Path) -> Path:
+    """Write nine slices of three cases, and base weights; return `folder`."""
+    torch.save(tiny_sam(num_classes=8).state_dict(), folder / "base.pth")
+    return write_slices(folder, count=3, cases=3)
 
 
 def flags_of(data: Path, output: Path, *more: str) -> list[str]:
+    """Return flags that train every weight; a state has 86 MB, and a signal often meets a save."""
     return ["--root_path", str(data), "--output", str(output), *FLAGS, *more]
+
+
+def small_flags_of(data: Path, output: Path, *more: str) -> list[str]:
+    """Return flags that train only low-rank updates; a state has 5 MB."""
+    small = ["--ckpt", str(data / "base.pth"), "--module", "sam_lora_image_encoder_mask_decoder"]
+    return flags_of(data, output, *small, *more)
 
 
 def step_of(output: Path) -> int:
@@ -109,14 +121,24 @@ def test_a_run_killed_at_random_steps_ends_as_if_never_killed(
     assert_equal_runs(killed, whole)
 
 
+SELDOM_SAVED = ("--stop_epoch", "3", "--save_steps", "1000")
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that gets no signal."""
+    output = tmp_path_factory.mktemp("whole")
+    log = output.with_suffix(".log")
+    assert processes.run(flags_of(data, output, *SELDOM_SAVED), log) == [0]
+    return output
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_a_resumed_run_equals_an_uninterrupted_one(
-    number: signal.Signals, data: Path, tmp_path: Path
+    number: signal.Signals, data: Path, whole: Path, tmp_path: Path
 ):
-    more = ("--stop_epoch", "3", "--save_steps", "1000")
-    whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
-    assert processes.run(flags_of(data, whole, *more), log) == [0]
-    (process,) = processes.start(flags_of(data, stopped, *more), log)
+    stopped, log = tmp_path / "stopped", tmp_path / "log"
+    (process,) = processes.start(flags_of(data, stopped, *SELDOM_SAVED), log)
     wait_for_step(stopped, 5, process.is_alive)  # the epoch ends here
     os.kill(process.pid, number)
     process.join(timeout=60)
@@ -150,7 +172,7 @@ def test_a_second_signal_ends_at_once(data: Path, tmp_path: Path):
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two epochs, five steps each."""
     output = tmp_path_factory.mktemp("finished")
-    train.main(flags_of(data, output, "--stop_epoch", "2"))
+    train.main(small_flags_of(data, output, "--stop_epoch", "2"))
     return output
 
 
@@ -195,7 +217,7 @@ def test_a_raised_stop_epoch_gives_the_same_as_one_raised_from_the_start(
     run_folder: Path, data: Path, tmp_path: Path
 ):
     train.main(["--resume", str(run_folder), "--stop_epoch", "3"])
-    train.main(flags_of(data, tmp_path / "whole", "--stop_epoch", "3"))
+    train.main(small_flags_of(data, tmp_path / "whole", "--stop_epoch", "3"))
     hashes, measured = what_it_left(run_folder.parent)
     whole_hashes, whole_measured = what_it_left(tmp_path / "whole")
     assert measured == whole_measured
@@ -204,10 +226,10 @@ def test_a_raised_stop_epoch_gives_the_same_as_one_raised_from_the_start(
 
 def test_best_is_the_same_after_a_raised_stop_epoch(data: Path, tmp_path: Path):
     more = ("--val_every", "2")
-    train.main(flags_of(data, tmp_path / "part", *more, "--stop_epoch", "3"))
+    train.main(small_flags_of(data, tmp_path / "part", *more, "--stop_epoch", "3"))
     folder = folder_of(tmp_path / "part")
     train.main(["--resume", str(folder), "--stop_epoch", "5"])
-    train.main(flags_of(data, tmp_path / "whole", *more, "--stop_epoch", "5"))
+    train.main(small_flags_of(data, tmp_path / "whole", *more, "--stop_epoch", "5"))
     hashes, measured = what_it_left(tmp_path / "part")
     whole_hashes, whole_measured = what_it_left(tmp_path / "whole")
     assert measured == whole_measured
@@ -215,9 +237,9 @@ def test_best_is_the_same_after_a_raised_stop_epoch(data: Path, tmp_path: Path):
 
 
 def test_raised_iterations_resume_in_the_middle_of_an_epoch(data: Path, tmp_path: Path):
-    train.main(flags_of(data, tmp_path / "part", "--max_iterations", "7"))
+    train.main(small_flags_of(data, tmp_path / "part", "--max_iterations", "7"))
     train.main(["--resume", str(folder_of(tmp_path / "part")), "--max_iterations", "12"])
-    train.main(flags_of(data, tmp_path / "whole", "--max_iterations", "12"))
+    train.main(small_flags_of(data, tmp_path / "whole", "--max_iterations", "12"))
     hashes, measured = what_it_left(tmp_path / "part")
     whole_hashes, whole_measured = what_it_left(tmp_path / "whole")
     assert measured == whole_measured
@@ -246,7 +268,7 @@ def test_other_data_under_the_same_flags_are_another_run(
     run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     moved = Path(shutil.copytree(data, tmp_path / "moved"))
-    flags = flags_of(moved, run_folder.parent, "--stop_epoch", "2", "--resume", "auto")
+    flags = small_flags_of(moved, run_folder.parent, "--stop_epoch", "2", "--resume", "auto")
     train.main(flags)
     assert len(list(run_folder.parent.iterdir())) == 1  # the same slices in another folder
     names = (moved / "lists" / "train.txt").read_text().splitlines()
@@ -263,7 +285,7 @@ def test_base_weights_may_move_but_not_change(data: Path, tmp_path: Path):
         torch.manual_seed(seed)
         torch.save(tiny_sam(num_classes=8).state_dict(), tmp_path / f"{name}.pth")
     output = tmp_path / "out"
-    flags = [*flags_of(data, output, "--max_iterations", "2"), "--ckpt"]
+    flags = [*small_flags_of(data, output, "--max_iterations", "2"), "--ckpt"]
     train.main([*flags, str(tmp_path / "base.pth")])
     (tmp_path / "base.pth").rename(tmp_path / "moved.pth")
     for resume in ("auto", str(folder_of(output))):
@@ -274,7 +296,7 @@ def test_base_weights_may_move_but_not_change(data: Path, tmp_path: Path):
 
 def test_auto_starts_afresh_where_nothing_fits(run_folder: Path, data: Path):
     output = run_folder.parent
-    train.main(flags_of(data, output, "--stop_epoch", "1", "--seed", "7", "--resume", "auto"))
+    train.main(small_flags_of(data, output, "--stop_epoch", "1", "--seed", "7", "--resume", "auto"))
     assert len(list(output.iterdir())) == 2
 
 

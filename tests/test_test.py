@@ -15,7 +15,9 @@ from conftest import TINY_FLAGS, write_slices
 from PIL import Image
 from real_data import REAL_DATA, needs_real_data
 
+import test as test_program
 import train
+from common.errors import exit_on_bad_input
 from datasets.scans.volumes import Geometry, read_volume
 from evaluation.figures import write_pages
 from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, score_volume
@@ -27,7 +29,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 OBLIQUE = Geometry((0.8, 0.7, 3.0), (10.0, -20.0, 5.0), (0.6, -0.8, 0, 0.8, 0.6, 0, 0, 0, 1))
 
 
-def run_test(*flags: str) -> subprocess.CompletedProcess:
+def run_program(*flags: str) -> subprocess.CompletedProcess:
     """Run test.py as a separate program."""
     return subprocess.run(
         [sys.executable, str(REPOSITORY / "test.py"), "--device", "cpu", *flags],
@@ -35,6 +37,16 @@ def run_test(*flags: str) -> subprocess.CompletedProcess:
         text=True,
         check=False,
     )
+
+
+def run_here(*flags: str) -> int:
+    """Run test.py in this process, which has imported everything; return its exit code."""
+    try:
+        with exit_on_bad_input():
+            test_program.main(["--device", "cpu", *flags])
+    except SystemExit as stop:
+        return int(stop.code)
+    return 0
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +73,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
 def tested(trained: tuple[Path, Path]) -> tuple[Path, Path, subprocess.CompletedProcess]:
     data, run = trained
     flags = ["--input_size", "32", "--is_savenii"]
-    return data, run, run_test("--config", str(run), "--volume_path", str(data), *flags)
+    return data, run, run_program("--config", str(run), "--volume_path", str(data), *flags)
 
 
 def test_it_writes_every_result(tested):
@@ -114,7 +126,7 @@ def test_batches_do_not_change_the_labels(tested, tmp_path: Path):
     data, run, _ = tested
     flags = ["--input_size", "32", "--is_savenii", "--batch_size", "2"]
     flags += ["--output_dir", str(tmp_path)]
-    assert run_test("--config", str(run), "--volume_path", str(data), *flags).returncode == 0
+    assert run_here("--config", str(run), "--volume_path", str(data), *flags) == 0
     for case in ("case0001", "case0002"):
         name = Path("predictions") / f"{case}_pred.nii.gz"
         assert np.array_equal(read_volume(tmp_path / name)[0], read_volume(run / "test" / name)[0])
@@ -134,15 +146,26 @@ def test_batches_do_not_change_the_labels(tested, tmp_path: Path):
         (["--output_dir", "/dev/null/out"], "--output_dir"),
     ],
 )
-def test_bad_input_gives_one_line_and_exit_code_2(flags, message, trained):
+def test_bad_input_gives_one_line_and_exit_code_2(
+    flags: list[str], message: str, trained: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+):
     data, run = trained
-    done = run_test("--config", str(run), "--volume_path", str(data), *flags)
+    assert run_here("--config", str(run), "--volume_path", str(data), *flags) == 2
+    told = capfd.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1
+    assert message in told
+
+
+def test_the_program_exits_with_2_and_one_line(trained: tuple[Path, Path]):
+    _, run = trained
+    done = run_program("--config", str(run), "--volume_path", "nowhere")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert message in done.stderr
 
 
-def test_a_faulty_volume_stops_the_run_before_it_starts(trained, tmp_path: Path):
+def test_a_faulty_volume_stops_the_run_before_it_starts(
+    trained: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     _, run = trained
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "test_vol.txt").write_text("good\nbad\n")
@@ -151,8 +174,9 @@ def test_a_faulty_volume_stops_the_run_before_it_starts(trained, tmp_path: Path)
             file["image"] = np.full((2, 16, 16), value, dtype=np.float32)
             file["label"] = np.zeros((2, 16, 16))
     flags = ["--list_dir", str(tmp_path / "list"), "--output_dir", str(tmp_path / "out")]
-    done = run_test("--config", str(run), "--volume_path", str(tmp_path), *flags)
-    assert done.returncode == 2 and "bad.npy.h5" in done.stderr and "raw HU" in done.stderr
+    assert run_here("--config", str(run), "--volume_path", str(tmp_path), *flags) == 2
+    told = capfd.readouterr().err
+    assert "bad.npy.h5" in told and "raw HU" in told
     assert not (tmp_path / "out").exists()
 
 
@@ -230,8 +254,7 @@ def test_real_ct_from_scan_to_nifti(tmp_path: Path):
     flags += ["--warmup_period", "20", "--no_augment", "--max_epochs", "12", "--stop_epoch", "12"]
     train.main(["--root_path", str(data), "--output", str(tmp_path / "out"), *flags])
     run = next((tmp_path / "out").iterdir())
-    done = run_test("--config", str(run), "--volume_path", str(data), "--is_savenii")
-    assert done.returncode == 0, done.stderr
+    assert run_here("--config", str(run), "--volume_path", str(data), "--is_savenii") == 0
     content = json.loads((run / "test" / "results.json").read_text())
     # After 168 steps the DSC is about 0.64. The whole run in the README reaches 0.87.
     assert content["total"]["dsc"] > 0.5

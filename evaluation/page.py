@@ -1,4 +1,4 @@
-"""Test runs as one HTML page, alone or side by side."""
+"""Write test runs as one HTML page, alone or side by side."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from evaluation.tables import (
 )
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-MOST_SLICES = 12  # of the worst ones shown
+MOST_SLICES = 12  # worst slices shown
 SIDES = {"RL": "R right, L left", "AP": "A front, P back", "SI": "S head, I feet"}
 
 
@@ -40,7 +40,7 @@ def write_page(path: Path, runs: Sequence[TestRun]) -> None:
     """Write the page of one run, or of several side by side.
 
     Raises:
-        InputError: several runs that have no class in common, or a picture that is missing.
+        InputError: a run shares no class or no case with the first, or a picture is missing.
     """
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
@@ -70,7 +70,7 @@ def write_page(path: Path, runs: Sequence[TestRun]) -> None:
 
 
 def run_names(runs: Sequence[TestRun]) -> list[str]:
-    """The folders of the runs, numbered where they are called alike."""
+    """Return the folder names of the runs, numbered if two are equal."""
     folders = [run.path.resolve().parent for run in runs]
     parts = [
         folder.parent.name if folder.name == "test" and folder.parent.name else folder.name
@@ -82,21 +82,20 @@ def run_names(runs: Sequence[TestRun]) -> list[str]:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """What tells the runs apart: their names without the settings that all have in common."""
-    parts = [name.split("_") for name in names]
-    common = set.intersection(*map(set, parts))
-    short = ["_".join(part for part in own if part not in common) for own in parts]
+    """Return the names without the settings that all runs share, if they stay different."""
+    settings = [name.split("_") for name in names]
+    common = set.intersection(*map(set, settings))
+    short = ["_".join(part for part in parts if part not in common) for parts in settings]
     return short if all(short) and len(set(short)) == len(short) else list(names)
 
 
 def describe(run: TestRun, name: str) -> dict[str, Any]:
-    """Everything of one run that the page shows."""
+    """Collect what the page shows of one run."""
     colours = [f"#{bytes(rgb).hex()}" for rgb in label_colours(len(run.class_names))[1:]]
-    rows = zip(run.class_names, colours, class_means(run.results), outcome_counts(run.results),
-               strict=True)  # fmt: skip
+    means, outcomes = class_means(run.results), outcome_counts(run.results)
     total = total_means(run.results)
     distance = "hd95_voxels" if total["hd95_mm"] is None else "hd95_mm"
-    # what no case defines, as mm of pictures, has no column and no definition
+    # A score that no case defines, such as mm for pictures, has no column and no definition.
     shown = [score for score in COLUMNS if score in SAMED or total[score] is not None]
     spec = run.settings["flags"].get("spec")
     return {
@@ -105,7 +104,10 @@ def describe(run: TestRun, name: str) -> dict[str, Any]:
         "total": total,
         "shown": shown,
         "classes": [
-            {"name": n, "colour": c, "mean": row, "outcomes": counts} for n, c, row, counts in rows
+            {"name": name, "colour": colour, "mean": row, "outcomes": counts}
+            for name, colour, row, counts in zip(
+                run.class_names, colours, means, outcomes, strict=True
+            )
         ],
         "cases": [
             {"name": result.case, "mean": row, "scores": result.scores}
@@ -123,7 +125,7 @@ def describe(run: TestRun, name: str) -> dict[str, Any]:
             if len(run.results) > 1  # one case has no spread
         ],
         "worst": worst(run),
-        "sides": [SIDES[one] for one in SIDES if one in {r.sides for r in run.results}],
+        "sides": [SIDES[sides] for sides in SIDES if sides in {r.sides for r in run.results}],
         "numbered": any(result.slices != 1 for result in run.results),
         "confusion": confused(run),
         "settings": run.settings,
@@ -131,7 +133,7 @@ def describe(run: TestRun, name: str) -> dict[str, Any]:
 
 
 def described(comparison: dict[str, Any], first: str, second: str) -> dict[str, Any]:
-    """A comparison with what the page adds: names and a chart."""
+    """Return a comparison with the names of both runs and a chart."""
     heading, factor, _ = COLUMNS["dsc"]
     unit = f"difference in {heading}: {second} − {first}"
     chart = draw_differences(comparison["rows"], "dsc", unit, factor)
@@ -139,38 +141,44 @@ def described(comparison: dict[str, Any], first: str, second: str) -> dict[str, 
 
 
 def spacing_range(results: Sequence[CaseResult]) -> str | None:
-    """`0.8 × 0.8 × 3…5 mm` of the voxels along column, row and slice; None: not known."""
+    """Return the range of voxel sizes, as `0.8 × 0.8 × 3…5 mm`; None if all are unknown.
+
+    The order is column, row, slice.
+    """
     known = [result.spacing[::-1] for result in results if result.spacing]
     if not known:
         return None
-    axes = [dict.fromkeys(f"{ends:.3g}" for ends in (min(axis), max(axis)))
-            for axis in zip(*known, strict=True)]  # fmt: skip
-    unknown = f" ({len(results) - len(known)} without)" if len(known) < len(results) else ""
+    axes = [
+        dict.fromkeys(f"{end:.3g}" for end in (min(axis), max(axis)))
+        for axis in zip(*known, strict=True)
+    ]
+    missing = len(results) - len(known)
+    unknown = f" (unknown for {missing})" if missing else ""
     return f"{' × '.join('…'.join(ends) for ends in axes)} mm{unknown}"
 
 
 def worst(run: TestRun) -> list[dict[str, Any]]:
-    """The slices of all cases with the most wrong voxels, their pictures as data."""
-    every = [(one, result) for result in run.results for one in result.worst]
-    every.sort(key=lambda pair: -pair[0].wrong)
+    """Return the slices with the most wrong voxels in all cases, their pictures as data URLs."""
+    slices = [(worst_slice, result) for result in run.results for worst_slice in result.worst]
+    slices.sort(key=lambda pair: -pair[0].wrong)
     shown = []
-    for one, result in every[:MOST_SLICES]:
+    for worst_slice, result in slices[:MOST_SLICES]:
         try:
-            picture = (run.path.parent / one.picture).read_bytes()
+            picture = (run.path.parent / worst_slice.picture).read_bytes()
         except OSError as error:
             raise InputError(
-                f"{run.path} names the picture {one.picture}, which cannot be read "
+                f"{run.path} names the picture {worst_slice.picture}, which cannot be read "
                 f"({error.strerror}); run test.py again"
             ) from None
         data = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-        # older pictures are of truth and prediction alone
+        # Older versions drew truth and prediction without the image, and stored no `slices`.
         kinds = ("image", "truth", "prediction")[result.slices is None :]
-        shown.append({"case": result, "slice": one, "data": data, "kinds": kinds})
+        shown.append({"case": result, "slice": worst_slice, "data": data, "kinds": kinds})
     return shown
 
 
 def confused(run: TestRun) -> list[list[float | None]] | None:
-    """Of the voxels of every true class (row), the share predicted as each (column), %."""
+    """Return how the voxels of each true class (row) were predicted (column), in %."""
     if any(result.confusion is None for result in run.results):
         return None
     counts = np.sum([result.confusion for result in run.results], axis=0).T
@@ -178,7 +186,7 @@ def confused(run: TestRun) -> list[list[float | None]] | None:
 
 
 def number(value: float | None, factor: float = 1, sign: bool = False) -> str:
-    """`87.59`, with a sign for differences; – where it is not defined."""
+    """Format a score as `87.59`, a difference with its sign; – if it is not defined."""
     if value is None:
         return "–"
     text = f"{value * factor:+.2f}" if sign else f"{value * factor:.2f}"
@@ -186,5 +194,5 @@ def number(value: float | None, factor: float = 1, sign: bool = False) -> str:
 
 
 def breakable(name: str) -> Markup:
-    """A long name that may go on in the next line after `_`."""
+    """Return a name as HTML that may break into a new line after `_`."""
     return escape(name).replace("_", Markup("_<wbr>"))

@@ -1,7 +1,7 @@
-"""What a test run reports, as tables: every case and class by both rules for empty masks.
+"""Tables of a test run: the scores of each case and class by both rules for empty masks.
 
-`samed` numbers follow the original's rules and compare with published ones; the honest ones stand
-beside them. Totals are means over the cases of each class, then over the classes, as published.
+The `samed` scores follow the original's rule and compare with published numbers; the honest scores
+stand beside them. As published, totals are means over the cases of each class, then over classes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from common.files import write_json as write_json_file
 from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, NSD_TOLERANCE, ClassScore, mean
 
 SCORES = tuple(field.name for field in fields(ClassScore) if field.name != "outcome")
-FACTS = ("slices", "spacing", "sides", "group")  # of a case
+FACTS = ("slices", "spacing", "sides", "group")  # facts of a case besides its scores
 OUTCOMES = (BOTH, FALSE_ORGAN, MISSED, ABSENT)
-COLUMNS = {  # score -> heading, factor, whether more is better; honest ones first
+COLUMNS = {  # score: heading, factor, whether more is better; the honest scores first
     "dsc": ("DSC %", 100, True),
     "nsd": ("NSD %", 100, True),
     "hd95_mm": ("HD95 mm", 1, False),
@@ -37,20 +37,20 @@ COLUMNS = {  # score -> heading, factor, whether more is better; honest ones fir
 }
 SAMED = ("samed_dsc", "samed_hd95")
 DEFINITIONS = {
-    "dsc": "Dice similarity coefficient, 0…1 (100 %); a false or missed organ scores 0, an "
-    "absent one is left out of the means",
-    "hd95_voxels": "95th percentile of both directed surface-distance sets pooled (medpy's hd95), "
-    "in voxels; only where prediction and label both have the organ",
-    "hd95_mm": "the same in mm; none where the volume stores no spacing",
+    "dsc": "Dice similarity coefficient, 0…1 (100 %); a false or missed organ scores 0, an absent "
+    "organ is left out of the means",
+    "hd95_voxels": "95th percentile of both directed sets of surface distances pooled (medpy's "
+    "hd95), in voxels; only where prediction and label both have the organ",
+    "hd95_mm": "the same in mm; not defined if the volume stores no spacing",
     "assd_mm": "average symmetric surface distance in mm: the mean of both sets pooled",
     "hd95_to_label_mm": "95th percentile of the distances from the prediction's surface to the "
-    "label's, in mm: how far it goes astray",
-    "hd95_to_prediction_mm": "95th percentile from the label's surface to the prediction's, in mm: "
-    "what it leaves out",
+    "label's surface, in mm; large where the prediction has too much",
+    "hd95_to_prediction_mm": "95th percentile of the distances from the label's surface to the "
+    "prediction's surface, in mm; large where the prediction has too little",
     "nsd": "normalised surface Dice, 0…1 (100 %): the share of the surface voxels of both masks "
     "that lie within {tolerance:g} mm of the other mask's surface (voxels are counted, not surface "
     "area); a false or missed organ scores 0",
-    "samed_dsc": "as published: a false organ scores 1, a missed or absent one 0",
+    "samed_dsc": "as published: a false organ scores 1, a missed or absent organ 0",
     "samed_hd95": "as published: HD95 in voxels, 0 where either mask is empty",
     "totals": "the mean over the cases of each class, then over the classes",
 }
@@ -58,54 +58,54 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class WorstSlice:
-    """A slice with many wrongly labelled voxels."""
+    """A slice with many wrong voxels."""
 
     index: int
-    wrong: int  # voxels of another class than the label's
-    foreground: int  # voxels that are of a class in label or prediction
-    picture: str  # path beside results.json: the plain slice, truth and prediction side by side
+    wrong: int  # voxels whose predicted class differs from the label
+    foreground: int  # voxels that are not background in label or prediction
+    picture: str  # path from the folder of results.json; shows image, truth and prediction
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What was found in one volume."""
+    """The scores of one volume and its facts."""
 
     case: str
-    scores: list[ClassScore]  # of the classes 1…N in order
-    confusion: list[list[int]] | None = None  # voxels of every predicted (row) and true class
+    scores: list[ClassScore]  # classes 1…N in order
+    confusion: list[list[int]] | None = None  # voxels of each predicted (row) and true class
     worst: list[WorstSlice] = field(default_factory=list)  # the worst first
-    slices: int | None = None  # None, here and below: not known
+    slices: int | None = None  # None means unknown, here and below
     spacing: tuple[float, ...] | None = None  # mm along (slice, row, column)
-    sides: str | None = None  # what of the patient is at the left and right of pictures, as RL
+    sides: str | None = None  # sides of the patient at the left and right of pictures, as RL
     group: str | None = None  # the scan that the case is a slice of, or the case itself
 
     @property
     def independent(self) -> str:
-        """What tells cases apart that are separate evidence."""
+        """The scan that the case belongs to; cases of different scans are independent."""
         return self.group or self.case
 
 
-Means = dict[str, float | None]  # by the names of SCORES; None where no case defines it
+Means = dict[str, float | None]  # by the names in SCORES; None if no case defines the score
 
 
 def class_means(results: Sequence[CaseResult]) -> list[Means]:
-    """Of each class, the mean over the cases."""
+    """Return the mean over the cases, for each class."""
     return [_means(column) for column in zip(*(result.scores for result in results), strict=True)]
 
 
 def case_means(results: Sequence[CaseResult]) -> list[Means]:
-    """Of each case, the mean over the classes."""
+    """Return the mean over the classes, for each case."""
     return [_means(result.scores) for result in results]
 
 
 def total_means(results: Sequence[CaseResult]) -> Means:
-    """The mean over the classes of their means over the cases, in the published order."""
+    """Return the means over the cases of each class, averaged over the classes, as published."""
     rows = class_means(results)
     return {name: mean(row[name] for row in rows) for name in SCORES}
 
 
 def outcome_counts(results: Sequence[CaseResult]) -> list[dict[str, int]]:
-    """Of each class, in how many cases it was found, falsely found, missed or absent."""
+    """Count the cases with each outcome, for each class."""
     counts = [
         Counter(score.outcome for score in column)
         for column in zip(*(result.scores for result in results), strict=True)
@@ -114,25 +114,25 @@ def outcome_counts(results: Sequence[CaseResult]) -> list[dict[str, int]]:
 
 
 def nsd_caveat(results: Sequence[CaseResult], tolerance: float | None) -> str | None:
-    """What to say where NSD cannot tell near from exact; None: nothing."""
+    """Return a warning if the tolerance of NSD is below the voxel spacing, else None."""
     spacings = [max(result.spacing) for result in results if result.spacing]
     coarse = [spacing for spacing in spacings if tolerance is not None and spacing > tolerance]
     if not coarse:
         return None
     return (
         f"NSD's tolerance of {tolerance:g} mm is below the largest voxel spacing of {len(coarse)} "
-        f"of {counted(len(results), 'case')} (up to {max(coarse):g} mm): along so coarse an axis "
-        "only surfaces that meet exactly count as near"
+        f"of {counted(len(results), 'case')} (up to {max(coarse):g} mm): along an axis with "
+        "coarser voxels, only surfaces that meet exactly count as near"
     )
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 case`, `2 cases`."""
+    """Return `1 case`, `2 cases` and so on."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def format_table(results: Sequence[CaseResult], class_names: Sequence[str]) -> str:
-    """The tables that are printed: one row a class, then one row a case."""
+    """Return the printed tables: one row for each class, then one row for each case."""
     columns: dict[str, Callable[[Means], str]] = {
         "DSC %": lambda row: _number(row["dsc"], 100),
         "HD95 vox": lambda row: _number(row["hd95_voxels"]),
@@ -155,17 +155,17 @@ def format_table(results: Sequence[CaseResult], class_names: Sequence[str]) -> s
         line(result.case, row) for result, row in zip(results, case_means(results), strict=True)
     ]
     notes = (
-        "HD95: 95th percentile of both directed surface-distance sets pooled, where both masks "
-        "have the organ.\n-: not defined; in mm, also where the spacing is unknown (such cases are "
-        "left out of mm means).\nDSC: a false or missed organ scores 0, an absent one is left "
-        "out.\nsamed: the published rules, in voxels: a false organ scores DSC 1 and HD95 0, a "
-        "missed or absent one 0 and 0."
+        "HD95: 95th percentile of both directed sets of surface distances pooled, where both masks "
+        "have the organ.\n-: not defined. Scores in mm are not defined without a spacing; means in "
+        "mm leave such cases out.\nDSC: a false or missed organ scores 0, an absent organ is left "
+        "out.\nsamed: the published rule, in voxels. A false organ scores DSC 1 and HD95 0, a "
+        "missed or absent organ 0 and 0."
     )
     return f"{_align(per_class)}\n\n{_align(per_case)}\n\n{notes}"
 
 
 def write_csv(path: Path, results: Sequence[CaseResult], class_names: Sequence[str]) -> None:
-    """One line for every case and class; empty where a score is not defined."""
+    """Write one line for each case and class; a score that is not defined is empty."""
     with (
         atomic_path(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
@@ -187,7 +187,7 @@ def write_json(
     settings: dict[str, Any],
     tolerance: float = NSD_TOLERANCE,
 ) -> None:
-    """Everything: definitions, totals, means, every score, and the settings of the run."""
+    """Write definitions, totals, means, all scores and the settings of the run as JSON."""
     classes = zip(class_names, class_means(results), outcome_counts(results), strict=True)
     cases = zip(results, case_means(results), strict=True)
     content = {
@@ -204,7 +204,7 @@ def write_json(
                 "mean": row,
                 "scores": dict(zip(class_names, map(asdict, result.scores), strict=True)),
                 "confusion": result.confusion,
-                "worst": [asdict(one) for one in result.worst],
+                "worst": [asdict(worst_slice) for worst_slice in result.worst],
                 **{name: getattr(result, name) for name in FACTS},
             }
             for result, row in cases
@@ -216,21 +216,22 @@ def write_json(
 
 @dataclass(frozen=True)
 class TestRun:
-    """What `write_json` wrote, read back."""
+    """The content of a `results.json`."""
 
     path: Path
     class_names: list[str]
     results: list[CaseResult]
     definitions: dict[str, str]
     settings: dict[str, Any]  # flags and environment
-    tolerance: float | None  # of NSD, mm; None: not known
+    tolerance: float | None  # tolerance of NSD, mm; None: unknown
 
 
 def read_json(path: Path) -> TestRun:
     """Read a `results.json`.
 
     Raises:
-        MissingFileError, InputError: there is none, it is damaged, or of another program.
+        MissingFileError: there is no such file.
+        InputError: the file is damaged or another program wrote it.
     """
     require_file(path, what="results", remedy="pass the folder that test.py wrote")
     try:
@@ -264,17 +265,17 @@ def _case_result(row: dict[str, Any], names: Sequence[str]) -> CaseResult:
     size = len(names) + 1
     if confusion is not None and np.shape(np.array(confusion, dtype=np.int64)) != (size, size):
         raise ValueError(f"the confusion of {row['case']} is not {size} x {size}")
-    worst = [WorstSlice(**one) for one in row.get("worst", ())]
-    if any(type(n) is not int for one in worst for n in (one.index, one.wrong, one.foreground)):
-        raise ValueError(f"the worst slices of {row['case']} are not counted")
-    for one in worst:
-        for part in str(one.picture).split("/"):
+    worst = [WorstSlice(**entry) for entry in row.get("worst", ())]
+    for entry in worst:
+        if any(type(n) is not int for n in (entry.index, entry.wrong, entry.foreground)):
+            raise ValueError(f"the worst slices of {row['case']} are no integers")
+        for part in str(entry.picture).split("/"):
             safe_name(part, source="worst slices")
     return CaseResult(str(row["case"]), scores, confusion, worst, **_case_facts(row))
 
 
 def _case_facts(row: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a case, checked; older files know nothing."""
+    """Return the checked facts of a case; files of older versions have none."""
     facts = {name: row.get(name) for name in FACTS}
     kinds = {"slices": int, "spacing": list, "sides": str, "group": str}
     wrong = [n for n, kind in kinds.items() if facts[n] is not None and type(facts[n]) is not kind]
@@ -283,7 +284,7 @@ def _case_facts(row: dict[str, Any]) -> dict[str, Any]:
         good = len(facts["spacing"]) == 3 and np.isfinite(facts["spacing"]).all()
         wrong = [] if good and min(facts["spacing"]) > 0 else ["spacing"]
     if wrong:
-        raise ValueError(f"the {', '.join(wrong)} of {row['case']} cannot be")
+        raise ValueError(f"the {', '.join(wrong)} of {row['case']} is invalid")
     return facts
 
 
@@ -297,7 +298,7 @@ def _number(value: float | None, factor: float = 1) -> str:
 
 
 def _align(rows: list[list[str]]) -> str:
-    """Columns of equal width: names to the left, numbers to the right."""
+    """Lay out columns of equal width: names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -292,7 +292,7 @@ BAD = {
     ),
     "a spacing that is none": (
         spoil(lambda content: content["cases"][0].update(spacing=[1, 1, 0])),
-        "the spacing of a cannot be",
+        "the spacing of a is invalid",
     ),
     "wrong confusion": (
         spoil(lambda content: content["cases"][0].update(confusion=[[1]])),

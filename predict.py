@@ -26,16 +26,8 @@ from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
 from evaluation.cpu_speed import pack_encoder
 from evaluation.predict_volume import predict_volume
-from evaluation.scan_results import (
-    Case,
-    finished,
-    read_case,
-    refuse_foreign,
-    remove_earlier,
-    scratch_array,
-    write_case,
-    write_summary,
-)
+from evaluation.records import finished, refuse_foreign, remove_earlier
+from evaluation.scan_results import Case, read_case, scratch_array, write_case, write_summary
 from utils import (
     allow_tf32,
     amp_dtype,
@@ -50,7 +42,7 @@ EXIT_SOME_FAILED = 3
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check everything that was given, then segment, on every GPU here."""
+    """Check the input, then segment the scans on all GPUs of this machine."""
     args = parse_args(predict_parser(), argv)
     processes = processes_here(args.device, args.processes)
     if processes > 1:
@@ -66,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
-    """Segment this rank's share of the scans; the first rank writes what sums up all.
+    """Segment this rank's share of the scans; the first rank writes the summary.
 
     Raises:
-        SystemExit: `EXIT_SOME_FAILED`, or `EXIT_BAD_INPUT` where no scan could be segmented.
+        SystemExit: `EXIT_SOME_FAILED`, or `EXIT_BAD_INPUT` if no scan could be segmented.
     """
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     allow_tf32(args.tf32)
@@ -79,11 +71,12 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
     refuse_folder_of(scans, Path(args.input), folder)
     scans = of_channel(scans, spec.channel if args.channel is None else args.channel)
     key = prediction_key(args)
-    # the first rank looks for all: one that came late would see what others have written since
-    look = ranks.first and not args.overwrite
-    if look:
+    # Only the first rank looks: a late rank would also see files that others have just written.
+    done: dict[str, dict[str, Any]] = {}
+    if ranks.first and not args.overwrite:
         refuse_foreign(scans, folder, args.format)
-    done = ranks.from_first(finished(scans, folder, key, args.format) if look else {})
+        done = finished(scans, folder, key, args.format)
+    done = ranks.from_first(done)
     model, _ = build_model(args, device)
     model.eval()
     model.merge()
@@ -92,37 +85,40 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
 
     make_folder(folder, flag="--output")
     start_logging(folder / "log.txt" if ranks.first else None)
-    logging.info("%d scans, %d of them done before, on %d × %s", len(scans), len(done),
-                 ranks.count, device)  # fmt: skip
-    if spec.orientation is None and not spec.is_pictures:
-        logging.info("the adapter does not say how its scans lay: these are taken as they lie")
-    unlike = [scan.path.name for scan in scans if scan.is_picture != spec.is_pictures]
-    if unlike:
-        kinds = ("pictures", "scans") if spec.is_pictures else ("scans", "pictures")
-        logging.warning("the adapter was trained on %s, these are %s: %s", *kinds,
-                        first_few(unlike))  # fmt: skip
-    own = [scan for scan in scans if scan.name not in done][ranks.rank :: ranks.count]
+    logging.info(
+        "%d scans, %d of them done before, on %d × %s", len(scans), len(done), ranks.count, device
+    )
+    log_doubts(scans, spec)
+    rank_scans = [scan for scan in scans if scan.name not in done][ranks.rank :: ranks.count]
     with tqdm(
-        total=len(own),
+        total=len(rank_scans),
         desc="segmenting",
         bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f} of {total} scans, {remaining} left",
         disable=None if ranks.first else True,
     ) as bar:
-        outcomes = dict(segment_all(args, spec, model, own, key, progress=bar.update))
-    everything = done | {name: one for part in ranks.gather(outcomes) for name, one in part.items()}
+        found = dict(segment_all(args, spec, model, rank_scans, key, progress=bar.update))
+    outcomes: dict[str, dict[str, Any] | str] = dict(done)  # a result, or a message of failure
+    for part in ranks.gather(found):
+        outcomes |= part
     if not ranks.first:
         return
-    results = {s.name: everything[s.name] for s in scans if isinstance(everything[s.name], dict)}
-    failures = {name: one for name, one in everything.items() if isinstance(one, str)}
-    write_summary(
-        spec,
-        folder,
-        results,
-        failures,
-        key=key,
-        settings={"flags": recorded_values(args), "environment": environment()},
-    )
+    results = {s.name: outcomes[s.name] for s in scans if isinstance(outcomes[s.name], dict)}
+    failures = {name: text for name, text in outcomes.items() if isinstance(text, str)}
+    settings = {"flags": recorded_values(args), "environment": environment()}
+    write_summary(spec, folder, results, failures, key=key, settings=settings)
     _exit_if_failed(failures, len(scans))
+
+
+def log_doubts(scans: Sequence[ScanFile], spec: DatasetSpec) -> None:
+    """Log where the scans may differ from the training data."""
+    if spec.orientation is None and not spec.is_pictures:
+        logging.info("the adapter stores no orientation, so scans are not turned")
+    unlike = [scan.path.name for scan in scans if scan.is_picture != spec.is_pictures]
+    if unlike:
+        kinds = ("pictures", "scans") if spec.is_pictures else ("scans", "pictures")
+        logging.warning(
+            "the adapter was trained on %s, but these are %s: %s", *kinds, first_few(unlike)
+        )
 
 
 def segment_all(
@@ -134,10 +130,12 @@ def segment_all(
     *,
     progress: Callable[[float], object],
 ) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Segment one scan while the next is read and earlier ones are written.
+    """Segment each scan while the next one is read and the previous one is written.
+
+    A scan that fails does not stop the others.
 
     Yields:
-        The name of each scan and its result, or what is wrong with it: one stops no other.
+        The name of each scan and its result or, if it failed, a message.
     """
     ahead = iter(scans)
 
@@ -145,7 +143,7 @@ def segment_all(
         scan = next(ahead, None)
         return None if scan is None else reader.submit(read_case, spec, scan)
 
-    # three scans are held at most: one that is read, one that is segmented, one that is written
+    # At most three scans are in memory: the one read, the one segmented, the one written.
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         coming, writing = read_next(), None
         for scan in scans:
@@ -153,23 +151,24 @@ def segment_all(
             try:
                 remove_earlier(Path(args.output), scan.name)
                 write = segment(args, spec, model, reading.result(), progress)
-            except Exception as error:  # whatever is wrong with one scan stops no other
+            except Exception as error:  # the other scans still have to be segmented
                 progress(1)
-                yield scan.name, _told(error)
+                yield scan.name, _message(error)
                 continue
             if writing is not None:
                 yield _written(*writing)
             writing = scan.name, writer.submit(write, key=key)
-            del reading, write  # they hold the scan, which its writing lets go of
+            del reading, write  # else they would keep the scan in memory after it is written
         if writing is not None:
             yield _written(*writing)
 
 
 def _written(name: str, writing: Future[dict[str, Any]]) -> tuple[str, dict[str, Any] | str]:
+    """Wait until a scan is written; return its name and its result or message."""
     try:
         return name, writing.result()
     except Exception as error:
-        return name, _told(error)
+        return name, _message(error)
 
 
 def segment(
@@ -179,14 +178,14 @@ def segment(
     case: Case,
     progress: Callable[[float], object],
 ) -> Callable[..., dict[str, Any]]:
-    """Label the slices of a scan; returns what writes its files."""
+    """Label the slices of a scan; return a function that writes its files."""
     depth, (height, width) = case.slices.shape[0], case.slices.shape[-2:]
-    likely = None
-    if args.probabilities:  # on disk: a volume for every class may not fit into memory
-        likely = scratch_array(Path(args.output), (args.num_classes + 1, depth, height, width))
+    volumes = None  # (C, D, H, W) float16 probabilities
+    if args.probabilities:  # on disk, because a volume for each class may not fit into memory
+        volumes = scratch_array(Path(args.output), (args.num_classes + 1, depth, height, width))
 
     def keep(start: int, part: torch.Tensor) -> None:  # (B, C, H, W)
-        likely[:, start : start + len(part)] = part.transpose(0, 1).half().cpu().numpy()
+        volumes[:, start : start + len(part)] = part.transpose(0, 1).half().cpu().numpy()
 
     device = next(model.parameters()).device
     with torch.autocast(device.type, amp_dtype(device), enabled=args.use_amp):
@@ -198,15 +197,18 @@ def segment(
             batch_size=args.batch_size,
             progress=lambda slices: progress(slices / depth),
             flips=[("rows", "columns").index(name) for name in args.flips],
-            on_probabilities=None if likely is None else keep,
+            on_probabilities=None if volumes is None else keep,
         )
     if args.largest_component:
         keep_largest(labels)
-    return partial(write_case, args, spec, case, labels, likely)
+    return partial(write_case, args, spec, case, labels, volumes)
 
 
 def keep_largest(labels: np.ndarray) -> None:
-    """Leave of every class of (D, H, W) only its largest piece, corners touching; in place."""
+    """Keep the largest piece of each class in labels (D, H, W), in place.
+
+    Voxels that touch at a corner belong to the same piece.
+    """
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is not None:
             mask = labels[box] == index
@@ -216,31 +218,37 @@ def keep_largest(labels: np.ndarray) -> None:
 
 
 def refuse_folder_of(scans: Sequence[ScanFile], source: Path, folder: Path) -> None:
-    """Raise an `InputError` where results would lie among the scans, or replace them."""
-    taken = {scan.path.resolve() if scan.suffix == DICOM else scan.path.resolve().parent
-             for scan in scans}  # fmt: skip
-    if folder.resolve() in {*taken, source.resolve()}:
-        raise InputError(f"--output {folder} is a folder of scans that are read; choose another")
+    """Raise an `InputError` if results would lie beside the scans or replace them."""
+    taken = {source.resolve()}
+    for scan in scans:
+        path = scan.path.resolve()
+        taken.add(path if scan.suffix == DICOM else path.parent)
+    if folder.resolve() in taken:
+        raise InputError(
+            f"--output {folder} is a folder of scans that are read; choose another folder"
+        )
 
 
 def _exit_if_failed(failures: dict[str, str], total: int) -> None:
+    """Report the scans that failed and exit; do nothing if none failed."""
     for name, reason in failures.items():
         print(f"error: {name}: {reason}", file=sys.stderr)
     if failures:
         rest = "; the others are done" if len(failures) < total else ""
-        told = f"{len(failures)} of {total} scans failed: {first_few(sorted(failures))}"
-        print(told + rest, file=sys.stderr)
+        names = first_few(sorted(failures))
+        print(f"{len(failures)} of {total} scans failed: {names}{rest}", file=sys.stderr)
         raise SystemExit(EXIT_SOME_FAILED if rest else EXIT_BAD_INPUT)
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
+    """Return the message for an error in a scan; a bug is also logged in full."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         return f"out of GPU memory ({str(error).splitlines()[0]:.200}); lower --batch_size"
     if not isinstance(error, (OSError, MemoryError)):
-        logging.error("a fault of this program:", exc_info=error)
+        logging.error("this is a bug in the program:", exc_info=error)
     return f"{type(error).__name__} {error}"
 
 

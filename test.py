@@ -9,11 +9,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -22,8 +20,6 @@ from common.files import make_folder
 from config.flags import test_parser
 from config.settings import class_names, parse_args, recorded_values
 from datasets.dataset_synapse import Synapse_dataset
-from datasets.scans.orientation import orientation_of, turned, turned_geometry
-from datasets.scans.volumes import Geometry, write_volume
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
 from evaluation.cpu_speed import pack_encoder
@@ -36,19 +32,18 @@ from evaluation.medpy_check import (
     report_check,
     require_medpy,
 )
-from evaluation.metrics import compare_volume
-from evaluation.overlays import CasePanel, case_panel, save_row, shown_slice, worst_slices
+from evaluation.overlays import CasePanel
 from evaluation.page import write_page
 from evaluation.predict_volume import predict_volume
 from evaluation.tables import (
     CaseResult,
-    WorstSlice,
     format_table,
     nsd_caveat,
     read_json,
     write_csv,
     write_json,
 )
+from evaluation.volume_results import read_case, score_case, write_case
 from utils import (
     allow_tf32,
     amp_dtype,
@@ -59,11 +54,11 @@ from utils import (
     start_logging,
 )
 
-WAITING = 4  # volumes that may wait to be scored and written
+WAITING = 4  # volumes that may wait in memory to be scored and written
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check everything that was given, then segment, score and report, on every GPU here."""
+    """Check the input, then segment, score and report on all GPUs of this machine."""
     args = parse_args(test_parser(), argv)
     if args.check_with_medpy:
         require_medpy()
@@ -76,14 +71,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def test(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
-    """Test this rank's share of the volumes; the first rank writes the report of all."""
+    """Test this rank's share of the volumes; the first rank writes the report.
+
+    Raises:
+        SystemExit: `EXIT_MEDPY_DIFFERS` if --check_with_medpy found a difference.
+    """
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     allow_tf32(args.tf32)
     dataset = Synapse_dataset(
         args.volume_path, args.list_dir, "test_vol", num_classes=args.num_classes
     )
     if ranks.first:
-        dataset.check(workers=2)  # volumes are large: few at once
+        dataset.check(workers=2)  # two at once, because volumes are large
     model, _ = build_model(args, device)
     model.eval()
     model.merge()
@@ -101,11 +100,12 @@ def test(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
         result.case: (result, panel) for part in ranks.gather(finished) for result, panel in part
     }
     pairs = [pair for part in ranks.gather(checked) for pair in part]
-    if ranks.first:
-        results, panels = zip(*(by_case[case] for case in dataset.sample_list), strict=True)
-        report(args, folder, with_groups(results, dataset.data_dir), panels)
-        if args.check_with_medpy and not report_check(pairs, class_names(args)):
-            raise SystemExit(EXIT_MEDPY_DIFFERS)
+    if not ranks.first:
+        return
+    results, panels = zip(*(by_case[case] for case in dataset.sample_list), strict=True)
+    report(args, folder, with_groups(results, dataset.data_dir), panels)
+    if args.check_with_medpy and not report_check(pairs, class_names(args)):
+        raise SystemExit(EXIT_MEDPY_DIFFERS)
 
 
 def test_with_bars(
@@ -115,9 +115,9 @@ def test_with_bars(
     folder: Path,
     ranks: Ranks,
 ) -> tuple[list[tuple[CaseResult, CasePanel]], list[CheckedPair]]:
-    """Test the volumes of this rank, compare with medpy if asked, and show how far both are."""
+    """Test the volumes of this rank with a progress bar, and a second bar for medpy if asked."""
     share = "" if ranks.count == 1 else ", share of one process"
-    hidden = None if ranks.first else True  # None: shown on a terminal alone
+    hidden = None if ranks.first else True  # None: hidden unless the output is a terminal
     with (
         tqdm(
             total=dataset.count_slices(), desc=f"testing{share}", unit="slice", disable=hidden
@@ -142,7 +142,7 @@ def report(
     results: Sequence[CaseResult],
     panels: Sequence[CasePanel],
 ) -> None:
-    """Write tables and pictures of all cases."""
+    """Write the tables, pictures and page of all cases."""
     names = class_names(args)
     tested = {"tested": f"{datetime.now():%Y-%m-%d %H:%M}"}
     settings = {"flags": recorded_values(args), "environment": tested | environment()}
@@ -169,9 +169,16 @@ def test_cases(
     progress: Callable[[int], object] | None = None,
     check: MedpyCheck | None = None,
 ) -> Iterator[tuple[CaseResult, CasePanel]]:
-    """Segment one volume while the next is read and earlier ones are scored and written.
+    """Segment each volume while the next one is read and earlier ones are scored and written.
 
-    At most `WAITING` volumes are kept, so that memory does not grow with their number.
+    At most `WAITING` volumes wait in memory, however many there are.
+
+    Args:
+        progress: called with the number of slices just segmented.
+        check: also scores each volume with medpy.
+
+    Yields:
+        The result and the pictures of each volume, in order.
     """
     if not len(dataset):  # more ranks than volumes
         return
@@ -202,94 +209,6 @@ def test_cases(
                 scoring, writing = waiting.popleft()
                 writing.result()
                 yield scoring.result()
-
-
-@dataclass(frozen=True)
-class Case:
-    """One test volume."""
-
-    name: str
-    image: np.ndarray  # (D, H, W) float32, about [0, 1]
-    label: np.ndarray  # (D, H, W) uint8
-    geometry: Geometry | None  # of these arrays; None: the file stores none
-    scan: tuple[Geometry, str] | None  # where the scan lay, if its axes were turned, and how
-
-
-def read_case(dataset: Synapse_dataset, index: int) -> Case:
-    """Read one volume and say what is odd about it."""
-    sample, stored, letters = dataset[index], dataset.geometry(index), dataset.orientation(index)
-    name, image, label = sample["case_name"], sample["image"], sample["label"]
-    if image.shape[1] != image.shape[2]:
-        logging.info("%s: slices of %d×%d are squashed to a square", name, *image.shape[1:])
-    if not label.any():
-        logging.info("%s: the label has no foreground", name)
-    scan = Geometry(**stored) if stored else None
-    if scan is None or letters is None:
-        return Case(name, image, label, scan, None)
-    before = orientation_of(scan)
-    shape = turned(label, letters, before).shape
-    return Case(name, image, label, turned_geometry(scan, shape, letters), (scan, letters))
-
-
-def score_case(
-    case: Case,
-    prediction: np.ndarray,
-    args: argparse.Namespace,
-    folder: Path,
-    check: MedpyCheck | None,
-) -> tuple[CaseResult, CasePanel]:
-    """Score a prediction (D, H, W); keep the few slices that are shown, write the worst ones."""
-    spacing = case.geometry.voxel_spacing if case.geometry else None
-    direction = case.geometry.direction if case.geometry else None
-    scores, counts = compare_volume(
-        prediction, case.label, args.num_classes, spacing, args.nsd_tolerance
-    )
-    if check is not None:
-        check.add_case(case.name, prediction, case.label, scores)
-    panel = case_panel(
-        case.name,
-        case.image,
-        case.label,
-        prediction,
-        args.num_classes,
-        spacing=spacing,
-        direction=direction,
-    )
-    worst = []
-    for index, wrong, foreground in worst_slices(case.label, prediction):
-        name = f"slices/{case.name}_{index:03d}.png"
-        pictures = [
-            shown_slice(case.image, labels, index, args.num_classes, direction)
-            for labels in (None, case.label, prediction)
-        ]
-        save_row(pictures, panel.aspect, folder / name, panel.sides)
-        worst.append(WorstSlice(index, wrong, foreground, name))
-    result = CaseResult(
-        case=case.name,
-        scores=scores,
-        confusion=counts.tolist(),
-        worst=worst,
-        slices=len(case.label),
-        spacing=spacing,
-        sides=panel.sides,
-    )
-    return result, panel
-
-
-def write_case(case: Case, prediction: np.ndarray, folder: Path | None) -> None:
-    """Write prediction, image and label as NIfTI where the scan lay, if asked."""
-    if folder is None:
-        return
-    if case.geometry is None:
-        logging.info("%s: no geometry is stored; its NIfTI get 1 mm voxels", case.name)
-    for suffix, array in (("pred", prediction), ("img", case.image), ("gt", case.label)):
-        geometry = case.geometry or Geometry.unknown()
-        if case.scan is not None:
-            geometry, letters = case.scan
-            array = np.ascontiguousarray(turned(array, letters, orientation_of(geometry)))
-        if array.ndim == 4:  # colour, (D, 3, H, W): NIfTI hold one value a voxel
-            array = array.mean(axis=1, dtype=np.float32)
-        write_volume(folder / f"{case.name}_{suffix}.nii.gz", array, geometry)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time this project against what a user would pick instead: `python -m benchmarks --help`."""
+"""Time this project against the alternatives: `python -m benchmarks --help`."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ EXIT_DISAGREEMENT, EXIT_SLOW = 3, 4
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `python -m benchmarks`."""
+    """Build the parser of `python -m benchmarks`."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Time this project and its peers in turns, after checking that their results\n"
-        "agree, and write benchmarks/results/DEVICE.json and the tables in docs/benchmarks.md.\n"
-        f"Exit code {EXIT_DISAGREEMENT}: results differ; {EXIT_SLOW}: a target is missed.",
+        description="Check that this project and its peers give the same results, time them in\n"
+        "turns, and write benchmarks/results/DEVICE.json and the tables in docs/benchmarks.md.\n"
+        f"Exit code {EXIT_DISAGREEMENT}: results differ. {EXIT_SLOW}: a target is missed.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "rows", nargs="*", help=f"any of {', '.join([*ROWS, 'scaling'])} (default: all)"
+        "rows", nargs="*", help=f"some of {', '.join([*ROWS, 'scaling'])}; default: all"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, keep what was measured, and say whether every target is met."""
+    """Measure the rows, save the numbers, and return the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
     known = [*ROWS, "scaling"]
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def where(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions and day of a measurement."""
+    """Return hardware, versions and date of a measurement."""
     return {
         "device": device_name(device),
         "date": date.today().isoformat(),
@@ -102,7 +102,7 @@ def where(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The hardware in a few words."""
+    """Return the name of the hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} CPU cores ({platform.machine()})"

@@ -1,4 +1,4 @@
-"""What only a GPU can show of a training step: images a second, memory, share of its peak."""
+"""Measure a training step on a GPU: images per second, memory, share of the peak speed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .timing import Comparison, Row, compare
 
 BATCH = 24
 BF16 = StepOptions(amp_dtype=torch.bfloat16)
-# Dense bf16 products a second that the makers state.
+# Dense bf16 operations per second, as the makers state them.
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "3090": 71e12, "4090": 165e12}
 
 
 def gpu_step_rows(device: torch.device) -> list[Row]:
-    """vit_b at 512 px, batch 24: bf16, eager and compiled, against the plain float32 network."""
+    """Time vit_b at 512 px, batch 24, in bf16, eager and compiled, against plain float32."""
     criterion = SegmentationLoss(scenes.NUM_CLASSES + 1, 0.8)
     batch = {
         "image": torch.rand(BATCH, 1, 512, 512, device=device).expand(-1, 3, -1, -1),
@@ -79,7 +79,7 @@ def gpu_step_rows(device: torch.device) -> list[Row]:
 def count_operations(
     model: nn.Module, batch: dict[str, torch.Tensor], criterion: SegmentationLoss
 ) -> int:
-    """Floating-point operations of one forward and backward pass of the plain network."""
+    """Count the floating-point operations of a forward and backward pass of the plain network."""
     with FlopCounterMode(display=False) as counter:
         criterion(model(batch["image"])["low_res_logits"], batch["low_res_label"])[
             "loss"
@@ -89,7 +89,7 @@ def count_operations(
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> float:
-    """Largest allocation of one step, GiB; both networks' weights are in it."""
+    """Return the peak memory of one step in GiB, with the weights of both networks."""
     run()
     torch.cuda.reset_peak_memory_stats(device)
     run()
@@ -97,7 +97,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float:
 
 
 def idle_share(model: nn.Module, criterion: SegmentationLoss, device: torch.device) -> float:
-    """Share of the time by which training from files is longer than training on one batch."""
+    """Return the share of time that training from files spends waiting for the loader."""
     folder = scenes.scratch_folder()
     paths = scenes.write_slices(folder / "train_npz", 24)
     names = [path.stem for path in paths]
@@ -118,7 +118,7 @@ def idle_share(model: nn.Module, criterion: SegmentationLoss, device: torch.devi
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    train(loader)  # starts the workers
+    train(loader)  # warm-up: starts the workers
     kept = next(iter(loader))
     from_files, in_memory = train(loader), train([kept] * len(loader))
     return max(0.0, 1 - in_memory / from_files)

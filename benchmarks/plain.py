@@ -1,8 +1,9 @@
-"""SAMed written plainly: what the fast paths are timed against, and tested to be equal to.
+"""SAMed written plainly, as the paper describes it.
 
-Every module here takes its weights from a module of the project and computes the same numbers as
-the paper writes them down: windows are padded before they are projected, attention maps are made
-in full, every update is a product of its own, and a test goes slice by slice through scipy.
+The benchmarks time the fast code against it, and tests require equal results. Each module here
+takes its weights from a module of the project. Windows are padded before they are projected,
+attention maps are computed in full, each LoRA update is a separate product, and a test goes slice
+by slice through scipy.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from training.losses import SegmentationLoss
 
 
 class PlainAttention(nn.Module):
-    """`relative_attention.Attention` with padded projections and attention maps in full."""
+    """`relative_attention.Attention` with padded projections and full attention maps."""
 
     def __init__(self, fast: relative_attention.Attention) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainDecoderAttention(nn.Module):
-    """`transformer.Attention` with attention maps in full."""
+    """`transformer.Attention` with full attention maps."""
 
     def __init__(self, fast: transformer.Attention) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class PlainDecoderAttention(nn.Module):
 
 
 class PlainLoRALinear(nn.Module):
-    """`LoRALinear` with a product for every update."""
+    """`LoRALinear` with a separate product for each update."""
 
     def __init__(self, fast: LoRALinear) -> None:
         super().__init__()
@@ -101,10 +102,10 @@ PLAIN_FORMS = {
 
 
 def plain_copy(model: LoRAModel) -> LoRAModel:
-    """The same network with weights of its own and every fast module in its plain form."""
+    """Copy a network and its weights, with each fast module in its plain form."""
     model = copy.deepcopy(model)
     for path, module in list(model.named_modules()):
-        if type(module) is LoRALinear:  # the innermost first: the others take them over
+        if type(module) is LoRALinear:  # first, because the other plain modules contain them
             model.set_submodule(path, PlainLoRALinear(module))
     for path, module in list(model.named_modules()):
         if type(module) in PLAIN_FORMS:
@@ -119,11 +120,11 @@ def plain_step(
     optimizer: torch.optim.Optimizer,
     lr: float,
 ) -> dict[str, float]:
-    """One update as the original makes it: unread full-size masks, a sync for every number."""
+    """Make one update as the original does: with unused full-size masks, a sync for each number."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     outputs = model(batch["image"])
-    F.interpolate(outputs["masks"], outputs["masks"].shape[-2:], mode="bilinear")  # its second one
+    F.interpolate(outputs["masks"], outputs["masks"].shape[-2:], mode="bilinear")  # done twice
     terms = criterion(outputs["low_res_logits"], batch["low_res_label"])
     optimizer.zero_grad()
     terms["loss"].backward()
@@ -132,13 +133,13 @@ def plain_step(
 
 
 def offsets(rel_pos: torch.Tensor, side: int) -> torch.Tensor:  # (2·side - 1, d) -> (side, side, d)
-    """Entry (i, j) is the embedding of the offset i - j."""
+    """Return a table whose entry (i, j) is the embedding of the offset i - j."""
     i, j = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return rel_pos[(i - j + side - 1).to(rel_pos.device)]
 
 
 def plain_zoom(image: np.ndarray, size: tuple[int, int], order: int) -> np.ndarray:
-    """A slice (H, W) brought to `size` by scipy."""
+    """Zoom a slice (H, W) to `size` with scipy."""
     factors = [target / source for target, source in zip(size, image.shape, strict=True)]
     return ndimage.zoom(image, factors, order=order)
 
@@ -146,7 +147,11 @@ def plain_zoom(image: np.ndarray, size: tuple[int, int], order: int) -> np.ndarr
 def plain_sample(
     path: Path, choice: Augmentation, size: int, low_res: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read, augment and resize one training slice: image, label, and label at the logits' size."""
+    """Read, augment and resize one training slice.
+
+    Returns:
+        Image and label (size, size), and the label at the size of the logits (low_res, low_res).
+    """
     with np.load(path) as file:
         image, label = file["image"], file["label"]
     if choice.angle is not None:
@@ -171,10 +176,10 @@ def plain_sample(
 def plain_test(
     path: Path, net: nn.Module, *, classes: int, input_size: int, image_size: int, folder: Path
 ) -> tuple[np.ndarray, list[tuple[float, float]]]:
-    """Segment, score and write one volume as the original does: a slice at a time.
+    """Segment, score and write one volume as the original does, a slice at a time.
 
     Returns:
-        The prediction (D, H, W) and, of each class, DSC and HD95 over the whole volume.
+        The prediction (D, H, W), and DSC and HD95 of each class in the whole volume.
     """
     with h5py.File(path, "r") as file:
         image, label = file["image"][()], file["label"][()]

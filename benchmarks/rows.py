@@ -1,4 +1,4 @@
-"""The rows of the table: what is timed against what."""
+"""The rows of the table: each times a part of the project against a peer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def metrics_rows(device: torch.device) -> list[Row]:
-    """DSC and HD95 of a whole volume. medpy takes minutes, so each organ is timed once."""
+    """Time DSC and HD95 of a volume. medpy takes minutes, so it scores each organ once."""
     _, label, prediction = scenes.scene()
     return [
         metrics_row("metrics", "DSC + HD95, 150×512×512, 8 organs", prediction, label, 50),
@@ -45,7 +45,7 @@ def metrics_rows(device: torch.device) -> list[Row]:
 def metrics_row(
     name: str, what: str, prediction: np.ndarray, label: np.ndarray, target: float
 ) -> Row:
-    """Our time for all organs after each organ of the peer: the turns of one long comparison."""
+    """Time medpy organ by organ, and our scores of all organs after each of its organs."""
     require_medpy()  # imports it before the clock starts
     ours = score_volume(prediction, label, scenes.NUM_CLASSES)
     peer_seconds, our_seconds, worst = 0.0, [], 0.0
@@ -69,12 +69,12 @@ def metrics_row(
         difference=difference,
         tolerance=1e-6,
         target=target,
-        notes="the peer ran once, organ by organ; ours after each",
+        notes="the peer ran once, organ by organ; ours after each organ",
     )
 
 
 def resize_rows(device: torch.device) -> list[Row]:
-    """A volume's slices to the training size and on to the network's."""
+    """Time the zoom of slices to the training size and then to the network's size."""
     image = scenes.scene()[0][:24] if device.type == "cpu" else scenes.scene()[0]
     slices = torch.from_numpy(image).to(device)
 
@@ -104,7 +104,7 @@ def resize_rows(device: torch.device) -> list[Row]:
 
 
 def sample_rows(device: torch.device) -> list[Row]:
-    """A batch of training samples from their files to the device."""
+    """Time a batch of training samples from files to the device."""
     folder = scenes.scratch_folder()
     paths = scenes.write_slices(folder / "train_npz", 24)
     lists = folder / "lists"
@@ -145,7 +145,7 @@ def sample_rows(device: torch.device) -> list[Row]:
 
 
 def encoder_rows(device: torch.device) -> list[Row]:
-    """vit_b at 512 px against Hugging Face's, with the same weights."""
+    """Time vit_b at 512 px against Hugging Face's encoder with the same weights."""
     from transformers import SamVisionConfig, SamVisionModel
 
     model = scenes.network().eval().to(device)
@@ -153,7 +153,7 @@ def encoder_rows(device: torch.device) -> list[Row]:
         parameter.requires_grad_(False)
     for name, parameter in model.named_parameters():
         if ".up." in name:
-            nn.init.zeros_(parameter)  # the peer has no updates
+            nn.init.zeros_(parameter)  # the peer has no LoRA updates
     model.merge()
     encoder = model.sam.image_encoder
     weights = transformers_names(encoder)
@@ -193,7 +193,7 @@ def embed(network: nn.Module, images: torch.Tensor) -> torch.Tensor:  # (B, 3, S
 
 
 def transformers_names(encoder: nn.Module) -> dict[str, torch.Tensor]:
-    """Our encoder's weights by the names of `SamVisionModel`."""
+    """Return our encoder's weights under the names of `SamVisionModel`."""
     changes = (
         ("patch_embed.proj.", "patch_embed.projection."),
         ("blocks.", "layers."),
@@ -215,7 +215,7 @@ def transformers_names(encoder: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def step_rows(device: torch.device) -> list[Row]:
-    """One update of vit_b at 512 px; on a GPU in `gpu.py`, with memory and share of the peak."""
+    """Time one update of vit_b at 512 px; `gpu.py` does it on a GPU and measures more."""
     if device.type == "cuda":
         from .gpu import gpu_step_rows
 

@@ -1,4 +1,4 @@
-"""What saving and logging cost against the training that they save and log."""
+"""Time saving and logging against the training that is saved and logged."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from training.run_log import RunLog
 from . import scenes
 from .timing import Row, check_agreement, largest, timed
 
-UPDATES = 93  # of an epoch of the published recipe; there each is of 24 slices, here of 2
+UPDATES = 93  # per epoch of the published recipe; it has 24 slices per update, this row has 2
 
 
 def saving_rows(device: torch.device) -> list[Row]:
-    """An epoch's full state, its adapter and the log of its updates, against one epoch."""
+    """Time the full state, the adapter and the log of one epoch against its training."""
     model = scenes.network().to(device).train()
     freeze_unreached(model)
     optimizer = make_optimizer(model, adamw=True, base_lr=1e-4)

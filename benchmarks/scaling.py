@@ -1,4 +1,4 @@
-"""How time and memory grow with slices, image size, batch and volumes, each in a process alone."""
+"""Measure how time and memory grow with slices, volumes, image size and batch size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CURVES = {
 
 
 def measure(curve: str, value: int, device: torch.device) -> dict[str, float]:
-    """Seconds and peak memory in GiB of one point; memory is that of this whole process."""
+    """Measure seconds and peak memory (GiB) of one point; memory is that of the whole process."""
     prepare = {"slices": test_slices, "volumes": test_volumes, "image_size": forward, "batch": step}
     run = prepare[curve](value, device)
     run()
@@ -42,13 +42,16 @@ def measure(curve: str, value: int, device: torch.device) -> dict[str, float]:
 
 
 def peak_resident() -> int:
-    """Largest resident memory of this process in bytes; what `getrusage` says is inherited."""
+    """Return the largest resident memory of this process in bytes.
+
+    `getrusage` cannot be used: its value is inherited from the parent process.
+    """
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return 1024 * int(next(line for line in status.splitlines() if "VmHWM" in line).split()[1])
 
 
 def test_slices(count: int, device: torch.device, volumes: int = 1) -> Callable[[], object]:
-    """`test.py` on volumes of `count` slices of 256 × 256, with the smallest encoder."""
+    """Return a run of `test.py` on volumes of `count` slices of 256 × 256, smallest encoder."""
     folder = scenes.scratch_folder()
     rng = np.random.default_rng(0)
     label = np.zeros((count, 256, 256), dtype=np.uint8)
@@ -64,12 +67,12 @@ def test_slices(count: int, device: torch.device, volumes: int = 1) -> Callable[
 
 
 def test_volumes(count: int, device: torch.device) -> Callable[[], object]:
-    """`test.py` on `count` volumes of 24 slices."""
+    """Return a run of `test.py` on `count` volumes of 24 slices."""
     return test_slices(24, device, volumes=count)
 
 
 def forward(image_size: int, device: torch.device) -> Callable[[], object]:
-    """One image through vit_b."""
+    """Return a forward pass of one image through vit_b."""
     model = scenes.network("vit_b", image_size).eval().to(device)
     model.merge()
     image = torch.rand(1, 3, image_size, image_size, device=device)
@@ -82,7 +85,7 @@ def forward(image_size: int, device: torch.device) -> Callable[[], object]:
 
 
 def step(batch_size: int, device: torch.device) -> Callable[[], object]:
-    """One update of vit_b at 224 px."""
+    """Return one update of vit_b at 224 px."""
     model = scenes.network("vit_b", 224).train().to(device)
     freeze_unreached(model)
     optimizer = make_optimizer(model, adamw=True, base_lr=1e-4)
@@ -97,7 +100,7 @@ def step(batch_size: int, device: torch.device) -> Callable[[], object]:
 
 
 def measure_all(device: torch.device) -> dict[str, list[dict[str, float]]]:
-    """Every point of every curve, each in a fresh process so that peaks do not mix."""
+    """Measure all points of all curves, each in a new process so that peaks do not mix."""
     curves: dict[str, list[dict[str, float]]] = {}
     for curve, (_, values) in CURVES.items():
         curves[curve] = []
@@ -117,13 +120,13 @@ def measure_all(device: torch.device) -> dict[str, list[dict[str, float]]]:
 
 
 def growth(points: list[dict[str, float]], key: str) -> float:
-    """Exponent of the growth over the last doubling: 0 constant, 1 linear, 2 quadratic."""
+    """Return the exponent of growth between the last two points: 0 constant, 1 linear."""
     last, before = points[-1], points[-2]
     return float(np.log(last[key] / before[key]) / np.log(last["value"] / before["value"]))
 
 
 def draw(curves: dict[str, list[dict[str, float]]], path: Path, device: str) -> None:
-    """Time and peak memory of every curve, relative to its first point's time."""
+    """Draw time, relative to the first point, and peak memory of each curve."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, len(curves), figsize=(3.4 * len(curves), 5.6))

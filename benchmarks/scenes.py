@@ -1,4 +1,4 @@
-"""What is timed: organ-like volumes, training slices and networks, the same in every run."""
+"""Inputs of the benchmarks: organ-like volumes, training slices and networks, equal in each run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NUM_CLASSES = SYNAPSE.num_classes
 
 
 def scratch_folder() -> Path:
-    """A new empty folder that goes when the program ends."""
+    """Make an empty folder that is deleted when the program ends."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -49,12 +49,12 @@ class Scene(NamedTuple):
 
 @lru_cache(maxsize=2)
 def scene(slices: int = 150, size: int = 512) -> Scene:
-    """A phantom CT of the abdomen: image float32 in [0, 1], label and prediction uint8, (D, H, W).
+    """Make a phantom CT of the abdomen and a prediction of its organs.
 
-    The prediction is the label seen through a smooth random warp of a few voxels, so that every
-    organ is found, none is perfect and the surfaces lie as those of a fair segmentation do.
+    The prediction is the label under a smooth random warp of a few voxels: it finds every organ,
+    none perfectly, and its surfaces are like those of a fair segmentation.
     """
-    phantom = make_phantom(3, size=size, slices=-(-slices // 3))  # of 5 mm
+    phantom = make_phantom(3, size=size, slices=-(-slices // 3))  # slices of 5 mm
     low, high = SYNAPSE.intensity.low, SYNAPSE.intensity.high
     image = ((phantom.image.clip(low, high) - low) / (high - low)).astype(np.float32)
     to_class = np.zeros(256, dtype=np.uint8)
@@ -62,25 +62,25 @@ def scene(slices: int = 150, size: int = 512) -> Scene:
         to_class[raw] = index
     image, label = (
         np.repeat(a, 3, axis=0)[:slices] for a in (image, to_class[phantom.label])
-    )  # thin slices, as many as BTCV has
+    )  # thin slices, about as many as a BTCV scan has
     return Scene(image, label, warped(label))
 
 
 def warped(label: np.ndarray) -> np.ndarray:
-    """The labels at places moved by about one voxel along, three across."""
+    """Warp labels (D, H, W) smoothly, by about one slice and three rows and columns."""
     rng = np.random.default_rng(0)
     places = []
     for axis, (length, spread) in enumerate(zip(label.shape, (1, 3, 3), strict=True)):
         coarse = ndimage.gaussian_filter(rng.standard_normal((10, 16, 16)), 1)
         factors = [n / m for n, m in zip(label.shape, coarse.shape, strict=True)]
         shift = ndimage.zoom((coarse * spread / coarse.std()).astype(np.float32), factors, order=1)
-        own = np.arange(length).reshape([-1 if a == axis else 1 for a in range(3)])
-        places.append(np.rint(own + shift).clip(0, length - 1).astype(np.int32))
+        grid = np.arange(length).reshape([-1 if a == axis else 1 for a in range(3)])
+        places.append(np.rint(grid + shift).clip(0, length - 1).astype(np.int32))
     return label[tuple(places)]
 
 
 def scattered(prediction: np.ndarray, per_class: int = 60) -> np.ndarray:
-    """A copy with stray voxels of every class all over the volume."""
+    """Copy a prediction and add stray voxels of each class all over the volume."""
     rng, strewn = np.random.default_rng(1), prediction.copy()
     for index in range(1, NUM_CLASSES + 1):
         strewn.ravel()[rng.integers(0, strewn.size, per_class)] = index
@@ -88,7 +88,7 @@ def scattered(prediction: np.ndarray, per_class: int = 60) -> np.ndarray:
 
 
 def write_h5(path: Path, image: np.ndarray, label: np.ndarray) -> Path:
-    """A test volume as preprocess writes it, with the labels in float32 as the original reads."""
+    """Write a test volume as preprocess does, with the labels in float32 as in the original."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
         file["image"], file["label"] = image, label.astype(np.float32)
@@ -103,7 +103,12 @@ def test_data(
     *flags: str,
     num_classes: int = NUM_CLASSES,
 ) -> tuple[argparse.Namespace, Synapse_dataset]:
-    """Volumes (image, label) by case as `test.py` finds them, and its flags for slices of 224²."""
+    """Write test volumes and return the arguments and the data set of `test.py`.
+
+    Args:
+        volumes: (image, label), each (D, H, W), by case.
+        flags: more flags of `test.py`.
+    """
     for case, (image, label) in volumes.items():
         write_h5(folder / "test_vol_h5" / f"{case}.npy.h5", image, label)
     (folder / "lists").mkdir()
@@ -115,7 +120,7 @@ def test_data(
 
 
 def write_slices(folder: Path, count: int, size: int = 224) -> list[Path]:
-    """Training slices as preprocess writes them."""
+    """Write training slices as preprocess does; return their paths."""
     image, label, _ = scene()
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -131,7 +136,7 @@ def write_slices(folder: Path, count: int, size: int = 224) -> list[Path]:
 
 
 def network(vit_name: str = "vit_b", image_size: int = 512, *, seed: int = 0) -> LoRAModel:
-    """SAMed with random weights; relative positions and updates are not zero."""
+    """Build SAMed with random weights; relative positions and LoRA updates are not zero."""
     torch.manual_seed(seed)
     sam, _ = sam_model_registry[vit_name](
         image_size=image_size,
@@ -148,33 +153,33 @@ def network(vit_name: str = "vit_b", image_size: int = 512, *, seed: int = 0) ->
 
 
 class Answers(nn.Module):
-    """A network whose masks are given: as it would answer if it had been trained.
+    """A network that answers with given masks, as if it had been trained.
 
-    Random weights find no organ, and then there is nothing to score. With `inner` the forward pass
-    is made all the same, and its logits are kept to be compared.
+    A network with random weights finds no organ, so there would be nothing to score.
 
     Args:
-        labels: (D, S, S), of the slices in the order in which they will be asked for.
+        labels: (D, S, S) classes, in the order in which the slices will be segmented.
+        inner: a network whose forward pass is made too; its logits are kept for comparison.
     """
 
     def __init__(self, labels: np.ndarray, inner: nn.Module | None = None) -> None:
         super().__init__()
         self.inner = inner
-        self.anchor = nn.Parameter(torch.zeros(()))  # tells the device
+        self.anchor = nn.Parameter(torch.zeros(()))  # `predict_volume` reads its device
         classes = torch.arange(NUM_CLASSES + 1)[:, None, None]
         one_hot = torch.from_numpy(labels)[:, None] == classes
         self.register_buffer("masks", one_hot.float())  # (D, classes + 1, S, S)
         self.restart()
 
     def restart(self) -> None:
-        """Forget which slices were asked for."""
+        """Start again at the first slice."""
         self.asked = 0
         self.logits: list[torch.Tensor] = []
 
     def forward(
         self, images: torch.Tensor, multimask_output: bool, image_size: int
     ) -> dict[str, torch.Tensor]:
-        """The next `len(images)` answers."""
+        """Return the masks of the next `len(images)` slices."""
         if self.inner is not None:
             self.logits.append(self.inner(images, multimask_output, image_size)["low_res_logits"])
         start, self.asked = self.asked, self.asked + len(images)

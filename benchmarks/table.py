@@ -1,4 +1,4 @@
-"""The measured part of docs/benchmarks.md, made from the numbers that were kept."""
+"""Write the measured part of docs/benchmarks.md from the saved numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEVICES = {"cpu": "On a CPU", "cuda": "On a GPU"}
 
 
 def update_page(page: Path, results: Path) -> None:
-    """Replace what stands between the markers."""
+    """Replace the text between the markers of the page."""
     before, _, rest = page.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
     parts = []
@@ -29,7 +29,7 @@ def update_page(page: Path, results: Path) -> None:
 
 
 def section(title: str, device: str, kept: dict[str, Any]) -> str:
-    """One device's tables."""
+    """Return the tables of one device."""
     lines = [f"### {title}", ""]
     if not kept:
         command = f"make benchmark DEVICE={device}"
@@ -66,7 +66,7 @@ def section(title: str, device: str, kept: dict[str, Any]) -> str:
 
 
 def scaling_lines(curves: dict[str, list[dict[str, float]]], device: str) -> list[str]:
-    """The picture and the growth of each curve."""
+    """Return the picture and the table of growth."""
     lines = [
         f"![Time and memory against size](scaling_{device}.png)",
         "",

@@ -14,7 +14,7 @@ from .timing import Comparison, Row, check_agreement, compare, largest
 
 
 def testing_rows(device: torch.device) -> list[Row]:
-    """`test.py` on a volume: with vit_b, and all that is not the network."""
+    """Time `test.py` on a volume, once with vit_b and once without a network."""
     scene = scenes.scene()
     with_network = testing_row(
         "test.py",
@@ -45,7 +45,12 @@ def testing_row(
     target: float,
     repeats: int = 3,
 ) -> Row:
-    """One volume through `test.test_cases` and through the original's loop."""
+    """Time one volume in `test.test_cases` and in the original's loop.
+
+    Args:
+        scene: `prediction` is what the network answers, see `scenes.Answers`.
+        model: its forward pass is timed too; None: only the given answers.
+    """
     folder = scenes.scratch_folder()
     volumes = {"case0001": (scene.image, scene.label)}
     args, dataset = scenes.test_data(folder, volumes, "--is_savenii")
@@ -92,5 +97,5 @@ def testing_row(
 
 
 def logits_of(net: scenes.Answers) -> torch.Tensor:
-    """All logits of the network inside; zero if there is none."""
+    """Return the logits of the inner network; a zero if there is none."""
     return torch.cat(net.logits) if net.logits else torch.zeros(1)

@@ -1,4 +1,4 @@
-"""Times this project and a peer in turns, and lets no speed stand whose results disagree."""
+"""Time this project and a peer in turns; report no speed if their results differ."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 class DisagreementError(Exception):
-    """Both sides ran and their results differ: their times mean nothing."""
+    """The results differ, so the times mean nothing."""
 
 
 @dataclass
@@ -20,20 +20,21 @@ class Row:
     """One line of the table."""
 
     name: str
-    what: str  # was timed
+    what: str  # the task that was timed
     peer: str
-    ratio: float  # the peer's time over ours: the median of the repeats
-    low: float  # smallest and largest ratio of a repeat
-    high: float
+    ratio: float  # the peer's time divided by ours, median of the repeats
+    low: float  # smallest ratio
+    high: float  # largest ratio
     repeats: int
     difference: float  # largest difference of the results
-    tolerance: float
-    target: float | None  # the least ratio that is promised; None: none is
+    tolerance: float  # largest difference that is allowed
+    target: float | None  # smallest promised ratio; None: no promise
     notes: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)  # GPU alone: times, memory, rates
+    facts: dict[str, Any] = field(default_factory=dict)  # on a GPU: times, memory, rates
 
     @property
     def met(self) -> bool:
+        """Whether the ratio reaches the target."""
         return self.target is None or self.ratio >= self.target
 
 
@@ -67,7 +68,7 @@ def compare(pair: Comparison, *, repeats: int = 5, device: torch.device | None =
         ratios.append(peer_seconds / our_seconds)
         seconds.append((our_seconds, peer_seconds))
     facts = {}
-    if device is not None and device.type == "cuda":  # a shared CPU's times say little alone
+    if device is not None and device.type == "cuda":  # on a shared CPU only ratios mean anything
         facts = {
             "ours_ms": 1e3 * statistics.median(pair[0] for pair in seconds),
             "peer_ms": 1e3 * statistics.median(pair[1] for pair in seconds),
@@ -89,14 +90,16 @@ def compare(pair: Comparison, *, repeats: int = 5, device: torch.device | None =
 
 
 def check_agreement(name: str, difference: float, tolerance: float) -> float:
-    """Return the difference if it is small enough."""
-    if not difference <= tolerance:  # NaN is no agreement either
-        raise DisagreementError(f"{name}: results differ by {difference:g}, at most {tolerance:g}")
+    """Return the difference if it is within the tolerance, else raise a `DisagreementError`."""
+    if not difference <= tolerance:  # also true for NaN
+        raise DisagreementError(
+            f"{name}: results differ by {difference:g}, at most {tolerance:g} is allowed"
+        )
     return difference
 
 
 def timed(function: Callable[[], Any], device: torch.device | None = None) -> float:
-    """Seconds of one call, the device's work included."""
+    """Return the seconds of one call, including the work of the device."""
     wait(device)
     start = time.perf_counter()
     function()
@@ -105,11 +108,11 @@ def timed(function: Callable[[], Any], device: torch.device | None = None) -> fl
 
 
 def wait(device: torch.device | None) -> None:
-    """Until the device has done all it was given."""
+    """Wait until the device has finished its work."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest absolute difference."""
+    """Return the largest absolute difference."""
     return float((a.float().cpu() - b.float().cpu()).abs().max())

@@ -54,10 +54,10 @@ def overview(runs: Sequence[TestRun]) -> dict[str, Any]:
     """Put the means of all runs side by side and mark the best ones.
 
     Returns:
-        `scores`: the names of the scores shown. `rows`: one for each class of any run, and a last
-        one for the totals. Each row holds its `name`; `scores`, for each score the value of every
-        run and whether it is the best; `counts`, in how many cases every run misses the class,
-        and in how many it falsely finds the class.
+        `scores`: the names of the scores shown. `rows`: a row for each class of any run, then a
+        row for the totals. A row holds `name`; `scores`: for each score, the value of each run and
+        whether it is the best; `counts`: the number of cases where each run misses the class, and
+        where it falsely finds the class.
     """
     in_mm = all(total_means(run.results)["hd95_mm"] is not None for run in runs)
     scores = ("dsc", "hd95_mm" if in_mm else "hd95_voxels")
@@ -192,8 +192,8 @@ def paired(values: Sequence[Scored], groups: Sequence[str] | None = None) -> Dif
 
     Args:
         values: one score of both runs for each case.
-        groups: the scan that each case belongs to; None: each case is a scan of its own. The
-            percentile bootstrap, with a fixed seed, draws scans.
+        groups: the scan that each case belongs to; None: all cases are different scans. The
+            interval is from a percentile bootstrap over scans with a fixed seed.
     """
     groups = range(len(values)) if groups is None else groups
     kept = [(pair, group) for pair, group in zip(values, groups, strict=True) if None not in pair]

@@ -50,9 +50,9 @@ def require_medpy() -> None:
 
 
 class MedpyCheck:
-    """Score every case once more with medpy and keep both results.
+    """Score each case a second time with medpy, and keep both results.
 
-    Cases may come from several threads at once.
+    Several threads may add cases at the same time.
 
     Args:
         progress: called with 1 after each class of each case.

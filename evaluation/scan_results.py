@@ -1,15 +1,13 @@
-"""What `predict.py` reads of a scan and leaves of it: labels, picture, volumes, and its record."""
+"""Read the scans that `predict.py` segments, and write their labels, pictures and records."""
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import logging
 import math
 import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common.errors import InputError, cannot_write, first_few
+from common.errors import cannot_write
 from common.files import atomic_path, write_json
 from datasets.intensity import to_unit, with_channels
 from datasets.registry import DatasetSpec
@@ -27,92 +25,23 @@ from datasets.scans.orientation import orientation_of, turned, turned_geometry
 from datasets.scans.volumes import Geometry
 from evaluation.figures import draw_overlays, save
 from evaluation.overlays import case_panel
+from evaluation.records import recorded, write_record
 
-RECORDS = ".done"
-OBLONG = 2.0  # pixels are about square in the plane that a scan was taken in
-
-
-def finished(
-    scans: Sequence[ScanFile], folder: Path, key: dict[str, Any], wanted: str | None
-) -> dict[str, dict[str, Any]]:
-    """The recorded results of the scans that are as they were when they were segmented so."""
-    found = recorded(folder, key)
-    return {
-        scan.name: found[scan.name][0]
-        for scan in scans
-        if scan.name in found
-        and found[scan.name][1] == stamp(scan.path)
-        and (folder / f"{scan.name}{label_suffix(scan, wanted)}").is_file()
-    }
-
-
-def recorded(folder: Path, key: dict[str, Any]) -> dict[str, tuple[dict[str, Any], list[Any]]]:
-    """Results of all cases in a folder that were segmented so, and the stamps of their scans."""
-    found = {}
-    for path in sorted((folder / RECORDS).glob("*.json")):
-        try:
-            record = json.loads(path.read_text("utf-8"))
-            if record["key"] == key and (folder / record["result"]["file"]).is_file():
-                found[record["result"]["case"]] = record["result"], record["source"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # not one of ours
-    return found
-
-
-def refuse_foreign(scans: Sequence[ScanFile], folder: Path, wanted: str | None) -> None:
-    """Raise an `InputError` over label files in the way that are not of this program."""
-    foreign = [
-        file
-        for scan in scans
-        if (folder / (file := f"{scan.name}{label_suffix(scan, wanted)}")).exists()
-        and not record_path(folder, scan.name).exists()
-    ]
-    if foreign:
-        raise InputError(
-            f"--output {folder} holds {first_few(foreign)}, which predict.py has not written; "
-            "choose another folder, or pass --overwrite to replace them"
-        )
-
-
-def remove_earlier(folder: Path, name: str) -> None:
-    """Delete what an earlier run left of a case: if it fails now, nothing stale may stay."""
-    record = record_path(folder, name)
-    try:
-        file = Path(json.loads(record.read_text("utf-8"))["result"]["file"]).name
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # not one of ours
-    for left in (
-        folder / file,
-        folder / "overlays" / f"{name}.png",
-        *(folder / "probabilities" / name).glob("*"),
-        record,  # last: files without it would be taken for someone else's
-    ):
-        left.unlink(missing_ok=True)
-
-
-def record_path(folder: Path, name: str) -> Path:
-    return folder / RECORDS / f"{name}.json"
-
-
-def write_record(
-    folder: Path, key: dict[str, Any] | None, source: list[Any], result: dict[str, Any]
-) -> None:
-    """Write the record of a case; without a key it only says whose the files are."""
-    record = {"key": key, "source": source, "result": result}
-    write_json(record_path(folder, result["case"]), record)
+OBLONG = 2.0  # a larger ratio of pixel sides means that the scan was taken in another plane
 
 
 @dataclass(frozen=True)
 class UnitSlices:
-    """A scan as the network takes it, made a few slices at a time."""
+    """A scan with intensities for the network, converted a few slices at a time."""
 
-    array: np.ndarray  # (D, H, W), or (D, 3, H, W); as the file holds it
-    limits: tuple[float, float]  # its values that become 0 and 1
+    array: np.ndarray  # (D, H, W) or (D, 3, H, W), values of the file
+    limits: tuple[float, float]  # the values that become 0 and 1
     channels: int
-    source: Path
+    source: Path  # the file, for messages
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
         return self.array.shape
 
     def __getitem__(self, part: slice) -> np.ndarray:  # (B, H, W) or (B, 3, H, W), [0, 1]
@@ -122,21 +51,21 @@ class UnitSlices:
 
 @dataclass(frozen=True)
 class Case:
-    """A scan that was read."""
+    """A scan in memory."""
 
     scan: ScanFile
-    slices: UnitSlices  # in the orientation of the data that were trained on
-    geometry: Geometry | None  # of the scan as it lies in its file; None: a picture
-    place: Geometry | None  # of `slices`
-    orientation: tuple[str, str] | None  # letters of the scan and of `slices`, if they differ
-    source: list[Any]  # its stamp from before it was read
+    slices: UnitSlices  # in the orientation of the training data
+    geometry: Geometry | None  # geometry of the scan in its file; None: a picture
+    place: Geometry | None  # geometry of `slices`
+    orientation: tuple[str, str] | None  # letters of the file and of `slices`; None: not turned
+    source: list[Any]  # stamp of the file before it was read
 
 
 def read_case(spec: DatasetSpec, scan: ScanFile) -> Case:
-    """Read a scan and bring it to the orientation of the data that were trained on.
+    """Read a scan and turn it to the orientation of the training data.
 
     Raises:
-        InputError: it is damaged, or cannot be what the network was trained on.
+        InputError: the scan is damaged, or is of another kind than the training data.
     """
     source = stamp(scan.path)
     array, geometry = read_scan(scan)
@@ -149,14 +78,14 @@ def read_case(spec: DatasetSpec, scan: ScanFile) -> Case:
         _, *pixel = place.voxel_spacing
         if max(pixel) > OBLONG * min(pixel):
             logging.warning(
-                "%s: its slices were taken in another plane than those that the network was "
-                "trained on, it sees pixels of %.3g × %.3g mm; look closely at the result",
+                "%s: its slices were taken in another plane than the training slices, so the "
+                "network sees pixels of %.3g × %.3g mm; check the result closely",
                 scan.name,
                 *pixel,
             )
     limits = spec.intensity.limits(array, scan.path)
     slices = UnitSlices(array, limits, spec.channels, scan.path)
-    slices[:1]  # colour where grey was trained on is refused now
+    slices[:1]  # refuses a colour picture for a network of grey slices now, not later
     return Case(scan, slices, geometry, place, letters, source)
 
 
@@ -165,19 +94,25 @@ def write_case(
     spec: DatasetSpec,
     case: Case,
     labels: np.ndarray,
-    likely: np.memmap | None,
+    probabilities: np.memmap | None,
     *,
     key: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write all files of a case and, last, the record that says so; returns its result."""
+    """Write all files of a case and then its record; return its result.
+
+    Args:
+        labels: (D, H, W) classes, in the orientation of `case.slices`.
+        probabilities: (classes + 1, D, H, W) probabilities; None: not wanted.
+        key: see `config.settings.prediction_key`.
+    """
     folder, scan, geometry = Path(args.output), case.scan, case.geometry
     suffix = label_suffix(scan, args.format)
     file = f"{scan.name}{suffix}"
     write_record(folder, None, [], {"case": scan.name, "file": file})
-    own = labels if case.orientation is None else turned(labels, *case.orientation[::-1])
-    write_labels(folder / file, np.ascontiguousarray(own), scan, geometry, spec)
-    if likely is not None:
-        write_probabilities(folder / "probabilities" / scan.name, suffix, case, likely, spec)
+    scan_labels = turned_back(labels, case)
+    write_labels(folder / file, np.ascontiguousarray(scan_labels), scan, geometry, spec)
+    if probabilities is not None:
+        write_probabilities(folder / "probabilities" / scan.name, suffix, case, probabilities, spec)
     panel = case_panel(
         scan.name,
         case.slices,
@@ -195,7 +130,7 @@ def write_case(
     result = {
         "case": scan.name,
         "file": file,
-        "shape": list(own.shape),
+        "shape": list(scan_labels.shape),
         "voxels": counts,
         "ml": None if ml is None else [count * ml for count in counts],
     }
@@ -203,14 +138,22 @@ def write_case(
     return result
 
 
+def turned_back(array: np.ndarray, case: Case) -> np.ndarray:
+    """Turn an array (D, H, W) from the orientation of `case.slices` to that of the scan."""
+    if case.orientation is None:
+        return array
+    of_scan, of_slices = case.orientation
+    return turned(array, of_slices, of_scan)
+
+
 def scratch_array(folder: Path, shape: tuple[int, ...]) -> np.memmap:  # float16
-    """An array on disk, for what may not fit into memory; its file has no name and goes with it.
+    """Make an array on disk, in a file without a name that vanishes together with the array.
 
     Raises:
-        InputError: there is no room for it.
+        InputError: the disk has no room for it.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
-        try:  # all of it now: a disk that is full later would end the process by a signal
+        try:  # Reserve all of it now: on a full disk, a later write ends the process by a signal.
             os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))
         except OSError as error:
             raise cannot_write(folder / "probabilities", error) from None
@@ -218,19 +161,23 @@ def scratch_array(folder: Path, shape: tuple[int, ...]) -> np.memmap:  # float16
 
 
 def write_probabilities(
-    folder: Path, suffix: str, case: Case, likely: np.memmap, spec: DatasetSpec
+    folder: Path, suffix: str, case: Case, probabilities: np.memmap, spec: DatasetSpec
 ) -> None:
-    """Write one float32 volume a class, 0…1, where the scan lies; of a picture grey 0…255."""
+    """Write the probabilities of each class: for a scan float32 0…1, for a picture grey 0…255.
+
+    Args:
+        suffix: of the files.
+        probabilities: (classes + 1, D, H, W), in the orientation of `case.slices`.
+    """
     values, names = (0, *spec.predicted_values), ("background", *spec.class_names)
-    for value, name, volume in zip(values, names, likely, strict=True):
+    for value, name, volume in zip(values, names, probabilities, strict=True):
         path = folder / f"{value}_{'_'.join(name.split()).replace('/', '_')}{suffix}"
         if case.geometry is None:
             with atomic_path(path) as temporary:
                 Image.fromarray((volume[0] * 255).round().astype(np.uint8)).save(temporary)
             continue
-        if case.orientation is not None:
-            volume = turned(volume, *case.orientation[::-1])
-        write_like(path, np.ascontiguousarray(volume, np.float32), case.scan, case.geometry)
+        volume = np.ascontiguousarray(turned_back(volume, case), np.float32)
+        write_like(path, volume, case.scan, case.geometry)
 
 
 def write_summary(
@@ -244,10 +191,16 @@ def write_summary(
 ) -> None:
     """Write `volumes.csv`, `predictions.json` and the tables of names and colours.
 
-    Cases that were segmented into the folder before, by the same adapter and flags, stay in them.
+    They also list the cases that earlier runs with the same adapter and flags have segmented.
+
+    Args:
+        results: result of each segmented scan, by name.
+        failures: message for each scan that failed, by name.
     """
-    before = {n: one for n, (one, _) in recorded(folder, key).items() if n not in failures}
-    cases = [one for _, one in sorted((before | results).items())]
+    earlier = {
+        name: result for name, (result, _) in recorded(folder, key).items() if name not in failures
+    }
+    cases = [result for _, result in sorted((earlier | results).items())]
     write_label_tables(folder, spec)
     with (
         atomic_path(folder / "volumes.csv") as temporary,
@@ -257,10 +210,15 @@ def write_summary(
         writer.writerow(["case", "class", "value", "voxels", "ml"])
         for result in cases:
             amounts = result["ml"] or [""] * spec.num_classes
-            rows = zip(spec.class_names, spec.predicted_values, result["voxels"], amounts,
-                       strict=True)  # fmt: skip
-            writer.writerows([result["case"], *row] for row in rows)
-    content = {"cases": cases, "failed": failures, "spec": spec.to_json(),
-               **settings}  # fmt: skip
+            classes = zip(
+                spec.class_names, spec.predicted_values, result["voxels"], amounts, strict=True
+            )
+            writer.writerows([result["case"], *row] for row in classes)
+    content = {
+        "cases": cases,
+        "failed": failures,
+        "spec": spec.to_json(),
+        **settings,
+    }
     write_json(folder / "predictions.json", content)
     logging.info("%d segmentations in %s", len(results), folder)

@@ -275,7 +275,7 @@ def test_a_picture_for_a_network_of_scans_is_reported(
     Image.fromarray(np.arange(2000, dtype=np.uint8).reshape(40, 50)).save(tmp_path / "slice.png")
     assert run(tmp_path / "slice.png", tmp_path / "out", adapter) == 0
     log = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")
-    assert "trained on scans, these are pictures: slice.png" in log
+    assert "trained on scans, but these are pictures: slice.png" in log
 
 
 def test_scans_are_never_replaced(tmp_path: Path, adapter: Path, capfd: pytest.CaptureFixture[str]):

@@ -1,0 +1,111 @@
+"""Read the volumes that `test.py` scores, and write their results."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from datasets.dataset_synapse import Synapse_dataset
+from datasets.scans.orientation import orientation_of, turned, turned_geometry
+from datasets.scans.volumes import Geometry, write_volume
+from evaluation.medpy_check import MedpyCheck
+from evaluation.metrics import compare_volume
+from evaluation.overlays import CasePanel, case_panel, save_row, shown_slice, worst_slices
+from evaluation.tables import CaseResult, WorstSlice
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test volume."""
+
+    name: str
+    image: np.ndarray  # (D, H, W) float32, about [0, 1]
+    label: np.ndarray  # (D, H, W) uint8
+    geometry: Geometry | None  # geometry of these arrays; None: unknown
+    scan: tuple[Geometry, str] | None  # geometry of the scan, letters of these arrays; None: equal
+
+
+def read_case(dataset: Synapse_dataset, index: int) -> Case:
+    """Read one volume and log what is unusual about it."""
+    sample, stored, letters = dataset[index], dataset.geometry(index), dataset.orientation(index)
+    name, image, label = sample["case_name"], sample["image"], sample["label"]
+    if image.shape[1] != image.shape[2]:
+        logging.info("%s: slices of %d×%d are squashed to a square", name, *image.shape[1:])
+    if not label.any():
+        logging.info("%s: the label has no foreground", name)
+    scan = Geometry(**stored) if stored else None
+    if scan is None or letters is None:
+        return Case(name, image, label, geometry=scan, scan=None)
+    before = orientation_of(scan)
+    shape = turned(label, letters, before).shape
+    geometry = turned_geometry(scan, shape, letters)
+    return Case(name, image, label, geometry=geometry, scan=(scan, letters))
+
+
+def score_case(
+    case: Case,
+    prediction: np.ndarray,
+    args: argparse.Namespace,
+    folder: Path,
+    check: MedpyCheck | None,
+) -> tuple[CaseResult, CasePanel]:
+    """Score a prediction (D, H, W), draw the slices that are shown, and write the worst slices."""
+    spacing = case.geometry.voxel_spacing if case.geometry else None
+    direction = case.geometry.direction if case.geometry else None
+    scores, counts = compare_volume(
+        prediction, case.label, args.num_classes, spacing, args.nsd_tolerance
+    )
+    if check is not None:
+        check.add_case(case.name, prediction, case.label, scores)
+    panel = case_panel(
+        case.name,
+        case.image,
+        case.label,
+        prediction,
+        args.num_classes,
+        spacing=spacing,
+        direction=direction,
+    )
+    worst = []
+    for index, wrong, foreground in worst_slices(case.label, prediction):
+        name = f"slices/{case.name}_{index:03d}.png"
+        pictures = [
+            shown_slice(case.image, labels, index, args.num_classes, direction)
+            for labels in (None, case.label, prediction)
+        ]
+        save_row(pictures, panel.aspect, folder / name, panel.sides)
+        worst.append(WorstSlice(index, wrong, foreground, name))
+    result = CaseResult(
+        case=case.name,
+        scores=scores,
+        confusion=counts.tolist(),
+        worst=worst,
+        slices=len(case.label),
+        spacing=spacing,
+        sides=panel.sides,
+    )
+    return result, panel
+
+
+def write_case(case: Case, prediction: np.ndarray, folder: Path | None) -> None:
+    """Write prediction, image and label as NIfTI in the geometry of the scan.
+
+    Args:
+        folder: to write into; None: write nothing.
+    """
+    if folder is None:
+        return
+    if case.geometry is None:
+        logging.info("%s: no geometry is stored, so its NIfTI files get voxels of 1 mm", case.name)
+    for suffix, array in (("pred", prediction), ("img", case.image), ("gt", case.label)):
+        geometry = case.geometry or Geometry.unknown()
+        if case.scan is not None:
+            geometry, letters = case.scan
+            array = np.ascontiguousarray(turned(array, letters, orientation_of(geometry)))
+        if array.ndim == 4:  # (D, 3, H, W): colours are averaged, NIfTI stores one value per voxel
+            array = array.mean(axis=1, dtype=np.float32)
+        write_volume(folder / f"{case.name}_{suffix}.nii.gz", array, geometry)

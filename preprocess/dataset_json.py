@@ -47,8 +47,8 @@ def read_dataset_json(path: Path, channel: int | None) -> DatasetJson:
         )
     if channel is not None and channels and channel >= len(channels):
         raise InputError(
-            f"--channel is {channel} but {path} has {len(channels)} channel(s), expected "
-            f"0…{len(channels) - 1}"
+            f"--channel is {channel} but {path} has only {len(channels)} channel(s), numbered "
+            "from 0"
         )
     training, name = content.get("numTraining"), content.get("name")
     return DatasetJson(

@@ -116,7 +116,9 @@ def label_on_image_grid(
     label: np.ndarray,
     label_geometry: Geometry | None,
 ) -> np.ndarray:  # (D, H, W) of the image
-    """Return the label, with its axes turned to those of the image if it then covers its voxels.
+    """Return the label on the grid of its image.
+
+    A label that covers the same voxels with other axes is turned to the axes of the image.
 
     Args:
         shape: (D, H, W) of the image.

@@ -144,14 +144,14 @@ def with_common_orientation(
 
 
 def refuse_input_folders(output: Path, jobs: Sequence[Job]) -> None:
-    """Raise an `InputError` if the output lies in a folder of scans: it would be read with them."""
+    """Raise an `InputError` if the output lies in a folder that is searched for scans."""
     scans = [scan for job in jobs for scan in (job.case.image, job.case.label)]
     folders = {scan.path.resolve().parent for scan in scans}
     inside = output.resolve()
     if found := folders & {inside, *inside.parents}:
         raise InputError(
-            f"--output {output} lies in {min(found)}, a folder of scans that are read; choose "
-            "another folder"
+            f"--output {output} lies in {min(found)}, which holds input scans; choose another "
+            "folder"
         )
 
 

@@ -37,7 +37,7 @@ def find_btcv(folder: Path) -> dict[str, RawCase]:
     """Find numbered files in the folders img and label, as BTCV names them.
 
     Raises:
-        MissingFileError: there are no such files, or an image or label has no partner.
+        MissingFileError: there are no numbered files, or an image or label has no partner.
     """
     remedy = f"expected {LAYOUTS}"
     found: dict[str, dict[int, ScanFile]] = {}
@@ -178,7 +178,7 @@ def _grouped_by_scan(cases: dict[str, RawCase]) -> dict[str, RawCase]:
         if new_name in renamed:
             both = f"{renamed[new_name].image.path.name} and {case.image.path.name}"
             raise InputError(
-                f"{both} would both become {new_name}; rename one, or pass --group none"
+                f"{both} would both become {new_name}; rename one of them, or pass --group none"
             )
         renamed[new_name] = replace(case, name=new_name, group=scan)
     return renamed

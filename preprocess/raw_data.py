@@ -29,7 +29,7 @@ class RawData:
 
     spec: DatasetSpec
     cases: dict[str, RawCase]  # ascending by name
-    test: tuple[str, ...] | None = None  # the cases of its test folder; None: no such folder
+    test: tuple[str, ...] | None = None  # cases in its test folder; None: there is no test folder
 
 
 def find_raw_data(args: argparse.Namespace) -> RawData:
@@ -80,7 +80,8 @@ def _described_data(folder: Path, args: argparse.Namespace) -> RawData:
         both = sorted(test_cases.keys() & cases.keys())
         if both:
             raise InputError(
-                f"{folder} has {first_few(both)} in both imagesTr and imagesTs; rename one of each"
+                f"{folder} has {first_few(both)} in both imagesTr and imagesTs; rename the files "
+                "in one of the folders"
             )
         test, cases = tuple(test_cases), dict(sorted((cases | test_cases).items()))
     name = described.name or folder.resolve().name

@@ -68,8 +68,8 @@ def _named_cases(data: RawData, wanted: Sequence[str]) -> list[str]:
     if absent:
         groups = list(dict.fromkeys(case.group for case in data.cases.values()))
         raise MissingFileError(
-            f"--train_cases or --test_cases names {first_few(absent)} but there is no such scan, "
-            f"expected some of {first_few(groups, 40)}"
+            f"--train_cases or --test_cases names {first_few(absent)}, which the data set does not "
+            f"have; choose from {first_few(groups, 40)}"
         )
     return found
 

@@ -280,7 +280,7 @@ def test_the_output_may_not_lie_in_a_folder_that_is_read(
 ):
     root = write_set(tmp_path / "raw", NNUNET)
     before = sorted(root.rglob("*"))
-    assert "a folder of scans that are read" in refused(root, root / inside, capfd)
+    assert "which holds input scans" in refused(root, root / inside, capfd)
     assert sorted(root.rglob("*")) == before
     assert run_prepare(root, root / "prepared") == 0
 

@@ -309,7 +309,7 @@ ROWS = [
           ("--input", "data")),
     Wrong(P, "input and output are one folder", nothing, "is the --input folder",
           ("--output", "raw")),
-    Wrong(P, "the output is among the images", nothing, "a folder of scans that are read",
+    Wrong(P, "the output is among the images", nothing, "which holds input scans",
           ("--output", "raw/imagesTr")),
     Wrong(P, "dataset.json is cut short", cut("raw/dataset.json"), "is not JSON"),
     Wrong(P, "dataset.json holds a list", lambda f: (f / "raw/dataset.json").write_text("[]"),

@@ -21,7 +21,7 @@ from common.files import make_folder
 from config.flags import predict_parser
 from config.settings import dataset_spec, parse_args, prediction_key, recorded_values
 from datasets.registry import DatasetSpec
-from datasets.scans.files import DICOM, ScanFile, find_scans, of_channel
+from datasets.scans.files import DICOM, ScanFile, find_scans, select_channel
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
 from evaluation.cpu_speed import pack_encoder
@@ -69,7 +69,7 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
     scans = find_scans(args.input)
     folder = Path(args.output)
     refuse_folder_of(scans, Path(args.input), folder)
-    scans = of_channel(scans, spec.channel if args.channel is None else args.channel)
+    scans = select_channel(scans, spec.channel if args.channel is None else args.channel)
     key = prediction_key(args)
     # Only the first rank looks: a late rank would also see files that others have just written.
     done: dict[str, dict[str, Any]] = {}

@@ -94,7 +94,7 @@ def test(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     logging.info(
         "%d volumes of %s, on %d × %s", len(dataset), dataset.list_path, ranks.count, device
     )
-    rank_cases = dataset.only(range(ranks.rank, len(dataset), ranks.count))
+    rank_cases = dataset.subset(range(ranks.rank, len(dataset), ranks.count))
     finished, checked = test_with_bars(args, model, rank_cases, folder, ranks)
     by_case = {
         result.case: (result, panel) for part in ranks.gather(finished) for result, panel in part

@@ -146,7 +146,7 @@ class Synapse_dataset(Dataset):
                 total += len(file["image"])
         return total
 
-    def only(self, indices: Sequence[int]) -> Synapse_dataset:
+    def subset(self, indices: Sequence[int]) -> Synapse_dataset:
         """Return a data set with only these samples, in this order."""
         part = copy.copy(self)
         part.sample_list = [self.sample_list[index] for index in indices]

@@ -21,7 +21,7 @@ from datasets.intensity import to_unit, with_channels
 from datasets.registry import DatasetSpec
 from datasets.scans.files import ScanFile, read_scan, stamp
 from datasets.scans.labels import label_suffix, write_label_tables, write_labels, write_like
-from datasets.scans.orientation import orientation_of, turned, turned_geometry
+from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
 from datasets.scans.volumes import Geometry
 from evaluation.figures import draw_overlays, save
 from evaluation.overlays import case_panel
@@ -72,8 +72,8 @@ def read_case(spec: DatasetSpec, scan: ScanFile) -> Case:
     letters, place = None, geometry
     if geometry is not None and spec.orientation is not None:
         letters = (orientation_of(geometry), spec.orientation)
-        place = turned_geometry(geometry, array.shape, spec.orientation)
-        array = turned(array, *letters)
+        place = reorient_geometry(geometry, array.shape, spec.orientation)
+        array = reorient(array, *letters)
     if place is not None:
         _, *pixel = place.voxel_spacing
         if max(pixel) > OBLONG * min(pixel):
@@ -143,7 +143,7 @@ def turned_back(array: np.ndarray, case: Case) -> np.ndarray:
     if case.orientation is None:
         return array
     of_scan, of_slices = case.orientation
-    return turned(array, of_slices, of_scan)
+    return reorient(array, of_slices, of_scan)
 
 
 def scratch_array(folder: Path, shape: tuple[int, ...]) -> np.memmap:  # float16

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.dataset_synapse import Synapse_dataset
-from datasets.scans.orientation import orientation_of, turned, turned_geometry
+from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
 from datasets.scans.volumes import Geometry, write_volume
 from evaluation.medpy_check import MedpyCheck
 from evaluation.metrics import compare_volume
@@ -41,8 +41,8 @@ def read_case(dataset: Synapse_dataset, index: int) -> Case:
     if scan is None or letters is None:
         return Case(name, image, label, geometry=scan, scan=None)
     before = orientation_of(scan)
-    shape = turned(label, letters, before).shape
-    geometry = turned_geometry(scan, shape, letters)
+    shape = reorient(label, letters, before).shape
+    geometry = reorient_geometry(scan, shape, letters)
     return Case(name, image, label, geometry=geometry, scan=(scan, letters))
 
 
@@ -105,7 +105,7 @@ def write_case(case: Case, prediction: np.ndarray, folder: Path | None) -> None:
         geometry = case.geometry or Geometry.unknown()
         if case.scan is not None:
             geometry, letters = case.scan
-            array = np.ascontiguousarray(turned(array, letters, orientation_of(geometry)))
+            array = np.ascontiguousarray(reorient(array, letters, orientation_of(geometry)))
         if array.ndim == 4:  # (D, 3, H, W): colours are averaged, NIfTI stores one value per voxel
             array = array.mean(axis=1, dtype=np.float32)
         write_volume(folder / f"{case.name}_{suffix}.nii.gz", array, geometry)

@@ -14,7 +14,7 @@ from common.files import atomic_path, write_json
 from datasets.intensity import to_unit, with_channels
 from datasets.resampling import resize_images, resize_labels
 from datasets.scans.files import read_scan
-from datasets.scans.orientation import orientation_of, turned
+from datasets.scans.orientation import orientation_of, reorient
 from datasets.scans.volumes import Geometry
 from preprocess.jobs import Job, label_on_image_grid
 from preprocess.labels import map_labels, read_label
@@ -82,8 +82,8 @@ def _read_case(job: Job) -> tuple[np.ndarray, np.ndarray, Geometry | None]:
     values = label_on_image_grid(job.case, shape, geometry, values, label_geometry)
     if geometry and job.spec.orientation:
         orientation = orientation_of(geometry)
-        image = turned(image, orientation, job.spec.orientation)
-        values = turned(values, orientation, job.spec.orientation)
+        image = reorient(image, orientation, job.spec.orientation)
+        values = reorient(values, orientation, job.spec.orientation)
     return image, values, geometry
 
 

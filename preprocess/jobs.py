@@ -14,7 +14,7 @@ from common.errors import InputError
 from datasets.names import slice_name
 from datasets.registry import DatasetSpec
 from datasets.scans.files import read_scan_header, stamp
-from datasets.scans.orientation import orientation_of, turned, turned_geometry
+from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
 from datasets.scans.volumes import Geometry
 from preprocess.raw_cases import RawCase
 from preprocess.split import TEST, TRAIN
@@ -134,10 +134,10 @@ def label_on_image_grid(
         differences = geometry.differences(label_geometry)
         label_orientation, orientation = orientation_of(label_geometry), orientation_of(geometry)
         if label_orientation != orientation:
-            turned_label = turned(label, label_orientation, orientation)
-            there = turned_geometry(label_geometry, label.shape, orientation)
-            if turned_label.shape == shape and geometry.matches(there):
-                return turned_label
+            reoriented = reorient(label, label_orientation, orientation)
+            there = reorient_geometry(label_geometry, label.shape, orientation)
+            if reoriented.shape == shape and geometry.matches(there):
+                return reoriented
     if shape != label.shape:
         differences.insert(0, f"shape (D, H, W) {shape} and {label.shape}")
     if differences:

@@ -21,7 +21,7 @@ from config.settings import dataset_spec, parse_args
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.intensity import CT, MR, PICTURE, RANGE, WINDOW, Intensity
 from datasets.registry import SYNAPSE, spec_from_json, stored_spec
-from datasets.scans.orientation import turned, turned_geometry
+from datasets.scans.orientation import reorient, reorient_geometry
 from datasets.scans.volumes import write_volume
 
 ERRORS = pytest.CaptureFixture[str]
@@ -251,8 +251,8 @@ def test_a_label_on_the_images_grid_with_other_axes_is_reoriented(tmp_path: Path
     root = tmp_path / "raw"
     for index, letters in enumerate(("LPS", "RAS", "SAL", "AIR")):
         geometry = placed("LPS")
-        there = turned_geometry(geometry, label.shape, letters)
-        reordered = np.ascontiguousarray(turned(label, "LPS", letters))
+        there = reorient_geometry(geometry, label.shape, letters)
+        reordered = np.ascontiguousarray(reorient(label, "LPS", letters))
         write_dicom(root / "images" / f"a{index}", image, geometry)
         write_volume(root / "labels" / f"a{index}.nii.gz", reordered, there)
     flags = ("--train_cases", "a0", "--test_cases", "a0", "a1", "a2", "a3")
@@ -265,7 +265,7 @@ def test_a_label_on_the_images_grid_with_other_axes_is_reoriented(tmp_path: Path
 def test_a_label_off_the_images_grid_is_refused(tmp_path: Path, capfd: ERRORS):
     image, label = scan(0)
     geometry = placed("LPS")
-    there = turned_geometry(geometry, label.shape, "RAS")
+    there = reorient_geometry(geometry, label.shape, "RAS")
     there = replace(there, origin=(there.origin[0] + 1, *there.origin[1:]))
     write_volume(tmp_path / "raw" / "images" / "a.nii.gz", image, geometry)
     write_volume(tmp_path / "raw" / "labels" / "a.nii.gz", label, there)

@@ -23,7 +23,7 @@ from common.errors import exit_on_bad_input
 from common.files import load_arrays
 from datasets.intensity import MR, PERCENTILES, PICTURE, RANGE, WINDOW
 from datasets.registry import SYNAPSE, stored_spec
-from datasets.scans.orientation import orientation_of, turned
+from datasets.scans.orientation import orientation_of, reorient
 from datasets.scans.volumes import Geometry, read_volume, write_volume
 from evaluation import __main__ as report
 from evaluation.tables import read_json
@@ -122,10 +122,10 @@ def test_layouts(tmp_path: Path, name: str):
         assert file.attrs["orientation"] == "LPS"
         stored = Geometry(*(tuple(file.attrs[k]) for k in ("spacing", "origin", "direction")))
         assert orientation_of(stored) == "RAS"  # the orientation of the scan
-        classes = turned(np.searchsorted([0, 1, 5], label), "RAS", "LPS")
+        classes = reorient(np.searchsorted([0, 1, 5], label), "RAS", "LPS")
         assert np.array_equal(file["label"][()], classes)
         low, high = (-125, 275) if rule == WINDOW else np.percentile(image, (MR.low, MR.high))
-        unit = (np.clip(turned(image, "RAS", "LPS"), low, high) - low) / (high - low)
+        unit = (np.clip(reorient(image, "RAS", "LPS"), low, high) - low) / (high - low)
         assert np.abs(file["image"][()] - unit).max() < 1e-6
 
 

@@ -14,8 +14,8 @@ from PIL import ExifTags, Image
 from scipy.spatial.transform import Rotation
 
 from common.errors import InputError, MissingFileError
-from datasets.scans.files import ScanFile, find_scans, of_channel, read_scan, read_scan_header
-from datasets.scans.orientation import OPPOSITE, orientation_of, turned, turned_geometry
+from datasets.scans.files import ScanFile, find_scans, read_scan, read_scan_header, select_channel
+from datasets.scans.orientation import OPPOSITE, orientation_of, reorient, reorient_geometry
 from datasets.scans.pictures import read_index_picture, read_picture
 from datasets.scans.volumes import Geometry, write_volume
 
@@ -95,8 +95,8 @@ def volume(shape: tuple[int, int, int] = (5, 6, 7)) -> np.ndarray:
 def test_turning_keeps_every_voxel_where_it_is(letters: str):
     geometry, array = placed(letters), volume()
     assert orientation_of(geometry) == letters
-    there = turned(array, letters, "LPS")
-    now = turned_geometry(geometry, array.shape, "LPS")
+    there = reorient(array, letters, "LPS")
+    now = reorient_geometry(geometry, array.shape, "LPS")
     assert orientation_of(now) == "LPS"
 
     def points(shape: tuple[int, ...], where: Geometry) -> np.ndarray:  # (voxels, 3), mm
@@ -107,7 +107,7 @@ def test_turning_keeps_every_voxel_where_it_is(letters: str):
     before = points(array.shape, geometry)[np.argsort(array.ravel())]
     after = points(there.shape, now)[np.argsort(there.ravel())]
     assert np.abs(before - after).max() < 1e-9
-    assert np.array_equal(turned(there, "LPS", letters), array)
+    assert np.array_equal(reorient(there, "LPS", letters), array)
     # SimpleITK turns it in the same way.
     image = sitk.GetImageFromArray(array)
     image.SetSpacing(geometry.spacing)
@@ -290,7 +290,7 @@ def test_channel_files_and_numbered_scans_are_distinguished(
     capsys: pytest.CaptureFixture[str], names: str, chosen: str, told: str
 ):
     scans = [ScanFile(name, Path(f"{name}.nii.gz"), ".nii.gz") for name in names.split()]
-    found = of_channel(scans, 1)
+    found = select_channel(scans, 1)
     assert [scan.name for scan in found] == chosen.split()
     assert all(scan.channel == 1 for scan in found)
     assert told in (err := capsys.readouterr().err) and bool(err) == bool(told)

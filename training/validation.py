@@ -83,9 +83,9 @@ def hold_out(
             "case(s), named <case>_slice<number>; hold out fewer, or add cases"
         )
     chosen = np.random.default_rng([seed, 2]).permutation(sorted(cases))[:count]
-    held_out = {name: dataset.only(cases[name]) for name in sorted(chosen.tolist())}
+    held_out = {name: dataset.subset(cases[name]) for name in sorted(chosen.tolist())}
     left = [i for i, name in enumerate(dataset.sample_list) if case_of(name) not in held_out]
-    return dataset.only(left), held_out
+    return dataset.subset(left), held_out
 
 
 def validate(

@@ -121,7 +121,7 @@ def _series_below(path: Path) -> list[ScanFile]:
     return sorted(found, key=lambda scan: scan.path)
 
 
-def of_channel(scans: Sequence[ScanFile], channel: int | None) -> list[ScanFile]:
+def select_channel(scans: Sequence[ScanFile], channel: int | None) -> list[ScanFile]:
     """Select what to read for a network that was trained on one channel of several.
 
     Of files that are named like the channels of nnU-Net (`NAME_0000`, `NAME_0001`), keep those of

@@ -22,15 +22,15 @@ def orientation_of(geometry: Geometry) -> str:
     return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(geometry.direction)
 
 
-def turned(array: np.ndarray, before: str, after: str) -> np.ndarray:
+def reorient(array: np.ndarray, before: str, after: str) -> np.ndarray:
     """Return a view of (D, H, W) with the orientation `after`; D, H, W are the axes z, y, x."""
     order, flipped = _moves(before, after)
     array = array.transpose([2 - source for source in order[::-1]])
     return np.flip(array, [2 - axis for axis in flipped])
 
 
-def turned_geometry(geometry: Geometry, shape: tuple[int, ...], after: str) -> Geometry:
-    """Return the geometry, up to rounding, of an array of `shape` (D, H, W) after `turned`."""
+def reorient_geometry(geometry: Geometry, shape: tuple[int, ...], after: str) -> Geometry:
+    """Return the geometry, up to rounding, of an array of `shape` (D, H, W) after `reorient`."""
     order, flipped = _moves(orientation_of(geometry), after)
     axes = np.array(geometry.direction).reshape(3, 3).T[order]  # rows are the axes x, y, z
     spacing = np.array(geometry.spacing)[order]

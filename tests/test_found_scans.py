@@ -77,6 +77,7 @@ def test_files_without_read_permission(tmp_path: Path):
         ours, theirs = processes.CONTEXT.Pipe()
         child = processes.CONTEXT.Process(target=find_without_rights, args=(str(folder), theirs))
         child.start()
+        theirs.close()  # If the child dies, reading ends instead of waiting.
         told = list(iter(ours.recv, None))
         child.join()
         return told

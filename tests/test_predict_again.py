@@ -183,6 +183,7 @@ def test_memory_grows_only_with_the_scans_that_are_held(tmp_path: Path, adapter:
         arguments = (str(scans), str(tmp_path / f"out{depth}"), str(adapter), theirs)
         child = processes.CONTEXT.Process(target=peak_memory, args=arguments)
         child.start()
+        theirs.close()  # If the child dies, reading ends instead of waiting.
         code, peak = ours.recv()
         child.join()
         assert code == 0

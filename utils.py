@@ -135,7 +135,6 @@ def build_model(
         InputError: a checkpoint is missing or does not fit.
     """
     state, settings = read_adapter(args.lora_ckpt) if args.lora_ckpt else ({}, {})
-    warn_of_changed_code(args, settings)
     needs_base = args.ckpt != SCRATCH and not holds_every_weight(state)
     sam, image_embedding_size = sam_model_registry[args.vit_name](
         image_size=args.img_size,
@@ -155,6 +154,7 @@ def build_model(
             wanted = class_names(args)
             classes = (trained, wanted) if trained and trained != wanted else None
         model.load_lora_parameters(args.lora_ckpt, classes)
+        warn_of_changed_code(args, settings)
     return model.to(device), 4 * image_embedding_size
 
 

@@ -115,7 +115,9 @@ def report_check(pairs: Sequence[CheckedPair], class_names: Sequence[str]) -> bo
         dsc,
         hd95,
     )
-    wrong = [pair for pair in pairs if not pair.agrees]
+    wrong = sorted(
+        (pair for pair in pairs if not pair.agrees), key=lambda pair: (pair.case, pair.index)
+    )
     for pair in wrong:
         logging.error(
             "%s, %s: DSC %.9g and HD95 %.9g differ from medpy's %.9g and %.9g",

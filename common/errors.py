@@ -1,4 +1,4 @@
-"""Errors of the user's input: one sentence, an exit code, a warning."""
+"""Errors of the user's input: a sentence and an exit code; warnings."""
 
 from __future__ import annotations
 
@@ -12,21 +12,15 @@ from pathlib import Path
 from typing import Any
 
 EXIT_BAD_INPUT = 2
-
-
-EXIT_KEYBOARD = 130  # as shells report Ctrl-C
-
-
-NOTES = "SAMED_NOTES"  # environment: the folder where the processes of one launch leave word
-
-
+# The code that shells report for Ctrl-C.
+EXIT_KEYBOARD = 130
+# Environment variable: a folder that the processes of one launch share, for messages and markers.
+NOTES = "SAMED_NOTES"
+# The path cannot hold such a file or folder.
 NO_PLACE = {errno.EISDIR, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY}
-
-
-NOT_WRITABLE = NO_PLACE | {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full, or a limit is reached
-    *(errno.EROFS, errno.EACCES, errno.EPERM),  # not allowed
-}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM}
+NOT_WRITABLE = NO_PLACE | FULL | NOT_ALLOWED
 
 
 class InputError(ValueError):
@@ -41,7 +35,7 @@ class MissingFileError(InputError, FileNotFoundError):
 def exit_on_bad_input() -> Iterator[None]:
     """Turn an `InputError` into one line on stderr and exit code 2; a bug keeps its traceback.
 
-    A file or folder that the system does not let us use is the user's to mend as well.
+    A file that the operating system refuses to read or write counts as wrong input too.
     """
     try:
         yield
@@ -62,7 +56,7 @@ def exit_on_bad_input() -> Iterator[None]:
 
 
 def _say_once(text: str) -> None:
-    """Print a line on stderr, unless another process of the same launch has said just that."""
+    """Print a line on stderr, unless another process of the same launch has printed it."""
     if folder := os.environ.get(NOTES):
         try:
             (Path(folder) / hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
@@ -72,12 +66,12 @@ def _say_once(text: str) -> None:
 
 
 def cannot_make(folder: str | Path, error: OSError, *, flag: str) -> InputError:
-    """What to say of a folder that cannot be made."""
+    """Return the error for a folder that cannot be made."""
     return InputError(f"cannot make the folder {folder} ({error.strerror}); pass another {flag}")
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:
-    """What to say when the disk is full, the folder read-only, or the path taken."""
+    """Return the error for a full disk, a read-only folder, or a path that is taken."""
     if error.errno in NO_PLACE:
         return InputError(f"cannot write {path} ({error.strerror}); choose another path")
     return InputError(
@@ -87,17 +81,18 @@ def cannot_write(path: Path, error: OSError) -> InputError:
 
 
 def warn(message: str) -> None:
-    """Print one line of warning on stderr."""
+    """Print a warning as one line on stderr."""
     _say_once(f"warning: {message}")
 
 
 def first_few(names: list[Any], count: int = 5) -> str:
-    """`a, b, c, d, e and 7 more`: the names of an error message."""
+    """Join names for an error message: `a, b, c, d, e and 7 more`."""
     shown = ", ".join(str(name) for name in names[:count])
     return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
 
 
 def first_line(error: BaseException) -> str:
+    """Return the type and the first sentence of an error."""
     text = str(error).strip()
     return (
         f"{type(error).__name__}: {text.splitlines()[0].split('. ')[0][:160]}"

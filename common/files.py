@@ -1,4 +1,4 @@
-"""Reading what a user was given without trusting it, writing so that nothing is half-written.
+"""Reading files without trusting them, and writing files completely or not at all.
 
 Everything a user can get wrong is an `InputError`: its text is the one sentence that the
 command-line programs print before they exit with code 2.
@@ -43,7 +43,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise
         raise cannot_write(path, error) from None
     finally:
-        with contextlib.suppress(OSError):  # what could not be made need not go
+        with contextlib.suppress(OSError):  # It may not exist.
             temporary.unlink()
 
 
@@ -99,7 +99,7 @@ def load_tensors(path: str | Path) -> Any:
             f"{path} holds more than plain tensors or is damaged, so it was not opened; save it as "
             "a state dict of tensors, or fetch it again"
         ) from None
-    except Exception as error:  # on damaged bytes the parser raises nearly anything
+    except Exception as error:  # Damaged bytes make the parser raise nearly anything.
         raise InputError(
             f"{path} is not a readable PyTorch checkpoint ({first_line(error)}); "
             "it may be truncated: fetch or save it again"
@@ -107,7 +107,7 @@ def load_tensors(path: str | Path) -> Any:
 
 
 def load_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Load a `.safetensors` file onto the CPU: its tensors and the text values beside them.
+    """Load the tensors of a `.safetensors` file onto the CPU, and the texts beside them.
 
     Raises:
         MissingFileError: there is no such file.
@@ -117,7 +117,7 @@ def load_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except Exception as error:  # on damaged bytes the parser raises nearly anything
+    except Exception as error:  # Damaged bytes make the parser raise nearly anything.
         raise InputError(
             f"{path} is not a readable safetensors file ({first_line(error)}); it may be "
             "truncated: fetch or convert it again"
@@ -125,7 +125,7 @@ def load_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
 
 
 class _HashingFile:
-    """A file opened for writing that knows the SHA-256 of what went in."""
+    """A file opened for writing that computes the SHA-256 of its content."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("wb")
@@ -136,7 +136,7 @@ class _HashingFile:
         self.digest.update(data)
         try:
             return self.file.write(data)
-        except OSError as error:  # PyTorch would only say that writing failed
+        except OSError as error:  # PyTorch would only report that writing failed.
             self.error = error
             raise
 
@@ -147,7 +147,7 @@ class _HashingFile:
 def save_tensors(
     state: dict[str, Any], path: str | Path, *, hash_in_name: bool = False
 ) -> tuple[Path, str]:
-    """Write a dict of tensors and plain containers as `.pth`, whole or not at all.
+    """Write a dict of tensors and plain containers as `.pth`, completely or not at all.
 
     Equal contents give equal files.
 
@@ -170,14 +170,15 @@ def save_tensors(
         with target.file:
             torch.save(state, target)
             target.flush()
-            os.fsync(target.file.fileno())  # else a crash may leave the new name without content
+            # Without this, a crash may leave the new name without content.
+            os.fsync(target.file.fileno())
         digest = target.digest.hexdigest()
         if hash_in_name:
             path = path.with_name(f"{path.stem}-{digest[:16]}{path.suffix}")
         temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name too
+            os.fsync(folder)  # Keep the new name as well.
         finally:
             os.close(folder)
         return path, digest
@@ -192,18 +193,18 @@ def save_tensors(
 
 
 def partial_name(path: Path) -> Path:
-    """The name that a file has until it is whole; it keeps the suffixes, writers look at them."""
+    """Return the name of an unfinished file. It keeps the suffix, which writers look at."""
     return path.with_name(f".{os.getpid()}.partial.{path.name}")
 
 
 def remove_partials(folder: Path) -> None:
-    """Delete what a killed process left half-written in a folder of which we are the owner."""
+    """Delete the unfinished files that a killed process left in a folder of this project."""
     for left in folder.glob(".*.partial.*"):
         left.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -228,9 +229,9 @@ def load_arrays(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray
                 return {key: archive[key] for key in keys}
         except InputError:
             raise
-        except Exception as error:  # on damaged bytes the parser raises nearly anything
+        except Exception as error:  # Damaged bytes make the parser raise nearly anything.
             if isinstance(error, SystemError) and again:
-                continue  # CPython's parser, before 3.11.9, when threads read headers at once
+                continue  # Before 3.11.9, CPython's parser failed when threads used it at once.
             raise InputError(
                 f"{path} is not a readable npz file ({first_line(error)}); run preprocess again"
             ) from None
@@ -238,7 +239,7 @@ def load_arrays(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file, whole or not at all; what JSON does not know is written as text."""
+    """Write a JSON file, completely or not at all; values of other types become texts."""
     text = json.dumps(content, indent=2, allow_nan=False, default=str)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Starting several processes on this machine, as one program."""
+"""Starting a program as several processes on this machine."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from distributed.signals import EXIT_INTERRUPTED, heeded_signals
 
 
 def was_restarted() -> bool:
-    """Whether torchrun's agent on this machine started its ranks again after a fault."""
+    """Return whether torchrun's agent on this machine started its ranks again after a fault."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def processes_here(device: str, wanted: int | None, recipe: int | None = None) -> int:
-    """How many ranks a program starts on this machine by itself.
+    """Return the number of processes that a program starts on this machine.
 
     Args:
-        device: the `--device` that was given; only `auto` and `cuda` mean every GPU.
-        wanted: `--processes`; None: one for each GPU that the recipe names and that is here.
-        recipe: GPUs of the recipe; None: all.
+        device: value of `--device`; only `auto` and `cuda` mean all GPUs.
+        wanted: value of `--processes`; None: one for each GPU that the recipe and the machine have.
+        recipe: number of GPUs in the recipe; None: all of the machine.
     """
     if under_torchrun():
         return 1
@@ -41,10 +41,10 @@ def processes_here(device: str, wanted: int | None, recipe: int | None = None) -
 
 
 def launch(script: str, argv: Sequence[str], processes: int) -> int:
-    """Run `python script argv` as `processes` ranks on this machine; returns the exit code.
+    """Run `python script argv` as `processes` ranks on this machine, and return the exit code.
 
-    A signal goes on to every rank, which has `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` seconds (120) to
-    finish. When a rank dies, the agent ends the others.
+    A signal is passed on to every rank, which has `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` seconds (120) to
+    finish. When a rank dies, torchrun's agent ends the others.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -53,14 +53,16 @@ def launch(script: str, argv: Sequence[str], processes: int) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
-        *(1, 1, processes),
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle=",".join(one.name for one in heeded_signals()),
+        signals_to_handle=",".join(number.name for number in heeded_signals()),
     )
-    # the ranks say what is wrong in a sentence; the agent would tell it again in its own terms
+    # The ranks report an error in one sentence; the agent would report it again.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as notes:
         os.environ[NOTES] = notes
@@ -77,10 +79,10 @@ def launch(script: str, argv: Sequence[str], processes: int) -> int:
 
 
 def _exit_code(codes: dict[int, int], processes: int) -> int:
-    """One exit code for all ranks, of which some ended because another did."""
-    told = max((code for code in codes.values() if code > 0), default=0)
-    if told > EXIT_LOST_RANK:  # that rank said why in its own words
-        return told
+    """Return one exit code for all ranks; some may have ended only because another rank did."""
+    largest = max((code for code in codes.values() if code > 0), default=0)
+    if largest > EXIT_LOST_RANK:  # That rank has reported why.
+        return largest
     killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
     if killed:
         print(

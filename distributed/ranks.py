@@ -1,7 +1,7 @@
-"""Several processes train one model or share out the volumes: torch.distributed and torchrun.
+"""Several processes that train one model or share volumes, with torch.distributed and torchrun.
 
-A rank is one process with one GPU. `torchrun` starts them on one or many machines; `launch` starts
-them on this machine through torchrun's own agent.
+A rank is one process with one GPU. `torchrun` starts ranks on one machine or many;
+`distributed.launch` starts them on this machine, through torchrun's agent.
 """
 
 from __future__ import annotations
@@ -24,21 +24,28 @@ from common.errors import NOTES, InputError
 from distributed.signals import EXIT_INTERRUPTED
 
 EXIT_LOST_RANK = 1
-LONG = timedelta(hours=12)  # one rank may check data or score a volume while the others wait
-JOIN = timedelta(minutes=5)  # all are there by then, or torchrun shall start them again
-STEP = timedelta(minutes=30)  # that one rank may be behind the others in a training step
-SAVED = "saved"  # a rank's word that it was asked to stop, and that its state is saved
-GONE = re.compile("peer|gloo|nccl|broken pipe", re.IGNORECASE)  # in errors of a rank that is gone
+# How long ranks wait for a rank that checks data or scores a volume.
+LONG = timedelta(hours=12)
+# How long ranks wait for all to start; then torchrun starts them again.
+JOIN = timedelta(minutes=5)
+# How long ranks wait for a slower rank in a training step.
+STEP = timedelta(minutes=30)
+# Name of the marker of a rank that was asked to stop and has saved its state.
+SAVED = "saved"
+# Words in the errors that follow the end of another rank.
+GONE = re.compile("peer|gloo|nccl|broken pipe", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all; the default is a process alone, for which everything is a no-op."""
+    """This process among all ranks. By default it is alone, and every method does nothing."""
 
     rank: int = 0
     count: int = 1
-    control: dist.ProcessGroup | None = None  # on the CPU, so that agreeing waits for no GPU
-    memory: dist.Store | None = None  # torchrun's, which outlives ranks that it starts again
+    # A group on the CPU, so that agreeing does not wait for a GPU.
+    control: dist.ProcessGroup | None = None
+    # The store of torchrun, which outlives the ranks that it starts again.
+    memory: dist.Store | None = None
 
     @property
     def first(self) -> bool:
@@ -46,25 +53,25 @@ class Ranks:
         return self.rank == 0
 
     def share(self, length: int) -> slice:
-        """The contiguous part of `length` items that is this rank's; parts differ by one at most.
+        """Return this rank's contiguous part of `length` items; parts differ by one item at most.
 
-        Where there are fewer items than ranks, some ranks get none.
+        If there are fewer items than ranks, some ranks get none.
         """
         start, end = (index * length // self.count for index in (self.rank, self.rank + 1))
         return slice(start, end)
 
     def total(self, sums: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks of a vector; the gradient flows to this rank's own part.
+        """Return the sum of a vector over all ranks; the gradient flows to this rank's part.
 
-        Every rank computes the same loss from the total, so the gradient of its own part is its
-        share of the whole gradient, and `add_gradients` only has to add.
+        Every rank computes the same loss from the total. So the gradient of its part is its share
+        of the whole gradient, and `add_gradients` only has to add.
         """
         return sums if self.count == 1 else _Total.apply(sums)
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over ranks, in one message.
+        """Replace every gradient by its sum over all ranks, in one message.
 
-        A parameter that no rank's loss reaches keeps no gradient, so that no optimiser decays it.
+        A parameter without a gradient on every rank keeps none, so that no optimiser decays it.
         """
         if self.count == 1:
             return
@@ -74,7 +81,7 @@ class Ranks:
             p for p, anywhere in zip(parameters, reached.tolist(), strict=True) if anywhere
         ]
         for parameter in parameters:
-            if parameter.grad is None:  # this rank had no slices in the step
+            if parameter.grad is None:  # This rank had no slices in the step.
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -85,29 +92,29 @@ class Ranks:
         )
 
     def copy_first(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Give every rank the first one's values."""
+        """Copy the values of the first rank to all ranks."""
         if self.count > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
     def agree(self, wish: int) -> int:
-        """The largest wish of all ranks."""
+        """Return the largest wish of all ranks."""
         if self.count == 1:
             return wish
         wishes = torch.tensor([wish], dtype=torch.int32)
         dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self.control)
         return int(wishes)
 
-    def gather(self, own: Any) -> list[Any]:
-        """What every rank brought, in the order of ranks, on every rank."""
+    def gather(self, item: Any) -> list[Any]:
+        """Return the items of all ranks in their order, on every rank."""
         if self.count == 1:
-            return [own]
+            return [item]
         everything: list[Any] = [None] * self.count
-        dist.all_gather_object(everything, own, group=self.control)
+        dist.all_gather_object(everything, item, group=self.control)
         return everything
 
     def from_first(self, thing: Any) -> Any:
-        """What the first rank has."""
+        """Return the thing that the first rank passes."""
         if self.count == 1:
             return thing
         holder = [thing]
@@ -115,12 +122,12 @@ class Ranks:
         return holder[0]
 
     def remember(self, name: str, value: str) -> None:
-        """Leave word for the ranks that torchrun starts should one of these die."""
+        """Keep a value for the ranks that torchrun starts if one of these dies."""
         if self.memory is not None and self.first:
             self.memory.set(f"samed/{name}", value)
 
     def remembered(self, name: str) -> str | None:
-        """What the ranks before these left, the same on every rank."""
+        """Return the value that earlier ranks kept, the same on every rank."""
         found = None
         if self.memory is not None and self.first and self.memory.check([f"samed/{name}"]):
             found = self.memory.get(f"samed/{name}").decode()
@@ -131,7 +138,7 @@ ALONE = Ranks()
 
 
 class _Total(torch.autograd.Function):
-    """The sum over ranks, the same to the bit on each; the gradient is the own part's."""
+    """The sum over all ranks, equal to the bit on each; the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, sums: torch.Tensor) -> torch.Tensor:
@@ -145,33 +152,33 @@ class _Total(torch.autograd.Function):
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun (or `launch`) started this process."""
+    """Return whether torchrun (or `launch`) started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This rank's own GPU of its machine."""
+    """Return this rank's GPU; a CPU stays a CPU."""
     if device.type == "cuda" and under_torchrun():
-        own, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if own >= count:
+        index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if index >= count:
             raise InputError(
-                f"this is process {own + 1} of this machine, which has {count} GPUs; start one "
-                "process for each GPU at most"
+                f"this is process {index + 1} of this machine, which has {count} GPUs; start at "
+                "most one process for each GPU"
             )
-        return torch.device("cuda", own)
+        return torch.device("cuda", index)
     return device
 
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """Join the other ranks, NCCL among GPUs and gloo among CPUs; leave them at the end."""
+    """Join the other ranks, with NCCL on GPUs and gloo on CPUs, and leave them at the end."""
     if not under_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
         yield ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     memory, rank, count = next(dist.rendezvous("env://", timeout=JOIN))
-    # torchrun keeps one store for all attempts; in it ranks would find the addresses of dead ones
+    # torchrun keeps one store for all attempts, which still holds the addresses of dead ranks.
     attempt = memory.add(f"samed/starts/{rank}", 1)
     store = dist.PrefixStore(f"samed/attempt/{attempt}", memory)
     store.set_timeout(JOIN)
@@ -181,24 +188,25 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         control = dist.new_group(backend="gloo", timeout=LONG)
         yield Ranks(rank, count, control, memory)
     except SystemExit as stop:
-        if stop.code == EXIT_INTERRUPTED:  # as all ranks do at the same step
+        if stop.code == EXIT_INTERRUPTED:  # All ranks end at the same step.
             dist.destroy_process_group()
         raise
     except RuntimeError as error:
         if not GONE.search(str(error)):
             raise
         folder = os.environ.get(NOTES)
-        if not (folder and any(Path(folder).iterdir())):  # else that rank has said why
+        # If there are notes, the other rank has reported why it ended.
+        if not (folder and any(Path(folder).iterdir())):
             why = str(error).splitlines()[0][:200]
             print(f"error: rank {rank} lost another rank and ends ({why})", file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os._exit(EXIT_LOST_RANK)  # at an ordinary exit the threads of gloo abort the process
-    # after a fault the group is not destroyed: that would wait for ranks that are elsewhere
+        os._exit(EXIT_LOST_RANK)  # A normal exit would be aborted by the threads of gloo.
+    # After a fault the group is not destroyed, because that would wait for the other ranks.
     dist.destroy_process_group()
 
 
 def note_for_launcher(word: str) -> None:
-    """Leave word for `launch`, if it started this rank."""
+    """Leave a marker for `launch`, if it started this rank."""
     if folder := os.environ.get(NOTES):
         (Path(folder) / word).touch()

@@ -1,4 +1,4 @@
-"""Stopping when asked: a signal is noted, the step is finished, the state saved."""
+"""Stopping on request: a signal is noted, the step is finished, and the state is saved."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ import time
 from types import FrameType
 from typing import Any
 
-# Of a run that saved its state and can go on by --resume; sysexits' EX_TEMPFAIL: try again.
+# The run saved its state and can continue with --resume (EX_TEMPFAIL of sysexits: try again).
 EXIT_INTERRUPTED = 75
-# SLURM sends any of the first three, a closed terminal the last
+# SLURM sends one of the first three; a closed terminal sends the last.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-ONE_REQUEST = 2.0  # seconds: a scheduler and torchrun's agent may both pass the same request on
+# Seconds in which two signals count as one: a scheduler and torchrun may both pass a request on.
+ONE_REQUEST = 2.0
 
 
 def heeded_signals() -> list[signal.Signals]:
-    """The signals that ask to stop; a closed terminal does not where nohup keeps it away."""
+    """Return the signals that ask to stop. Under nohup, a closed terminal does not."""
     nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [one for one in SIGNALS if not (nohup and one is signal.SIGHUP)]
+    return [number for number in SIGNALS if not (nohup and number is signal.SIGHUP)]
 
 
 class Interruption:
-    """While it is entered, the first signal is noted in `asked`; a later second ends the process.
+    """A context in which the first signal sets `asked`, and a later second one ends the process.
 
     Args:
-        with_parent: the end of the parent process asks to stop as well: of torchrun's agent, which
-            was killed and cannot hand a signal on.
+        with_parent: the end of the parent process asks to stop as well. The parent is torchrun's
+            agent, which cannot pass a signal on after it was killed.
     """
 
     def __init__(self, *, with_parent: bool = False) -> None:
@@ -39,23 +40,24 @@ class Interruption:
 
     @property
     def asked(self) -> bool:
-        """Whether to stop."""
+        """Whether a signal or the end of the parent asked to stop."""
         lost = self.parent is not None and os.getppid() != self.parent
         return lost or self.noted_at is not None
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # Python's rule for handlers
-            self.before = {one: signal.signal(one, self._note) for one in heeded_signals()}
+        # Python allows signal handlers in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in heeded_signals()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for one, handler in self.before.items():
-            signal.signal(one, handler)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
         if kind is not None:
             end_workers()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.owner:  # a data loader's worker: its owner decides
+        if os.getpid() != self.owner:  # A loader process leaves the decision to its parent.
             return
         if self.noted_at is None:
             self.noted_at = time.monotonic()
@@ -67,17 +69,21 @@ class Interruption:
 
 
 def ignore_in_worker(worker: int) -> None:
-    """As `worker_init_fn`: a signal to the whole process group must not lose a worker's batch."""
+    """Ignore signals in a loader process, as its `worker_init_fn`.
+
+    A signal to the whole process group would otherwise lose the batch that it prepares.
+    """
     del worker
-    for one in SIGNALS:
-        signal.signal(one, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers() -> None:
-    """End what a failed run leaves of its loader workers, which ignore the signal that would."""
+    """Kill the loader processes of a failed run, because they ignore signals."""
     workers = multiprocessing.active_children()
     if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would take it for a fault
+        # PyTorch's handler would report their end as an error.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:
         worker.kill()
         worker.join()

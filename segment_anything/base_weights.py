@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from common.errors import InputError, MissingFileError, first_few
 from common.files import load_tensors
@@ -101,18 +102,18 @@ def fit_image_size(state: dict[str, torch.Tensor], encoder: ImageEncoderViT) -> 
     key = "image_encoder.pos_embed"
     grid = encoder.pos_embed.shape[1]
     if key in state and state[key].shape[1:3] != (grid, grid):
-        channels_first = state[key].permute(0, 3, 1, 2)
+        channels_first = rearrange(state[key], "1 h w c -> 1 c h w")
         resized = F.interpolate(channels_first, (grid, grid), mode="bilinear", align_corners=False)
-        state[key] = resized.permute(0, 2, 3, 1)
+        state[key] = rearrange(resized, "1 c h w -> 1 h w c")
     for block in encoder.global_blocks:
         for axis in ("h", "w"):
             key = f"image_encoder.blocks.{block}.attn.rel_pos_{axis}"
             if key in state and len(state[key]) != 2 * grid - 1:
-                channels_first = state[key].T[None]  # (1, d, offsets)
+                channels_first = rearrange(state[key], "offsets d -> 1 d offsets")
                 resized = F.interpolate(
                     channels_first, 2 * grid - 1, mode="linear", align_corners=False
                 )
-                state[key] = resized[0].T.contiguous()
+                state[key] = rearrange(resized, "1 d offsets -> offsets d").contiguous()
 
 
 def fingerprint(state: dict[str, torch.Tensor]) -> str:

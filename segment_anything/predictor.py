@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 
 from .modeling import Sam
@@ -50,7 +51,7 @@ class SamPredictor:
         resized = Image.fromarray(np.ascontiguousarray(image)).resize(
             (columns, rows), Image.Resampling.BILINEAR
         )
-        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]  # (1, 3, rows, columns)
+        pixels = rearrange(torch.from_numpy(np.array(resized)), "h w c -> 1 c h w")
         self.set_torch_image(pixels.to(self.device), image.shape[:2])
 
     @torch.no_grad()

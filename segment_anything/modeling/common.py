@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 
@@ -19,9 +20,9 @@ class LayerNorm2d(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        channels_last = x.permute(0, 2, 3, 1)
+        channels_last = rearrange(x, "b c h w -> b h w c")
         normed = F.layer_norm(channels_last, self.weight.shape, self.weight, self.bias, self.eps)
-        return normed.permute(0, 3, 1, 2)
+        return rearrange(normed, "b h w c -> b c h w")
 
 
 class MLPBlock(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -63,7 +64,7 @@ class ImageEncoderViT(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return self.neck(x.permute(0, 3, 1, 2))
+        return self.neck(rearrange(x, "b h w c -> b c h w"))
 
 
 class PatchEmbed(nn.Module):
@@ -74,7 +75,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, S, S) -> (B, H, W, C)
-        return self.proj(images).permute(0, 2, 3, 1)
+        return rearrange(self.proj(images), "b c h w -> b h w c")
 
 
 class Block(nn.Module):

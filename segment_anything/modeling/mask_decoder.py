@@ -6,6 +6,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from .common import LayerNorm2d
@@ -78,7 +79,7 @@ class MaskDecoder(nn.Module):
         tokens, image = self.transformer(image, image_pe, tokens)
         iou_token, mask_tokens = tokens[:, 0], tokens[:, 1 : 1 + self.num_mask_tokens]
 
-        pixels = image.transpose(1, 2).unflatten(2, (height, width))  # (B, C, H, W)
+        pixels = rearrange(image, "b (h w) c -> b c h w", h=height)
         pixels = self.output_upscaling(pixels).flatten(2)  # (B, C/8, 16·H·W)
         kernels = torch.stack(
             [

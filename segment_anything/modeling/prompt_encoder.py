@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from .common import LayerNorm2d
@@ -96,7 +97,8 @@ class PromptEncoder(nn.Module):
         return torch.where(is_point, point, self.not_a_point_embed.weight[0])
 
     def _embed_boxes(self, boxes: torch.Tensor) -> torch.Tensor:  # (B, 4) -> (B, 2, C)
-        corners = self.pe_layer.at(boxes.reshape(-1, 2, 2) + 0.5, self.input_image_size)
+        corners = rearrange(boxes, "b (corner xy) -> b corner xy", xy=2) + 0.5  # centres of pixels
+        corners = self.pe_layer.at(corners, self.input_image_size)
         return corners + torch.stack([p.weight[0] for p in self.point_embeddings[2:]])
 
 
@@ -113,7 +115,7 @@ class PositionEmbeddingRandom(nn.Module):
         rows = (torch.arange(height, device=matrix.device, dtype=matrix.dtype) + 0.5) / height
         columns = (torch.arange(width, device=matrix.device, dtype=matrix.dtype) + 0.5) / width
         grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # (H, W, xy)
-        return self._encode(grid).permute(2, 0, 1)
+        return rearrange(self._encode(grid), "h w c -> c h w")
 
     def at(self, coords: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
         """Encode (..., 2) positions (x, y) in pixels of an image of (rows, columns)."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import nn
 
 CHUNK = 1 << 20  # attention logits that a CPU works on at once, to keep them in its cache
@@ -53,11 +54,14 @@ class Attention(nn.Module):
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:  # (N, H, W, 3C) -> (N, H, W, C)
         """Softmax attention of every token of a grid with every other."""
-        count, height, width, _ = qkv.shape
-        q, k, v = qkv.view(count, height * width, 3, self.heads, -1).unbind(2)  # (N, H·W, heads, d)
+        height, width = qkv.shape[1:3]
+        parts = rearrange(
+            qkv, "n h w (part heads d) -> n (h w) part heads d", part=3, heads=self.heads
+        )
+        q, k, v = parts.unbind(2)  # (N, H·W, heads, d)
         # how much each query favours each row and column of keys: q times the offset's embedding,
         # not scaled, as SAM scales only the content term
-        grid = q.unflatten(1, (height, width))
+        grid = rearrange(q, "n (h w) heads d -> n h w heads d", h=height)
         rows = torch.einsum("nhwad,hkd->nahwk", grid, offsets(self.rel_pos_h, height))
         columns = torch.einsum("nhwad,wkd->nahwk", grid, offsets(self.rel_pos_w, width))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (N, heads, H·W, d)
@@ -65,7 +69,7 @@ class Attention(nn.Module):
         on_cpu = (self.device_type or qkv.device.type) == "cpu"
         attention = ChunkedAttention.apply if on_cpu else folded_attention
         out = attention(q, k, v, rows, columns)
-        return out.transpose(1, 2).reshape(count, height, width, -1)
+        return rearrange(out, "n heads (h w) d -> n h w (heads d)", h=height)
 
 
 def folded_attention(
@@ -86,12 +90,14 @@ def folded_attention(
     """
     height, width, depth = rows.shape[-1], columns.shape[-1], q.shape[-1]
     scale = math.sqrt(depth)  # undone by the attention, which is to scale the content alone
-    grid = q.unflatten(2, (height, width))
+    grid = rearrange(q, "n heads (h w) d -> n heads h w d", h=height)
     q = torch.cat([grid, rows * scale, columns * scale], dim=-1).flatten(2, 3)
+    row_of = torch.eye(height, dtype=k.dtype, device=k.device)
+    column_of = torch.eye(width, dtype=k.dtype, device=k.device)
     place = torch.cat(
         [
-            torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, dim=0),
-            torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1),
+            repeat(row_of, "h rows -> (h w) rows", w=width),
+            repeat(column_of, "w columns -> (h w) columns", h=height),
         ],
         dim=-1,
     )  # (H·W, H + W)
@@ -113,8 +119,8 @@ class ChunkedAttention(torch.autograd.Function):
         rows, columns = rows.contiguous(), columns.contiguous()  # and so is their sum
         out = torch.empty_like(v)
         for part in chunks(q):
-            bias = (rows[part][..., :, None] + columns[part][..., None, :]).flatten(4, 5)
-            bias = bias.flatten(2, 3)  # (n, heads, H·W, H·W)
+            bias = rows[part][..., :, None] + columns[part][..., None, :]
+            bias = rearrange(bias, "n heads h w rows columns -> n heads (h w) (rows columns)")
             out[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], attn_mask=bias)
         return out
 
@@ -174,7 +180,7 @@ def window_indices(
     windows = -(-grid // window)
     padded = torch.full((windows * window, windows * window), grid**2)
     padded[:grid, :grid] = torch.arange(grid**2).view(grid, grid)
-    cut = padded.view(windows, window, windows, window).transpose(1, 2).flatten()
+    cut = rearrange(padded, "(rows h) (columns w) -> (rows columns h w)", h=window, w=window)
     order = cut.argsort(stable=True)  # the padding comes last
     return cut, order[: grid**2].contiguous(), order[grid**2 :].contiguous()
 
@@ -209,5 +215,7 @@ def join_windows(windows: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     side = windows.shape[1]
     height, width = size
     rows, columns = -(-height // side), -(-width // side)
-    x = windows.unflatten(0, (-1, rows, columns))  # (B, rows, columns, w, w, C)
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width].contiguous()
+    grid = rearrange(
+        windows, "(b rows columns) h w c -> b (rows h) (columns w) c", rows=rows, columns=columns
+    )
+    return grid[:, :height, :width].contiguous()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from .common import MLPBlock
@@ -38,8 +39,8 @@ class TwoWayTransformer(nn.Module):
         Returns:
             The tokens (B, N, C) and the image (B, H·W, C).
         """
-        keys = image_embedding.flatten(2).transpose(1, 2)  # (B, H·W, C)
-        key_pe = image_pe.flatten(2).transpose(1, 2)  # (1, H·W, C)
+        keys = rearrange(image_embedding, "b c h w -> b (h w) c")
+        key_pe = rearrange(image_pe, "b c h w -> b (h w) c")
         queries = tokens
         for layer in self.layers:
             queries, keys = layer(queries, keys, tokens, key_pe)
@@ -101,11 +102,7 @@ class Attention(nn.Module):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:  # (B, N, C), (B, M, C), (B, M, C) -> (B, N, C)
-        q = self._split(self.q_proj(q))
-        k = self._split(self.k_proj(k))
-        v = self._split(self.v_proj(v))
+        projected = (self.q_proj(q), self.k_proj(k), self.v_proj(v))
+        q, k, v = (rearrange(x, "b n (heads d) -> b heads n d", heads=self.heads) for x in projected)
         out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
-
-    def _split(self, x: torch.Tensor) -> torch.Tensor:  # (B, N, C) -> (B, heads, N, d)
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return self.out_proj(rearrange(out, "b heads n d -> b n (heads d)"))

@@ -1,4 +1,4 @@
-"""Loading SAM's public weights at another image size and number of classes."""
+"""Loading SAM's public weights for another image size and number of classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common.files import load_tensors
 
 from .modeling import ImageEncoderViT, Sam
 
-# Heads whose shape depends on the classes: they start fresh in a fine-tuned network.
+# The shape of these heads depends on the classes. They start fresh in a fine-tuned network.
 MASK_HEADS = (
     "mask_decoder.mask_tokens.",
     "mask_decoder.output_hypernetworks_mlps.",
@@ -32,7 +32,7 @@ class PublicWeights:
 
     @property
     def url(self) -> str:
-        """Where it is downloaded from."""
+        """The address to download the file from."""
         return f"https://dl.fbaipublicfiles.com/segment_anything/{self.file}"
 
 
@@ -43,15 +43,15 @@ def read_base_weights(
     widths: dict[str, tuple[int, int]],
     public: PublicWeights | None,
 ) -> dict[str, torch.Tensor]:
-    """Read a SAM checkpoint and make sure that it holds the encoder `name`.
+    """Read a SAM checkpoint, which must hold the encoder `name`.
 
     Args:
-        widths: (width, depth) of every known encoder, to recognise what the file holds.
-        public: what to download if the file is missing.
+        widths: (width, depth) of every known encoder, to recognise the one in the file.
+        public: the file to download if there is none.
 
     Raises:
-        MissingFileError: no such file; says what to download.
-        InputError: another encoder, an adapter, or no SAM checkpoint at all.
+        MissingFileError: there is no such file; the message says what to download.
+        InputError: the file holds another encoder, an adapter, or no SAM checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -64,14 +64,14 @@ def read_base_weights(
 def fill_base_weights(
     sam: Sam, state: dict[str, torch.Tensor], *, source: str | Path, keep_mask_heads: bool = False
 ) -> None:
-    """Fill `sam` from a checkpoint of any image size; strict about everything else.
+    """Fill `sam` from a checkpoint of any image size, strictly.
 
     Args:
         source: the file that `state` was read from, for messages.
-        keep_mask_heads: load the mask heads too instead of leaving them freshly initialised.
+        keep_mask_heads: load the mask heads too; by default they keep their fresh values.
 
     Raises:
-        InputError: keys or shapes that do not fit.
+        InputError: keys or shapes do not fit.
     """
     skipped = () if keep_mask_heads else MASK_HEADS
     state = {key: value for key, value in state.items() if not key.startswith(skipped)}
@@ -95,9 +95,9 @@ def fill_base_weights(
 def fit_image_size(state: dict[str, torch.Tensor], encoder: ImageEncoderViT) -> None:
     """Interpolate position embeddings in `state` to the encoder's image size, in place.
 
-    The absolute embedding goes bilinearly to the new grid; the relative ones of the *global*
-    blocks go linearly to the new length, as their offsets span the grid. Windows keep their size
-    at any image size, so their blocks are left alone.
+    The absolute embedding is interpolated bilinearly to the new grid. The relative embeddings of
+    the *global* blocks are interpolated linearly to the new length, as their offsets span the grid.
+    Windows have the same size at any image size, so the embeddings of window blocks stay.
     """
     key = "image_encoder.pos_embed"
     grid = encoder.pos_embed.shape[1]
@@ -117,7 +117,7 @@ def fit_image_size(state: dict[str, torch.Tensor], encoder: ImageEncoderViT) -> 
 
 
 def fingerprint(state: dict[str, torch.Tensor]) -> str:
-    """Sixteen hex digits that tell base weights apart (SHA-256 of the encoder's neck)."""
+    """Return sixteen hexadecimal digits that identify base weights (SHA-256 of the neck)."""
     digest = hashlib.sha256()
     for key in sorted(state):
         if key.startswith("image_encoder.neck."):

@@ -1,4 +1,4 @@
-"""The encoders, as a table, and how a `Sam` is put together from one row."""
+"""The table of encoders, and how a `Sam` is built from one of its rows."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from common.errors import InputError
 
 from .base_weights import PublicWeights, fill_base_weights, read_base_weights
 from .modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from .shapes import print_shapes, shapes_are_wanted
 
 PATCH_SIZE = 16
-EMBED_DIM = 256  # channels between the encoder and the decoder
+# Channels between the encoder and the decoder.
+EMBED_DIM = 256
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """One size of image encoder and where its public weights are."""
+    """A size of the image encoder, and its public weights."""
 
     width: int
     depth: int
@@ -28,7 +30,7 @@ class EncoderSpec:
 
 
 ENCODERS = {
-    # For CPUs, tests and the quickstart; there are no public weights for it.
+    # For CPUs, tests and the quickstart. It has no public weights.
     "vit_tiny": EncoderSpec(width=192, depth=4, heads=3, global_blocks=(1, 3)),
     "vit_b": EncoderSpec(
         width=768,
@@ -73,16 +75,16 @@ def build_sam(
     *,
     keep_mask_heads: bool = False,
 ) -> tuple[Sam, int]:
-    """Build one network, with base weights if a checkpoint is given.
+    """Build a network, and fill in base weights if a checkpoint is given.
 
     Args:
         name: a row of `ENCODERS`.
         image_size: S, side of the square input in pixels, divisible by 16.
-        num_classes: foreground classes; the decoder gets one mask token more.
-        pixel_mean, pixel_std: SAM's by default; SAMed passes 0 and 1 for images in [0, 1].
-        checkpoint: base weights at any image size; None leaves the random initialisation.
-        keep_mask_heads: take the checkpoint's mask heads too (SAM's own three masks) instead of
-            starting fresh ones for the classes.
+        num_classes: number of foreground classes; the decoder has a mask token more.
+        pixel_mean, pixel_std: those of SAM by default; SAMed uses 0 and 1 for images in [0, 1].
+        checkpoint: base weights for any image size; None: random weights.
+        keep_mask_heads: also load the mask heads of the checkpoint (SAM's three masks); by default
+            the heads start fresh.
 
     Returns:
         The network and the side of its image embedding, S/16.
@@ -98,7 +100,7 @@ def build_sam(
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}, expected at least 1 foreground class")
     spec = ENCODERS[name]
-    if checkpoint is not None:  # before the network is built, which takes seconds
+    if checkpoint is not None:  # Building the network takes seconds, so check the file first.
         state = read_base_weights(
             checkpoint,
             name=name,
@@ -106,34 +108,41 @@ def build_sam(
             public=spec.weights,
         )
     grid = image_size // PATCH_SIZE
-    sam = Sam(
-        ImageEncoderViT(
-            image_size=image_size,
-            width=spec.width,
-            depth=spec.depth,
-            heads=spec.heads,
-            global_blocks=spec.global_blocks,
-            patch_size=PATCH_SIZE,
-            out_channels=EMBED_DIM,
-        ),
-        PromptEncoder(
-            embed_dim=EMBED_DIM,
-            image_embedding_size=(grid, grid),
-            input_image_size=(image_size, image_size),
-        ),
-        MaskDecoder(
-            transformer_dim=EMBED_DIM,
-            transformer=TwoWayTransformer(
-                depth=2, embedding_dim=EMBED_DIM, num_heads=8, mlp_dim=2048
-            ),
-            num_multimask_outputs=num_classes,
-        ),
-        pixel_mean,
-        pixel_std,
-    )
+    encoder, prompt_encoder, decoder = _parts(spec, image_size, num_classes)
+    sam = Sam(encoder, prompt_encoder, decoder, pixel_mean, pixel_std)
     if checkpoint is not None:
         fill_base_weights(sam, state, source=checkpoint, keep_mask_heads=keep_mask_heads)
+    if shapes_are_wanted():
+        print_shapes(sam)
     return sam, grid
+
+
+def _parts(
+    spec: EncoderSpec, image_size: int, num_classes: int
+) -> tuple[ImageEncoderViT, PromptEncoder, MaskDecoder]:
+    """Return the three parts of a network with random weights."""
+    grid = image_size // PATCH_SIZE
+    encoder = ImageEncoderViT(
+        image_size=image_size,
+        width=spec.width,
+        depth=spec.depth,
+        heads=spec.heads,
+        global_blocks=spec.global_blocks,
+        patch_size=PATCH_SIZE,
+        out_channels=EMBED_DIM,
+    )
+    prompt_encoder = PromptEncoder(
+        embed_dim=EMBED_DIM,
+        image_embedding_size=(grid, grid),
+        input_image_size=(image_size, image_size),
+    )
+    transformer = TwoWayTransformer(depth=2, embedding_dim=EMBED_DIM, num_heads=8, mlp_dim=2048)
+    decoder = MaskDecoder(
+        transformer_dim=EMBED_DIM,
+        transformer=transformer,
+        num_multimask_outputs=num_classes,
+    )
+    return encoder, prompt_encoder, decoder
 
 
 sam_model_registry = {name: partial(build_sam, name) for name in ENCODERS}

@@ -1,4 +1,4 @@
-"""Prompted segmentation of one image, with SAM's interface."""
+"""Segmentation of an image with prompts, with SAM's interface."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .modeling import Sam
 
 
 class SamPredictor:
-    """Embeds an image once, then answers prompts for it.
+    """Embeds an image once and then segments it for any number of prompts.
 
-    The image is resized so that its longer side is S. Every mask of the network is returned:
-    with SAM's own weights channel 0 is the single-mask answer and 1…3 are the alternatives; with
-    a SAMed adapter channel 0 is background and c is class c.
+    The image is resized so that its longer side is S. Every mask of the network is returned. With
+    SAM's weights, channel 0 is the single mask and channels 1…3 are the alternatives. With a SAMed
+    adapter, channel 0 is background and channel c is class c.
     """
 
     def __init__(self, sam_model: Sam) -> None:
@@ -24,7 +24,7 @@ class SamPredictor:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return self.model.device
 
     def reset_image(self) -> None:
@@ -39,7 +39,7 @@ class SamPredictor:
 
         Args:
             image: (H, W, 3) uint8, 0…255.
-            image_format: "RGB", or "BGR" for the channels in the other order.
+            image_format: order of the channels, "RGB" or "BGR".
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"expected an (H, W, 3) uint8 image, got {image.shape} {image.dtype}")
@@ -56,7 +56,7 @@ class SamPredictor:
 
     @torch.no_grad()
     def set_torch_image(self, image: torch.Tensor, original_size: tuple[int, int]) -> None:
-        """Embed an image (1, 3, H, W) that is resized already: its longer side is S."""
+        """Embed an image (1, 3, H, W) whose longer side is S already."""
         if max(image.shape[-2:]) != self.model.image_encoder.img_size:
             raise ValueError(
                 f"the longer side is {max(image.shape[-2:])}, expected "
@@ -76,15 +76,15 @@ class SamPredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Masks for one set of prompts.
+        """Return the masks for a set of prompts.
 
         Args:
             point_coords: (N, 2) as (x, y) in pixels of the original image.
             point_labels: (N,), 1 inside, 0 outside.
             box: (4,) as (x0, y0, x1, y1) in pixels of the original image.
             mask_input: (1, S/4, S/4) logits of an earlier call.
-            multimask_output: kept for callers; every mask is returned.
-            return_logits: logits in place of booleans.
+            multimask_output: has no effect; every mask is returned.
+            return_logits: return logits instead of booleans.
 
         Returns:
             Masks (masks, H, W), predicted IoU (masks,) and low_res_logits (masks, S/4, S/4).
@@ -118,7 +118,7 @@ class SamPredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `predict` for P sets of prompts at once, in pixels of the resized image.
+        """Do the same as `predict` for P sets of prompts, in pixels of the resized image.
 
         Args:
             point_coords, point_labels: (P, N, 2) and (P, N).
@@ -140,7 +140,7 @@ class SamPredictor:
         return (masks if return_logits else masks > self.model.mask_threshold), iou, low_res_logits
 
     def get_image_embedding(self) -> torch.Tensor:  # -> (1, 256, S/16, S/16)
-        """The embedding of the image that was set."""
+        """Return the embedding of the image that was set."""
         self._require_image()
         return self.features
 

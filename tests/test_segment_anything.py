@@ -261,3 +261,35 @@ class TestBaseWeights:
     def test_image_size_must_be_divisible_by_16(self, size: int):
         with pytest.raises(InputError, match="16"):
             tiny_sam(image_size=size)
+
+
+def test_shapes_are_printed_once_for_each_input_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("SAMED_DEBUG", "1")
+    sam = tiny_sam().eval()
+    with torch.no_grad():
+        for count in (2, 2, 1):
+            sam(torch.rand(count, 3, 64, 64))
+    lines = capsys.readouterr().err.splitlines()
+    parts = ["patch embedding", "encoder block 0", "encoder block 3", "neck", "prompt encoder"]
+    parts += ["decoder transformer", "decoder upscaling", "mask decoder", "network"]
+    for part in parts:
+        found = [line for line in lines if f"part: '{part}'" in line]
+        assert len(found) == 2 and all(line.startswith("shapes | ") for line in found), part
+    (neck, _) = (line for line in lines if "'neck'" in line)
+    assert "inputs: [(2, 192, 4, 4)], outputs: (2, 256, 4, 4)" in neck
+    assert any("'low_res_logits': (1, 3, 16, 16)" in line for line in lines)
+
+
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_shapes_cost_nothing_when_nobody_asks(value: str | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SAMED_DEBUG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SAMED_DEBUG", value)
+    hooks = [
+        hook
+        for module in tiny_sam().modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    assert hooks == []

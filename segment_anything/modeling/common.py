@@ -1,4 +1,4 @@
-"""The two layers that more than one part of SAM uses."""
+"""The layers that several parts of SAM use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class LayerNorm2d(nn.Module):
-    """Layer norm over the channels of an image-shaped tensor."""
+    """Layer norm over the channels of a (B, C, H, W) tensor."""
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()

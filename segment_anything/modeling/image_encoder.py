@@ -12,15 +12,20 @@ from torch.utils.checkpoint import checkpoint
 from .common import LayerNorm2d, MLPBlock
 from .relative_attention import Attention
 
+# Side of the windows, in tokens.
+WINDOW = 14
+# Hidden width of the MLP, in widths of the block.
+MLP_RATIO = 4
+
 
 class ImageEncoderViT(nn.Module):
-    """Images to embeddings of 1/16 the size (SAM, appendix A; ViTDet backbone).
+    """From images to embeddings of 1/16 their size (SAM, appendix A; ViTDet backbone).
 
     Args:
-        image_size: S, side of the square input, divisible by `patch_size`.
-        width, depth, heads: of the transformer.
+        image_size: S, side of the square input in pixels, divisible by `patch_size`.
+        width, depth, heads: size of the transformer.
         global_blocks: indices of the blocks that attend over the whole image; the others attend
-            within windows of `window_size` tokens.
+            within windows of 14 tokens.
         out_channels: channels of the embedding that the mask decoder reads.
     """
 
@@ -33,21 +38,19 @@ class ImageEncoderViT(nn.Module):
         heads: int,
         global_blocks: Collection[int],
         patch_size: int = 16,
-        window_size: int = 14,
-        mlp_ratio: int = 4,
         out_channels: int = 256,
     ) -> None:
         super().__init__()
         self.img_size = image_size
         self.global_blocks = tuple(global_blocks)
-        # Keep only what enters each block and compute the block again for its gradient: the same
-        # numbers in a fraction of the memory, for about a third more time.
+        # Keep only the input of each block, and compute the block again in the backward pass: the
+        # same numbers with a fraction of the memory and about a third more time.
         self.checkpoint_blocks = False
         grid = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, width)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, width))
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio, grid, None if index in global_blocks else window_size)
+            Block(width, heads, grid, None if index in global_blocks else WINDOW)
             for index in range(depth)
         )
         self.neck = nn.Sequential(
@@ -68,7 +71,7 @@ class ImageEncoderViT(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, each projected to one token."""
+    """Projects every patch of the image to a token; patches do not overlap."""
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
@@ -81,14 +84,12 @@ class PatchEmbed(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a layer norm and a residual connection."""
 
-    def __init__(
-        self, width: int, heads: int, mlp_ratio: int, grid: int, window: int | None
-    ) -> None:
+    def __init__(self, width: int, heads: int, grid: int, window: int | None) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, grid, window)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLPBlock(width, width * mlp_ratio)
+        self.mlp = MLPBlock(width, width * MLP_RATIO)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
         x = x + self.attn(self.norm1(x))

@@ -1,4 +1,4 @@
-"""SAM's mask decoder, with one mask token per class (SAM, appendix A; SAMed, section 3.3)."""
+"""SAM's mask decoder with a mask token for each class (SAM, appendix A; SAMed, section 3.3)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .transformer import TwoWayTransformer
 
 
 class MaskDecoder(nn.Module):
-    """Image embedding and prompts to mask logits and their predicted IoU.
+    """Computes mask logits and their predicted IoU from the image embedding and the prompts.
 
-    Token 0 is background for SAMed and the single mask for SAM; all are returned, always.
+    Token 0 is background in SAMed, and the single mask in SAM. All masks are always returned.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class MaskDecoder(nn.Module):
         sparse_prompt_embeddings: torch.Tensor,
         dense_prompt_embeddings: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predict one mask per token.
+        """Predict a mask for each mask token.
 
         Args:
             image_embeddings: (B, C, H, W), or one image (1, C, H, W) for P prompts.
             image_pe: (1, C, H, W).
-            sparse_prompt_embeddings: (P, tokens, C); P is 1 where every image has the same prompt.
+            sparse_prompt_embeddings: (P, tokens, C); P is 1 if all images have the same prompt.
             dense_prompt_embeddings: (P, C, H, W).
 
         Returns:
@@ -95,7 +95,7 @@ class MaskDecoder(nn.Module):
 
 
 class MLP(nn.Module):
-    """`depth` linear layers with ReLU in between."""
+    """`depth` linear layers with ReLU between them."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int, depth: int) -> None:
         super().__init__()

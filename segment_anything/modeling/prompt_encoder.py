@@ -1,4 +1,4 @@
-"""SAM's prompt encoder: points, boxes and masks to embeddings (SAM, appendix A)."""
+"""SAM's prompt encoder for points, boxes and masks (SAM, appendix A)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .common import LayerNorm2d
 
 
 class PromptEncoder(nn.Module):
-    """Sparse embeddings for points and boxes, a dense one for masks.
+    """Computes sparse embeddings of points and boxes, and dense embeddings of masks.
 
     Args:
-        embed_dim: channels of every embedding.
+        embed_dim: number of channels of an embedding.
         image_embedding_size: (H, W) of the image embedding.
         input_image_size: (rows, columns) of the square input that prompts refer to, in pixels.
-        mask_in_chans: channels inside the mask downscaling.
+        mask_in_chans: number of channels inside the mask downscaling.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class PromptEncoder(nn.Module):
         self.no_mask_embed = nn.Embedding(1, embed_dim)
 
     def get_dense_pe(self) -> torch.Tensor:  # -> (1, C, H, W)
-        """The positional encoding of every place of the image embedding."""
+        """Return the positional encoding of every place of the image embedding."""
         return self.pe_layer(self.image_embedding_size)[None]
 
     def forward(
@@ -67,8 +67,8 @@ class PromptEncoder(nn.Module):
             masks: (B, 1, 4H, 4W) logits.
 
         Returns:
-            Sparse embeddings (B, tokens, C), with no tokens where there is no prompt, and dense
-            ones (B, C, H, W). Without any prompt B is 1.
+            Sparse embeddings (B, tokens, C), without tokens if there is no prompt, and dense
+            embeddings (B, C, H, W). Without any prompt B is 1.
         """
         batch = next((len(p) for p in (points and points[0], boxes, masks) if p is not None), 1)
         sparse = [self.no_mask_embed.weight.new_empty(batch, 0, self.embed_dim)]
@@ -87,7 +87,7 @@ class PromptEncoder(nn.Module):
         self, coords: torch.Tensor, labels: torch.Tensor, *, pad: bool
     ) -> torch.Tensor:  # (B, N, 2), (B, N) -> (B, N or N + 1, C)
         coords = coords + 0.5  # the centre of a pixel
-        if pad:  # SAM was trained with a padding point in place of an absent box
+        if pad:  # SAM was trained with a padding point in place of a missing box.
             coords = torch.cat([coords, coords.new_zeros(len(coords), 1, 2)], dim=1)
             labels = torch.cat([labels, -labels.new_ones(len(labels), 1)], dim=1)
         position = self.pe_layer.at(coords, self.input_image_size)
@@ -103,7 +103,7 @@ class PromptEncoder(nn.Module):
 
 
 class PositionEmbeddingRandom(nn.Module):
-    """Positions in [0, 1]² as sines and cosines of random frequencies."""
+    """Encodes positions in [0, 1]² as sines and cosines of random frequencies."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class PositionEmbeddingRandom(nn.Module):
         return rearrange(self._encode(grid), "h w c -> c h w")
 
     def at(self, coords: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-        """Encode (..., 2) positions (x, y) in pixels of an image of (rows, columns)."""
+        """Encode (..., 2) positions (x, y), in pixels of an image of (rows, columns)."""
         scale = coords.new_tensor([image_size[1], image_size[0]], dtype=torch.float32)
         return self._encode(coords.float() / scale)
 

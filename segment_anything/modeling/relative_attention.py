@@ -11,27 +11,29 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-CHUNK = 1 << 20  # attention logits that a CPU works on at once, to keep them in its cache
+# Number of attention logits that a CPU computes at once, so that they stay in its cache.
+CHUNK = 1 << 20
 
 
 class Attention(nn.Module):
     """Multi-head attention with decomposed relative positions, global or in windows.
 
-    SAM pads the token grid with zeros to whole windows *before* projecting it, so its padding
-    tokens are keys and values too, each equal to the projection of zero. Here one zero token is
-    projected with the real ones and put wherever padding stands: the same numbers.
+    SAM pads the token grid with zeros to whole windows *before* it projects the tokens, so padding
+    tokens are keys and values too, all equal to the projection of zero. Here a single zero token is
+    projected with the real ones and copied to every padded place, which gives the same numbers.
 
     Args:
-        width: C, channels.
+        width: C, number of channels.
         grid: side of the token grid.
-        window: side of the windows; None: attend over the whole grid.
+        window: side of the windows in tokens; None: attention over the whole grid.
     """
 
     def __init__(self, width: int, heads: int, grid: int, window: int | None) -> None:
         super().__init__()
         self.heads = heads
-        self.device_type: str | None = None  # whose way of computing to take; None: the tensors'
-        # a grid of one whole window needs no cutting
+        # Compute as on this type of device; None: the device of the tensors.
+        self.device_type: str | None = None
+        # A grid that is a single window need not be cut.
         self.window = None if window == grid else window
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -47,25 +49,25 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) -> (B, H, W, C)
         if self.window is None:
             return self.proj(self.attend(self.qkv(x)))
-        tokens = F.pad(x.flatten(1, 2), (0, 0, 0, 1))  # (B, H·W + 1, C), the last one zero
+        tokens = F.pad(x.flatten(1, 2), (0, 0, 0, 1))  # (B, H·W + 1, C); the last token is zero
         qkv = CutWindows.apply(self.qkv(tokens), self.token_of, self.place_of, self.padding)
         qkv = qkv.view(-1, self.window, self.window, qkv.shape[-1])  # (B · windows, w, w, 3C)
         return self.proj(join_windows(self.attend(qkv), x.shape[1:3]))
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:  # (N, H, W, 3C) -> (N, H, W, C)
-        """Softmax attention of every token of a grid with every other."""
+        """Return the softmax attention between all tokens of a grid."""
         height, width = qkv.shape[1:3]
         parts = rearrange(
             qkv, "n h w (part heads d) -> n (h w) part heads d", part=3, heads=self.heads
         )
         q, k, v = parts.unbind(2)  # (N, H·W, heads, d)
-        # how much each query favours each row and column of keys: q times the offset's embedding,
-        # not scaled, as SAM scales only the content term
+        # For each query, what is added to the logits of each row and column of keys: q times the
+        # embedding of the offset. It is not scaled, because SAM scales the content term only.
         grid = rearrange(q, "n (h w) heads d -> n h w heads d", h=height)
         rows = torch.einsum("nhwad,hkd->nahwk", grid, offsets(self.rel_pos_h, height))
         columns = torch.einsum("nhwad,wkd->nahwk", grid, offsets(self.rel_pos_w, width))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (N, heads, H·W, d)
-        # without a mask, a GPU's flash kernels take it; a CPU is faster with less to multiply
+        # Flash kernels of a GPU need attention without a mask. A CPU is faster with fewer channels.
         on_cpu = (self.device_type or qkv.device.type) == "cpu"
         attention = ChunkedAttention.apply if on_cpu else folded_attention
         out = attention(q, k, v, rows, columns)
@@ -75,21 +77,22 @@ class Attention(nn.Module):
 def folded_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
-    """Attention whose relative positions are extra channels of the queries and keys.
+    """Compute attention with the relative positions as extra channels of queries and keys.
 
-    A key's extra channels are 1 at its own row and column and 0 elsewhere, so the product of query
-    and key gains exactly the two terms, and no bias of H·W × H·W is ever made.
+    The extra channels of a key are 1 at its row and column and 0 elsewhere. So the product of query
+    and key gains exactly the two terms, without a bias of H·W × H·W.
 
     Args:
         q, k, v: (N, heads, H·W, d).
-        rows: (N, heads, H, W, H), added to the logits of all keys of a row.
-        columns: (N, heads, H, W, W), likewise of a column.
+        rows: (N, heads, H, W, H), added to the logits of all keys in a row.
+        columns: (N, heads, H, W, W), added to the logits of all keys in a column.
 
     Returns:
         (N, heads, H·W, d).
     """
     height, width, depth = rows.shape[-1], columns.shape[-1], q.shape[-1]
-    scale = math.sqrt(depth)  # undone by the attention, which is to scale the content alone
+    # The attention divides by this factor, so that only the content is scaled.
+    scale = math.sqrt(depth)
     grid = rearrange(q, "n heads (h w) d -> n heads h w d", h=height)
     q = torch.cat([grid, rows * scale, columns * scale], dim=-1).flatten(2, 3)
     row_of = torch.eye(height, dtype=k.dtype, device=k.device)
@@ -102,21 +105,23 @@ def folded_attention(
         dim=-1,
     )  # (H·W, H + W)
     k = torch.cat([k, place.expand(*k.shape[:2], -1, -1)], dim=-1)
-    v = F.pad(v, (0, height + width))  # fused kernels want queries, keys and values of one width
+    # Fused kernels need queries, keys and values of the same width.
+    v = F.pad(v, (0, height + width))
     return F.scaled_dot_product_attention(q, k, v, scale=1 / scale)[..., :depth]
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """As `folded_attention`, the relative positions added as a bias, chunk by chunk.
+    """The same as `folded_attention`, with the relative positions as a bias, chunk by chunk.
 
-    A chunk's logits stay in a CPU's cache and are not kept: the gradient makes them again.
+    The logits of a chunk stay in the cache of the CPU and are not stored: the backward pass
+    computes them again.
     """
 
     @staticmethod
     def forward(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
     ) -> torch.Tensor:
-        rows, columns = rows.contiguous(), columns.contiguous()  # and so is their sum
+        rows, columns = rows.contiguous(), columns.contiguous()  # Their sum is then contiguous too.
         out = torch.empty_like(v)
         for part in chunks(q):
             bias = rows[part][..., :, None] + columns[part][..., None, :]
@@ -138,7 +143,7 @@ class ChunkedAttention(torch.autograd.Function):
             d_q, d_k, d_v, d_rows, d_columns = (x[part] for x in gradients)
             logits = (q[part] * scale) @ k[part].transpose(-2, -1)  # (n, heads, H·W, H·W)
             table = logits.unflatten(2, rows.shape[2:4]).unflatten(4, rows.shape[2:4])
-            table += rows[part][..., :, None]  # table and logits are views of one another
+            table += rows[part][..., :, None]  # `table` is a view of `logits`.
             table += columns[part][..., None, :]
             attention = logits.softmax(dim=-1)
             d_v.copy_(attention.transpose(-2, -1) @ gradient[part])
@@ -154,7 +159,7 @@ class ChunkedAttention(torch.autograd.Function):
 
 
 def chunks(q: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """Parts of the images and heads of (N, heads, L, d) with about `CHUNK` logits each."""
+    """Yield parts of the images and heads of (N, heads, L, d), with about `CHUNK` logits each."""
     count, heads, length, _ = q.shape
     images = min(count, max(1, CHUNK // length**2))
     together = max(1, CHUNK // (images * length**2))
@@ -163,7 +168,7 @@ def chunks(q: torch.Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def offsets(rel_pos: torch.Tensor, side: int) -> torch.Tensor:  # (2·side - 1, d) -> (side, side, d)
-    """Entry (i, j) is the embedding of the offset i - j between query i and key j."""
+    """Return, at (i, j), the embedding of the offset i - j between query i and key j."""
     position = torch.arange(side, device=rel_pos.device)
     return rel_pos[position[:, None] - position[None, :] + side - 1]
 
@@ -171,7 +176,7 @@ def offsets(rel_pos: torch.Tensor, side: int) -> torch.Tensor:  # (2·side - 1, 
 def window_indices(
     grid: int, window: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # int64
-    """Where tokens stand when a grid × grid of them is padded and cut into windows.
+    """Return the places of a grid × grid of tokens that is padded and cut into windows.
 
     Returns:
         The token of each place, windows in row-major order, grid² for padding; the place of each
@@ -181,15 +186,15 @@ def window_indices(
     padded = torch.full((windows * window, windows * window), grid**2)
     padded[:grid, :grid] = torch.arange(grid**2).view(grid, grid)
     cut = rearrange(padded, "(rows h) (columns w) -> (rows columns h w)", h=window, w=window)
-    order = cut.argsort(stable=True)  # the padding comes last
+    order = cut.argsort(stable=True)  # Padding comes last.
     return cut, order[: grid**2].contiguous(), order[grid**2 :].contiguous()
 
 
 class CutWindows(torch.autograd.Function):
-    """Tokens (B, T, C) to places (B, P, C) by index, the last token standing for all padding.
+    """Copy tokens (B, T, C) to places (B, P, C) by index; the last token fills all padding.
 
-    Every other token has one place, so its gradient is a plain look-up: that of `index_select`
-    would add rows up one by one, slowly, and on a GPU in another order every time.
+    Every other token has a single place, so its gradient is a look-up. The gradient of
+    `index_select` would add rows one by one: slowly, and on a GPU in a random order.
     """
 
     @staticmethod
@@ -211,7 +216,7 @@ class CutWindows(torch.autograd.Function):
 
 
 def join_windows(windows: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(B · windows, w, w, C) to the grid (B, H, W, C) of `size`, without the padding."""
+    """Join windows (B · windows, w, w, C) to a grid (B, H, W, C) of `size`, without padding."""
     side = windows.shape[1]
     height, width = size
     rows, columns = -(-height // side), -(-width // side)

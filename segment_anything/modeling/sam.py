@@ -1,4 +1,4 @@
-"""SAM as one network: a batch of images in, one logit map per class out."""
+"""SAM as a network from a batch of images to a map of logits for each class."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ class Sam(nn.Module):
     """Image encoder, prompt encoder and mask decoder.
 
     Args:
-        pixel_mean, pixel_std: per channel; SAMed uses 0 and 1 on images in [0, 1], SAM its own
-            statistics on images in 0…255.
+        pixel_mean, pixel_std: for each channel. SAMed uses 0 and 1 for images in [0, 1]; SAM uses
+            the statistics of its training images in 0…255.
     """
 
-    mask_threshold = 0.0  # a logit above it is inside, where masks are binary (SamPredictor)
-    # Which base weights were loaded (`base_weights.fingerprint`); None: none were.
+    # Binary masks (SamPredictor) hold the pixels whose logit is above this value.
+    mask_threshold = 0.0
+    # Fingerprint of the base weights (`base_weights.fingerprint`); None: no weights were loaded.
     base_fingerprint: str | None = None
 
     def __init__(
@@ -45,7 +46,7 @@ class Sam(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.pixel_mean.device
 
     def forward(
@@ -56,14 +57,14 @@ class Sam(nn.Module):
         *,
         full_size_masks: bool = True,
     ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
-        """Segment a batch of images without prompts, or a list of records with them.
+        """Segment a batch of images without prompts, or a list of records with prompts.
 
         Args:
-            batched_input: (B, 3, H, W) float images in the range that pixel_mean and pixel_std
-                expect, H and W up to S; or SAM's records, see `forward_records`.
-            multimask_output: kept for callers; every mask is returned whatever it says.
-            image_size: side of the returned `masks`, S if None.
-            full_size_masks: False leaves `masks` out; training needs only `low_res_logits`.
+            batched_input: (B, 3, H, W) float images in the range that fits pixel_mean and
+                pixel_std, H and W up to S; or records, see `forward_records`.
+            multimask_output: has no effect; every mask is returned.
+            image_size: side of the returned `masks`; None: S.
+            full_size_masks: False: leave `masks` out. Training needs only `low_res_logits`.
 
         Returns:
             For a tensor: `low_res_logits` (B, classes + 1, S/4, S/4), `iou_predictions`
@@ -80,13 +81,13 @@ class Sam(nn.Module):
         outputs = {"low_res_logits": logits, "iou_predictions": iou}
         if full_size_masks:
             side = image_size or self.image_encoder.img_size
-            # float32 also under autocast, where neighbouring logits would round to ties
+            # In bf16, neighbouring logits would be rounded to the same value.
             outputs["masks"] = self.postprocess_masks(logits.float(), (side, side), (side, side))
         return outputs
 
     @torch.no_grad()
     def forward_records(self, records: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
-        """Segment images, each with prompts of its own.
+        """Segment images, each with its prompts.
 
         Args:
             records: dicts with `image` (3, H, W) and `original_size` (rows, columns), and
@@ -94,8 +95,8 @@ class Sam(nn.Module):
                 `mask_inputs` (P, 1, S/4, S/4), in pixels of `image`.
 
         Returns:
-            Per record `masks` (P, masks, rows, columns) bool, `iou_predictions` (P, masks) and
-            `low_res_logits` (P, masks, S/4, S/4).
+            For each record, `masks` (P, masks, rows, columns) bool, `iou_predictions` (P, masks)
+            and `low_res_logits` (P, masks, S/4, S/4).
         """
         images = torch.cat([self.preprocess(record["image"][None]) for record in records])
         embeddings = self.image_encoder(images)
@@ -123,7 +124,7 @@ class Sam(nn.Module):
         return outputs
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) -> (B, 3, S, S)
-        """Normalise, then pad with zeros at the bottom and right to the square."""
+        """Normalise the images and pad them with zeros at the bottom and right to a square."""
         side = self.image_encoder.img_size
         height, width = images.shape[-2:]
         if height > side or width > side:
@@ -134,7 +135,7 @@ class Sam(nn.Module):
     def postprocess_masks(
         self, logits: torch.Tensor, input_size: tuple[int, int], original_size: tuple[int, int]
     ) -> torch.Tensor:
-        """Scale logits up to the padded square, cut the padding off, scale to the original.
+        """Scale logits to the padded square, cut off the padding, and scale to the original size.
 
         Args:
             logits: (B, masks, S/4, S/4).

@@ -1,4 +1,4 @@
-"""The two-way transformer of SAM's mask decoder: tokens and image attend to each other."""
+"""The two-way transformer of SAM's mask decoder, in which tokens and image attend to each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .common import MLPBlock
 
 
 class TwoWayTransformer(nn.Module):
-    """`depth` two-way blocks and a last attention from the tokens to the image."""
+    """`depth` two-way blocks, and a final attention from the tokens to the image."""
 
     def __init__(
         self, *, depth: int, embedding_dim: int, num_heads: int, mlp_dim: int, downsample: int = 2
@@ -29,12 +29,12 @@ class TwoWayTransformer(nn.Module):
     def forward(
         self, image_embedding: torch.Tensor, image_pe: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Let tokens and image exchange what they know.
+        """Update the tokens and the image by attention between them.
 
         Args:
             image_embedding: (B, C, H, W).
-            image_pe: (1, C, H, W), its positional encoding.
-            tokens: (B, N, C); also their own positional encoding.
+            image_pe: (1, C, H, W), positional encoding of the image.
+            tokens: (B, N, C); they also serve as their positional encoding.
 
         Returns:
             The tokens (B, N, C) and the image (B, H·W, C).
@@ -49,7 +49,7 @@ class TwoWayTransformer(nn.Module):
 
 
 class TwoWayAttentionBlock(nn.Module):
-    """Self attention of the tokens, tokens to image, MLP, image to tokens."""
+    """Attention among the tokens, from tokens to image, an MLP, attention from image to tokens."""
 
     def __init__(
         self, width: int, heads: int, mlp_dim: int, downsample: int, *, first_layer: bool
@@ -72,7 +72,7 @@ class TwoWayAttentionBlock(nn.Module):
         query_pe: torch.Tensor,  # (B, N, C)
         key_pe: torch.Tensor,  # (1, H·W, C)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, N, C), (B, H·W, C)
-        if self.first_layer:  # the queries *are* their positional encoding there: no residual
+        if self.first_layer:  # Here the queries are their positional encoding: no residual.
             queries = self.self_attn(queries, queries, queries)
         else:
             q = queries + query_pe
@@ -88,7 +88,7 @@ class TwoWayAttentionBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, at `1 / downsample` of the width inside."""
+    """Multi-head attention with an inner width of `width / downsample`."""
 
     def __init__(self, width: int, heads: int, downsample: int = 1) -> None:
         super().__init__()
@@ -103,6 +103,8 @@ class Attention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:  # (B, N, C), (B, M, C), (B, M, C) -> (B, N, C)
         projected = (self.q_proj(q), self.k_proj(k), self.v_proj(v))
-        q, k, v = (rearrange(x, "b n (heads d) -> b heads n d", heads=self.heads) for x in projected)
+        q, k, v = (
+            rearrange(x, "b n (heads d) -> b heads n d", heads=self.heads) for x in projected
+        )
         out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
         return self.out_proj(rearrange(out, "b heads n d -> b n (heads d)"))

@@ -139,7 +139,7 @@ def save_row(
     size = (round(width), round(width * ratio))
     gap = 1 + size[0] // 40
     row = Image.new("RGB", (len(pictures) * (size[0] + gap) - gap, size[1]), "white")
-    for index, picture in enumerate(pictures):  # BOX averages when shrinking, repeats else
+    for index, picture in enumerate(pictures):  # BOX averages when it shrinks and repeats otherwise
         shown = Image.fromarray(picture).resize(size, Image.Resampling.BOX)
         mark_sides(shown, sides)
         row.paste(shown, (index * (size[0] + gap), 0))

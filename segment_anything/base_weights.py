@@ -102,9 +102,9 @@ def fit_image_size(state: dict[str, torch.Tensor], encoder: ImageEncoderViT) -> 
     key = "image_encoder.pos_embed"
     grid = encoder.pos_embed.shape[1]
     if key in state and state[key].shape[1:3] != (grid, grid):
-        channels_first = rearrange(state[key], "1 h w c -> 1 c h w")
+        channels_first = rearrange(state[key], "b h w c -> b c h w")
         resized = F.interpolate(channels_first, (grid, grid), mode="bilinear", align_corners=False)
-        state[key] = rearrange(resized, "1 c h w -> 1 h w c")
+        state[key] = rearrange(resized, "b c h w -> b h w c")
     for block in encoder.global_blocks:
         for axis in ("h", "w"):
             key = f"image_encoder.blocks.{block}.attn.rel_pos_{axis}"

@@ -13,6 +13,12 @@ from sam_lora_image_encoder import LoRA_Sam
 from segment_anything import Sam, sam_model_registry
 
 
+@pytest.fixture(autouse=True, scope="module")
+def seeded_module() -> None:
+    """Start the fixtures of every module from the same random state."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Start every test from the same random state."""

@@ -1,7 +1,7 @@
-"""Training in separate processes, which tests can kill.
+"""Programs in separate processes, which tests can kill.
 
-A server process imports everything once, also what training itself imports late. Each training
-process is a fork of the server and starts at once.
+A server process imports everything once, also what training itself imports late. Each process of a
+test is a fork of the server and starts at once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import matplotlib.figure  # noqa: F401
 import torch
 import torch._dynamo
 
+import predict  # noqa: F401
+import test  # noqa: F401
 import train
 from common.errors import exit_on_bad_input
 from distributed.signals import Interruption
@@ -34,12 +36,18 @@ CONTEXT.set_forkserver_preload(["processes"])
 
 
 def start(
-    argv: list[str], log: Path, ranks: int = 1, before: Callable[[], None] | None = None
+    argv: list[str],
+    log: Path,
+    ranks: int = 1,
+    *,
+    before: Callable[[], None] | None = None,
+    program: Callable[[list[str]], None] = train.main,
 ) -> list[BaseProcess]:
-    """Start `train.main(argv)` in one process for each rank; append their output to `log`.
+    """Start a program in one process for each rank; append their output to `log`.
 
     Args:
         before: a function of this module that each process calls first.
+        program: the `main` of `train.py`, `test.py` or `predict.py`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -55,15 +63,21 @@ def start(
             "TORCHELASTIC_RUN_ID": "test",
         }
         given = {name: str(value) for name, value in variables.items()} if ranks > 1 else {}
-        process = CONTEXT.Process(target=_run, args=(argv, str(log), given, before))
+        process = CONTEXT.Process(target=_run, args=(program, argv, str(log), given, before))
         process.start()
         started.append(process)
     return started
 
 
-def run(argv: list[str], log: Path, ranks: int = 1) -> list[int]:
-    """Train to the end and return the exit codes of all ranks."""
-    started = start(argv, log, ranks)
+def run(
+    argv: list[str],
+    log: Path,
+    ranks: int = 1,
+    *,
+    program: Callable[[list[str]], None] = train.main,
+) -> list[int]:
+    """Run a program to its end and return the exit codes of all ranks."""
+    started = start(argv, log, ranks, program=program)
     for process in started:
         process.join(timeout=120)
         assert process.exitcode is not None, "it hangs"
@@ -121,6 +135,7 @@ def slow_to_save_when_asked() -> None:
 
 
 def _run(
+    program: Callable[[list[str]], None],
     argv: list[str],
     log: str,
     variables: dict[str, str],
@@ -137,4 +152,4 @@ def _run(
     if before is not None:
         before()
     with exit_on_bad_input():
-        train.main(argv)
+        program(argv)

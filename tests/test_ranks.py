@@ -19,6 +19,8 @@ from test_predict import SPEC, make_adapter, marked
 from test_resume import step_of, wait_for_step
 from test_scans import placed
 
+import predict
+import test as test_program
 from common.files import load_tensors
 from datasets.scans.volumes import write_volume
 from distributed.signals import EXIT_INTERRUPTED
@@ -157,8 +159,8 @@ def test_a_dead_rank_ends_the_others_with_a_message_and_auto_resumes(data: Path,
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == EXIT_INTERRUPTED, said
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    assert processes.run(flags, log, ranks=2) == [0, 0], log.read_text()
     (folder,) = (tmp_path / "out").iterdir()
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     steps = [record["step"] for record in records if "loss" in record]
@@ -201,13 +203,15 @@ def test_ranks_share_the_scans_and_a_bad_scan_does_not_stop_the_rest(tmp_path: P
     for name in "abcd":
         write_volume(tmp_path / "in" / f"{name}.nii.gz", marked((3, 20, 24))[0], placed("LPS"))
     (tmp_path / "in" / "b.nii.gz").write_bytes(b"junk")
-    for processes_, folder in ((1, "one"), (2, "two")):
-        command = [sys.executable, str(REPOSITORY / "predict.py"), "--device", "cpu"]
-        command += ["--input", str(tmp_path / "in"), "--output", str(tmp_path / folder)]
-        command += ["--lora_ckpt", str(adapter), "--processes", str(processes_)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 3, done.stderr
-        assert "error: b: " in done.stderr and "Traceback" not in done.stderr
+    flags = ["--input", str(tmp_path / "in"), "--lora_ckpt", str(adapter), "--device", "cpu"]
+    log = tmp_path / "log"
+    alone = processes.run([*flags, "--output", str(tmp_path / "one")], log, program=predict.main)
+    command = [sys.executable, str(REPOSITORY / "predict.py"), *flags]
+    command += ["--output", str(tmp_path / "two"), "--processes", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    for code, told in ((alone[0], log.read_text()), (done.returncode, done.stderr)):
+        assert code == 3, told
+        assert "error: b: " in told and "Traceback" not in told
     for name in ("a.nii.gz", "c.nii.gz", "d.nii.gz", "volumes.csv", "labels.txt"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
@@ -230,10 +234,15 @@ def test_ranks_share_the_volumes_and_the_report_is_that_of_one_process(tmp_path:
         output = tmp_path / str(count)
         flags = ["--volume_path", str(data), "--lora_ckpt", str(tmp_path / "adapter.pth")]
         flags += ["--ckpt", str(tmp_path / "base.pth"), "--output_dir", str(output), "--is_savenii"]
-        flags += ["--device", "cpu", "--processes", str(count)]
-        command = [sys.executable, str(REPOSITORY / "test.py"), *flags]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-        assert done.returncode == 0, done.stderr
+        flags += ["--device", "cpu"]
+        if count == 2:  # test.py starts its ranks by itself
+            command = [sys.executable, str(REPOSITORY / "test.py"), *flags, "--processes", "2"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+            assert done.returncode == 0, done.stderr
+        else:
+            log = tmp_path / f"{count}.log"
+            codes = processes.run(flags, log, count, program=test_program.main)
+            assert codes == [0] * count, log.read_text()
         reports.append((output / "results.csv").read_text())
         assert len(list((output / "predictions").glob("*_pred.nii.gz"))) == 3
     assert reports[0] == reports[1] == reports[2]

@@ -18,6 +18,8 @@ from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.scans.volumes import read_volume
 
+pytestmark = pytest.mark.slow
+
 
 def volume(shape: tuple[int, ...], *, labelled: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return an image of random blocks, and the class 0…2 of each voxel."""

@@ -29,6 +29,8 @@ from training.checkpoint import newest_state, saved_states
 from training.losses import SegmentationLoss
 from training.memory import out_of_memory
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -26,6 +26,8 @@ from evaluation.tables import read_json
 from tools import adapter
 from utils import build_model
 
+pytestmark = pytest.mark.slow
+
 FILES = Path(__file__).parent / "files_of_1_0"
 MODULES = {
     "encoder": "sam_lora_image_encoder",

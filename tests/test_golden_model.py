@@ -18,6 +18,8 @@ from golden_rule import (
 from sam_lora_image_encoder import LoRA_Sam
 from segment_anything import sam_model_registry
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("size", "variant"), [(224, "encoder"), (224, "encoder_decoder"), (512, "encoder")]

@@ -10,6 +10,8 @@ from golden_rule import MODULES, golden_model, read_json
 from trainer import freeze_unreached, learning_rate, make_optimizer, training_step
 from training.losses import SegmentationLoss
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("key", read_json("lr_schedule.json"))
 def test_learning_rate(key: str):

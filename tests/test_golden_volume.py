@@ -18,6 +18,8 @@ import utils
 from datasets.registry import SYNAPSE
 from datasets.scans.volumes import read_volume
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

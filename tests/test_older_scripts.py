@@ -18,6 +18,8 @@ import utils
 from evaluation.metrics import FALSE_ORGAN, score_volume
 from lora.adapter_file import read_adapter
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parent / "older_scripts"
 REPOSITORY = SCRIPTS.parent.parent
 

@@ -29,6 +29,8 @@ from evaluation import __main__ as report
 from evaluation.tables import read_json
 from preprocess.prepare import main as prepare
 
+pytestmark = pytest.mark.slow
+
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 SHAPE = (4, 11, 13)
 LABELS = {"background": 0, "liver": 1, "tumour": 5}

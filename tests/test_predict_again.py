@@ -23,6 +23,8 @@ from common.errors import EXIT_KEYBOARD
 from common.files import partial_name
 from datasets.scans.volumes import Geometry, read_volume, write_volume
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

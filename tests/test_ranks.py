@@ -27,6 +27,8 @@ from distributed.signals import EXIT_INTERRUPTED
 from trainer import StepOptions, freeze_unreached, make_optimizer, training_step
 from training.losses import SegmentationLoss
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -22,6 +22,8 @@ from common.files import sha256_of
 from distributed.signals import EXIT_INTERRUPTED, ONE_REQUEST
 from training.checkpoint import STATES, newest_state, saved_states
 
+pytestmark = pytest.mark.slow
+
 FLAGS = [
     *TINY_FLAGS,
     *"--batch_size 2 --max_epochs 20 --AdamW --warmup --warmup_period 5".split(),

@@ -25,6 +25,8 @@ from evaluation.overlays import case_panel, choose_slices, overlay
 from evaluation.tables import CaseResult, class_means, format_table, total_means, write_json
 from preprocess.prepare import main as prepare
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 OBLIQUE = Geometry((0.8, 0.7, 3.0), (10.0, -20.0, 5.0), (0.6, -0.8, 0, 0.8, 0.6, 0, 0, 0, 1))
 

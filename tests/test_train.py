@@ -22,6 +22,8 @@ from config.settings import parse_args
 from lora.adapter_file import read_adapter
 from utils import build_model, environment
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -27,6 +27,8 @@ from segment_anything.modeling.relative_attention import folded_attention
 from training.memory import GIB, estimate_training_memory, kept_for_gradient
 from training.validation import Validation, hold_out, validate
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ["--batch_size", "4", "--AdamW", "--base_lr", "1e-3", "--max_epochs", "9"]
 
 

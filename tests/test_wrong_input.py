@@ -131,6 +131,7 @@ FILES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_damaged_files_give_an_error_line_or_a_result(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch

@@ -168,8 +168,9 @@ def note_validation(
     dead = [name for name, times in run.at_zero.items() if times >= AT_ZERO]
     if dead and log.folder is not None:
         logging.warning(
-            "DSC has been 0 in %d validations or more: %s. A small organ rarely recovers from "
-            "that: lower --base_lr, or train longer with --clip_grad",
+            "DSC has been 0 in %d validations or more: %s. These organs are missed, or found where "
+            "there are none. A small organ rarely recovers from that: lower --base_lr, or train "
+            "longer with --clip_grad",
             AT_ZERO,
             ", ".join(dead),
         )

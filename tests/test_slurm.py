@@ -17,7 +17,10 @@ from test_resume import folder_of, step_of, wait_for_step
 from distributed.signals import EXIT_INTERRUPTED
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SLURM runs on Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="SLURM runs on Linux"),
+]
 
 SCONTROL = """#!/bin/sh
 if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$STANDIN/asked"; fi

@@ -488,10 +488,10 @@ def main() -> None:
         "# Wrong input",
         "",
         "What each program says about wrong input: one sentence on stderr before any long work",
-        "starts, exit code 2, and nothing half-written. `predict.py` reports a bad scan among several",
-        "when its turn comes, and continues with the others (exit code 3).",
-        f"`tests/test_wrong_input.py` runs all {len(ROWS)} cases; `python tests/wrong_input.py` writes",
-        "this page.",
+        "starts, exit code 2, and nothing half-written. `predict.py` reports a bad scan among",
+        "several when its turn comes, and continues with the others (exit code 3).",
+        f"`tests/test_wrong_input.py` runs all {len(ROWS)} cases, and",
+        "`python tests/wrong_input.py` writes this page.",
     ]
     with tempfile.TemporaryDirectory() as base:
         make_good(Path(base))

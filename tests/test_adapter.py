@@ -93,6 +93,7 @@ def test_names_that_cannot_be_told_apart(tmp_path: Path):
         tiny_model(num_classes=2).load_lora_parameters(path, (["a", "b", "c"], ["a", "b"]))
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_other_classes(tmp_path: Path):
     _, path = save_adapter(tmp_path, ["liver", "tumour"])
     data = write_slices(tmp_path / "data")

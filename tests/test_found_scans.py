@@ -72,6 +72,7 @@ def find_without_rights(folder: str, answer: Connection) -> None:
     answer.send(None)
 
 
+@pytest.mark.slow
 def test_files_without_read_permission(tmp_path: Path):
     def found(folder: Path) -> list[Any]:
         ours, theirs = processes.CONTEXT.Pipe()

@@ -14,6 +14,8 @@ import train
 from training.checkpoint import Checkpoint
 from training.run_log import RunLog
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Tensor methods that copy a value to the host, and operators whose result has a size that depends
 # on values. The host has to wait for both.

@@ -12,6 +12,8 @@ from datasets.scans.volumes import read_volume
 from preprocess.phantom import main
 from preprocess.phantom_volume import make_phantom
 
+pytestmark = pytest.mark.slow
+
 # Raw label -> smallest and largest volume in ml: generous limits for an adult.
 VOLUMES = {
     1: (60, 400),

@@ -28,6 +28,8 @@ from datasets.registry import DatasetSpec
 from datasets.scans.volumes import Geometry, read_volume, write_volume
 from evaluation.predict_volume import predict_volume
 
+pytestmark = pytest.mark.slow
+
 SPEC = DatasetSpec(
     name="marks",
     class_names=("front mark", "left mark", "top mark"),

@@ -228,6 +228,7 @@ def test_rerun_keeps_finished_cases(raw: Path, tmp_path: Path, capsys: pytest.Ca
     assert len(changed("--size", 8, "--test_cases", 31, "--overwrite") - rewritten) > 14
 
 
+@pytest.mark.slow
 def test_bad_case_among_good_ones(raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     output = tmp_path / "out"
     image, label = scan(5)
@@ -289,6 +290,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 def test_killed(raw: Path, tmp_path: Path):
     output = tmp_path / "out"
@@ -429,6 +431,7 @@ def test_warnings(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     assert "left out: case0006" in shown and "not square" in shown
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path):
     command = [sys.executable, "-m", "preprocess.prepare", "--output", str(tmp_path / "out")]
     run = subprocess.run(

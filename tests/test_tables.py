@@ -156,6 +156,7 @@ def test_unlabelled_case_shows_the_false_organ():
     assert len(np.unique(panel.truth[0])) == 1 and len(np.unique(panel.prediction[0])) > 1
 
 
+@pytest.mark.slow
 def test_pages_hold_pictures(tmp_path: Path):
     cases = CASES_A_PAGE + 1
     panels = [make_panel(1 + index, f"case{index:04d}") for index in range(cases)]

@@ -23,6 +23,8 @@ from datasets.scans.pictures import read_picture
 from datasets.scans.volumes import read_volume, write_volume
 from tools import adapter
 
+pytestmark = pytest.mark.slow
+
 T = TypeVar("T")
 
 FUZZED = 40  # damaged examples for each kind of file
@@ -131,7 +133,6 @@ FILES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_damaged_files_give_an_error_line_or_a_result(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch

@@ -403,7 +403,7 @@ ROWS = [
     Wrong(T, "a run folder that is none", nothing, "run folder", ("--resume", "none")),
     Wrong(T, "an adapter of other classes that names none", spec_of(
         class_names=["a", "b", "c"], raw_labels={"1": 1, "2": 2, "3": 3},
-        predicted_values=[1, 2, 3]), "has 2 classes and names none",
+        predicted_values=[1, 2, 3]), "has 2 classes without names but the data have 3 classes",
           ("--lora_ckpt", "unnamed.pth", "--check")),
     Wrong(E, "the test data do not exist", nothing, "does not exist", ("--volume_path", "none")),
     Wrong(E, "the adapter is not there", nothing, "does not exist", ("--lora_ckpt", "none.pth")),

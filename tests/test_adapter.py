@@ -105,6 +105,7 @@ def test_training_goes_on_from_other_classes(tmp_path: Path):
     assert read_adapter(folder / "epoch_0.pth")[1]["class_names"] == list(SYNAPSE.class_names)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_adapter_that_names_no_classes(tmp_path: Path):
     """All heads stay as they are because the number of classes is the same."""
     model = tiny_model(num_classes=3)
@@ -138,6 +139,7 @@ def test_safetensors_there_and_back(tmp_path: Path, module):
     assert torch.equal(model.adapter_state()["w_a_000"], original[0]["w_a_000"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", VARIANTS)
 def test_merged_is_a_plain_sam(tmp_path: Path, module, capsys: pytest.CaptureFixture[str]):
     model, path = save_adapter(tmp_path, ["a", "b"], module)

@@ -296,6 +296,7 @@ DIFFERENT_PREPARATION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIFFERENT_PREPARATION)
 def test_data_prepared_differently_from_the_training_data(tmp_path: Path, name: str):
     changes, told = DIFFERENT_PREPARATION[name]

@@ -143,6 +143,7 @@ def run(flags: list[str]) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_a_test_run_reports_the_comparison(flags: list[str], tmp_path: Path):
     assert run(flags) == 0
     log = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")
@@ -150,6 +151,7 @@ def test_a_test_run_reports_the_comparison(flags: list[str], tmp_path: Path):
     assert "differ from medpy's" not in log
 
 
+@pytest.mark.slow
 def test_a_test_run_with_a_wrong_score_ends_with_its_own_exit_code(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

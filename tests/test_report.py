@@ -106,6 +106,7 @@ def test_the_page_holds_every_number_and_needs_nothing(tmp_path: Path):
     assert "within 2 mm" in text and "pooled" in text  # the page defines its terms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cases", "classes", "spacing"), [(1, 1, None), (3, 40, SPACING)])
 def test_few_and_many(tmp_path: Path, cases: int, classes: int, spacing: tuple[float, ...] | None):
     rng = np.random.default_rng(0)
@@ -123,6 +124,7 @@ def _parts(found: tuple[list, np.ndarray]) -> tuple[list, list]:
     return found[0], found[1].tolist()
 
 
+@pytest.mark.slow
 def test_differences_are_paired_by_case_and_class(tmp_path: Path):
     first = [case(f"case{index}", index) for index in range(7)]
     second = [case(f"case{index}", 50 + index) for index in range(1, 8)]
@@ -221,6 +223,7 @@ def test_a_removed_false_organ_is_reported(tmp_path: Path):
     assert "1 in x, 0 in y" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_runs_stand_side_by_side(tmp_path: Path):
     for name, shift in (("run_lr1_x", 0), ("run_lr2_x", 9), ("run_lr3_x", 5)):
         results = [

@@ -169,6 +169,7 @@ def test_pages_hold_pictures(tmp_path: Path):
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "spacing"),
     [
@@ -193,6 +194,7 @@ def test_unusual_voxels_give_pictures_of_bounded_shape(
 ODD_NAMES = [r"cost $\frac$ x", "_hidden", "<script>", "肝臓"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [4, 16])
 def test_names_are_shown_as_they_are(tmp_path: Path, count: int):
     names = (ODD_NAMES * 4)[:count]

@@ -36,9 +36,9 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of a step.
 
-    The original sets the rate after a step, from the number of that step. So every step runs with
-    the rate of the step before it, and the first step as if it followed itself. The published
-    numbers were trained this way.
+    The original sets the rate after a step, from the number of that step. So step n runs with the
+    rate of step n - 1, and step 0 with the rate of step 0. The published numbers were trained this
+    way.
 
     Args:
         step: number of the step, from 0.

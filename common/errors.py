@@ -16,6 +16,8 @@ EXIT_BAD_INPUT = 2
 EXIT_KEYBOARD = 130
 # Environment variable: a folder that the processes of one launch share, for messages and markers.
 NOTES = "SAMED_NOTES"
+# End of the names of notes about warnings, which do not explain why a process ended.
+WARNING = ".warning"
 # The path cannot hold such a file or folder.
 NO_PLACE = {errno.EISDIR, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -55,11 +57,13 @@ def exit_on_bad_input() -> Iterator[None]:
         raise SystemExit(EXIT_BAD_INPUT) from None
 
 
-def _say_once(text: str) -> None:
+def _say_once(text: str, suffix: str = "") -> None:
     """Print a line on stderr, unless another process of the same launch has printed it."""
     if folder := os.environ.get(NOTES):
         try:
-            (Path(folder) / hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
+            (Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()}{suffix}").touch(
+                exist_ok=False
+            )
         except FileExistsError:
             return
     print(text, file=sys.stderr)
@@ -82,7 +86,7 @@ def cannot_write(path: Path, error: OSError) -> InputError:
 
 def warn(message: str) -> None:
     """Print a warning as one line on stderr."""
-    _say_once(f"warning: {message}")
+    _say_once(f"warning: {message}", WARNING)
 
 
 def first_few(names: list[Any], count: int = 5) -> str:

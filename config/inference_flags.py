@@ -25,6 +25,16 @@ INPUT_SIZE = Flag(
     type=int,
     low=1,
 )
+ADAPTER = "adapter file; default: the newest of the run of --config, else checkpoints/epoch_159.pth"
+# The adapter records these settings of its network; the flags are for adapters that do not.
+ADAPTER_NETWORK = tuple(
+    replace(flag, help=ADAPTER)
+    if flag.name == "lora_ckpt"
+    else replace(flag, help=f"{flag.help}; the adapter records it")
+    if flag.in_adapter
+    else flag
+    for flag in NETWORK
+)
 INFERENCE = (
     Flag(
         "batch_size",
@@ -40,7 +50,11 @@ INFERENCE = (
 TEST = {
     "data": (
         Flag("volume_path", "folder of the .npy.h5 volumes", default="testset/test_vol_h5"),
-        Flag("output_dir", "default: test/ in the run of --config, else output/test"),
+        Flag(
+            "output_dir",
+            "folder for tables, pictures and page; default: test/ in the run of --config, else "
+            "output/test",
+        ),
         Flag("is_savenii", "write prediction, image and label as NIfTI", type=bool),
         Flag(
             "nsd_tolerance",
@@ -61,7 +75,7 @@ TEST = {
         LIST_DIR,
         NUM_CLASSES,
     ),
-    "network": (*NETWORK, INPUT_SIZE, SAME_CODE),
+    "network": (*ADAPTER_NETWORK, INPUT_SIZE, SAME_CODE),
     "speed": INFERENCE,
     "repeatability": REPEATABILITY,
 }
@@ -109,7 +123,7 @@ PREDICT = {
         Flag("largest_component", "keep only the largest component of each organ", type=bool),
     ),
     "network": (
-        *NETWORK,
+        *ADAPTER_NETWORK,
         replace(NUM_CLASSES, help="number of foreground classes of the adapter"),
         INPUT_SIZE,
         SAME_CODE,
@@ -122,6 +136,5 @@ PREDICT = {
 }
 MERGE = {
     "data": (DATASET, replace(NUM_CLASSES, help="number of foreground classes of the adapter")),
-    "network": (*NETWORK, SAME_CODE),
-    "repeatability": REPEATABILITY,
+    "network": (*ADAPTER_NETWORK, SAME_CODE),
 }

@@ -13,7 +13,7 @@ from common.errors import InputError
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of a program. Rows of this class stand in `config/flags.py`."""
+    """A flag of a program; `config/{train,inference,shared}_flags.py` hold rows of this class."""
 
     name: str
     help: str
@@ -64,16 +64,22 @@ class Flag:
         Raises:
             InputError: the value has another type than the flag, or is none of its choices.
         """
-        is_number = self.type is float and isinstance(value, int) and not isinstance(value, bool)
-        if value is None or self.takes_list:
+        if value is None and self.default is None and self.type is not bool:
             return
-        if not is_number and type(value) is not self.type:
-            raise InputError(
-                f"{source} has {self.name} = {value!r}, expected a value of type "
-                f"{self.type.__name__}; correct it or leave it out"
-            )
-        if self.choices and value not in self.choices:
-            raise InputError(f"{source} has {self.name} = {value!r}, expected {self.choices}")
+        items = value if self.takes_list and isinstance(value, list) else [value]
+        for item in items:
+            is_number = self.type is float and type(item) is int
+            if type(item) is not self.type and not is_number:
+                raise InputError(
+                    f"{source} has {self.name} = {value!r:.60}, expected a value of type "
+                    f"{self.type.__name__}; correct it or leave it out"
+                )
+            if self.choices and item not in self.choices:
+                raise InputError(
+                    f"{source} has {self.name} = {value!r:.60}, expected {self.choices}"
+                )
+        if self.takes_list and not isinstance(value, list):
+            raise InputError(f"{source} has {self.name} = {value!r:.60}, expected a list")
 
     def check_limits(self, value: Any) -> None:
         """Raise an `InputError` if a value is outside the limits; None always passes."""
@@ -112,7 +118,8 @@ class Parser(argparse.ArgumentParser):
     """A parser that remembers the rows its flags came from, by their names."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        super().__init__(*args, **kwargs)
         self.flags: dict[str, Flag] = {}
 
     def add_flags(self, groups: Mapping[str, Sequence[Flag]]) -> None:

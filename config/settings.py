@@ -21,7 +21,7 @@ from config.inference_flags import PREDICT
 from config.parser import Flag, Parser, check_limits, that_change_numbers
 from config.run_folder import CONFIG_FILE, newest_adapter, read_config_file
 from config.shared_flags import AUTO, SCRATCH
-from config.source_code import changed_files, fingerprint_code
+from config.source_code import changed_files, fingerprint_code, fingerprint_file
 from datasets.registry import SYNAPSE, DatasetSpec, get_dataset, spec_from_json, stored_spec
 from lora.adapter_file import holds_every_weight, read_adapter
 from segment_anything import ENCODERS
@@ -195,7 +195,10 @@ def prediction_key(args: argparse.Namespace) -> dict[str, Any]:
     """
     flags = {flag.name: flag for group in PREDICT.values() for flag in group}
     values = that_change_numbers(recorded_values(args), flags)
-    return values | {"adapter": sha256_of(Path(args.lora_ckpt))}
+    return values | {
+        "adapter": sha256_of(Path(args.lora_ckpt)),
+        "program": fingerprint_file(REPOSITORY / "predict.py"),
+    }
 
 
 def warn_of_changed_code(args: argparse.Namespace, settings: dict[str, Any]) -> None:
@@ -204,8 +207,12 @@ def warn_of_changed_code(args: argparse.Namespace, settings: dict[str, Any]) -> 
     Args:
         settings: what the adapter file `args.lora_ckpt` records.
     """
-    changed = changed_files(settings.get("code"), args.code)
-    if changed and not args.same_code:
+    recorded = settings.get("code")
+    if recorded is None or getattr(args, "same_code", False):
+        return
+    # A script written against the original passes no `code`.
+    changed = changed_files(recorded, getattr(args, "code", None) or fingerprint_code(args.module))
+    if changed:
         warn(
             f"{args.lora_ckpt} was trained with other source code; changed since: "
             f"{first_few(changed)}. If the changes mean nothing, pass --same_code"

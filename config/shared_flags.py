@@ -85,13 +85,13 @@ NETWORK = (
     Flag(
         "ckpt",
         "file of SAM's base weights; default: the encoder's public file in checkpoints/; 'none': "
-        "train every weight from scratch",
+        "no base weights, so every weight is trained, and stands in the adapter",
         changes_numbers=False,
         in_name=lambda args: "scratch" if args.ckpt == SCRATCH else None,
     ),
     Flag(
         "lora_ckpt",
-        "adapter file to load",
+        "adapter file to start from",
         changes_numbers=False,
         in_name=lambda args: "tuned" if args.lora_ckpt else None,
     ),

@@ -99,7 +99,13 @@ RECIPE = (
         low=1,
         in_name=lambda args: f"bs{slices_of_update(vars(args))}",
     ),
-    Flag("max_epochs", "length of the learning rate's schedule", type=int, default=200, low=1),
+    Flag(
+        "max_epochs",
+        "epochs of the learning rate's schedule; training never exceeds it",
+        type=int,
+        default=200,
+        low=1,
+    ),
     Flag(
         "stop_epoch",
         "number of epochs to train",
@@ -112,7 +118,7 @@ RECIPE = (
     ),
     Flag(
         "max_iterations",
-        "stop after this many steps if they end before --stop_epoch",
+        "stop after this many steps, or after --stop_epoch if that comes first",
         type=int,
         low=1,
         changes_numbers=False,
@@ -171,7 +177,7 @@ TRAIN = {
         Flag(
             "resume",
             "run folder to continue, or 'auto': the newest run under --output with the same "
-            "settings, or a new run if there is none",
+            "settings and source code, or a new run if there is none",
             changes_numbers=False,
             in_config=False,
         ),
@@ -255,7 +261,8 @@ TRAIN = {
         *REPEATABILITY,
         Flag(
             "note",
-            "a word for the run folder's name, for example what you changed in the code",
+            "a word for the run folder's name, for example what you changed in the code (letters, "
+            "digits, '_', '.', '-')",
             in_name=lambda args: args.note,
         ),
         Flag(

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from common.errors import NOTES, InputError
+from common.errors import NOTES, WARNING, InputError
 from distributed.signals import EXIT_INTERRUPTED
 
 EXIT_LOST_RANK = 1
@@ -196,7 +196,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             raise
         folder = os.environ.get(NOTES)
         # If there are notes, the other rank has reported why it ended.
-        if not (folder and any(Path(folder).iterdir())):
+        if not (folder and any(note.suffix != WARNING for note in Path(folder).iterdir())):
             why = str(error).splitlines()[0][:200]
             print(f"error: rank {rank} lost another rank and ends ({why})", file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):

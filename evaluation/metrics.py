@@ -5,7 +5,8 @@ published numbers define it. Many libraries report the larger of two directed pe
 differs by up to 30 %.
 
 The `samed` rule is the original's: a missed organ scores HD95 0 and a false organ scores DSC 1. The
-honest rule stands in `dsc_from_counts` alone; test.py and the validation while training use it.
+stricter rule for DSC stands in `dsc_from_counts`, which test.py and the validation use.
+`score_class` decides about the distances: there are none unless both masks have the organ.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ class ClassScore:
     outcome: str  # BOTH, FALSE_ORGAN (prediction alone), MISSED (label alone) or ABSENT
     samed_dsc: float  # 0…1, samed rule
     samed_hd95: float  # voxels, samed rule
-    dsc: float | None  # 0…1, honest rule
+    dsc: float | None  # 0…1, stricter rule
     hd95_voxels: float | None  # None unless both masks have the class, here and below
     hd95_mm: float | None  # None also if the spacing is unknown, here and below
     assd_mm: float | None  # average symmetric surface distance
     hd95_to_label_mm: float | None = None  # from the prediction's surface to the label's
     hd95_to_prediction_mm: float | None = None  # from the label's surface to the prediction's
-    nsd: float | None = None  # 0…1, share of both surfaces within the tolerance; honest rule
+    nsd: float | None = None  # 0…1, share of both surfaces within the tolerance; stricter rule
 
 
 def outcome_of(predicted: int, real: int) -> str:
@@ -46,10 +47,10 @@ def outcome_of(predicted: int, real: int) -> str:
 
 
 def dsc_from_counts(overlap: int, predicted: int, real: int) -> float | None:
-    """Return the DSC of a class by the honest rule for empty masks.
+    """Return the DSC of a class by the stricter rule for empty masks.
 
-    This is the only place of that rule: test.py and the validation while training follow it. NSD
-    takes its value where a mask is empty.
+    This is the only place of that rule: test.py and the validation follow it. NSD takes its value
+    where a mask is empty.
 
     Args:
         overlap, predicted, real: voxels in both masks, in the prediction, in the label.
@@ -71,7 +72,7 @@ def dice(overlap: int, predicted: int, real: int) -> float:
 
 
 def class_dsc(counts: np.ndarray) -> tuple[float | None, ...]:  # (N + 1, N + 1) integers -> N
-    """Return the DSC of the classes 1…N by the honest rule, given the `confusion` of a case."""
+    """Return the DSC of the classes 1…N by the stricter rule, given the `confusion` of a case."""
     overlap = counts.diagonal()[1:].tolist()
     predicted, real = (counts.sum(axis=axis)[1:].tolist() for axis in (1, 0))
     return tuple(map(dsc_from_counts, overlap, predicted, real))

@@ -1,7 +1,8 @@
 """Tables of a test run: the scores of each case and class by both rules for empty masks.
 
-The `samed` scores follow the original's rule and compare with published numbers; the honest scores
-stand beside them. As published, totals are means over the cases of each class, then over classes.
+The `samed` scores follow the original's rule and compare with published numbers; the scores of
+the stricter rule stand beside them. As published, totals are means over the cases of each class,
+then over classes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, NSD_TOLERANCE,
 SCORES = tuple(field.name for field in fields(ClassScore) if field.name != "outcome")
 FACTS = ("slices", "spacing", "sides", "group")  # facts of a case besides its scores
 OUTCOMES = (BOTH, FALSE_ORGAN, MISSED, ABSENT)
-COLUMNS = {  # score: heading, factor, whether more is better; the honest scores first
+COLUMNS = {  # score: heading, factor, whether more is better; the stricter scores first
     "dsc": ("DSC %", 100, True),
     "nsd": ("NSD %", 100, True),
     "hd95_mm": ("HD95 mm", 1, False),

@@ -51,12 +51,17 @@ def read_adapter(filename: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
     not_tensors = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
     if not_tensors:
         raise InputError(f"{filename} holds entries that are no tensors: {first_few(not_tensors)}")
+    if FIRST_KEY in state and state[FIRST_KEY].ndim != 2:
+        raise InputError(
+            f"{filename} has {FIRST_KEY} of shape {tuple(state[FIRST_KEY].shape)}, expected "
+            "(rank, width); fetch or save it again"
+        )
     return state, settings
 
 
 def holds_every_weight(state: dict[str, torch.Tensor]) -> bool:
     """Return whether an adapter file holds the encoder too, so that it needs no base weights."""
-    return "image_encoder.pos_embed" in state
+    return {"image_encoder.pos_embed", "image_encoder.blocks.0.attn.qkv.weight"} <= state.keys()
 
 
 def variant_of(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> str:

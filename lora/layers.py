@@ -1,8 +1,8 @@
 """How a low-rank update is computed and merged (SAMed, section 3.2).
 
-All updates of a layer are computed in one product. To change how an update is computed (a scale, a
-dropout, another decomposition), change `LoRALinear.low_rank`: the forward pass, merging and the
-packed layers of `evaluation/cpu_speed.py` all use it.
+All updates of a layer are computed in one product. To change an update (a scale, another product
+of A and B), change `LoRALinear.low_rank`: the forward pass, merging and the packed layers of
+`evaluation/cpu_speed.py` all use it. A dropout on the tokens belongs into `LoRALinear.forward`.
 """
 
 from __future__ import annotations

@@ -234,9 +234,9 @@ class LoRAModel(nn.Module):
                     f"{filename} has {label} {found}, this network was built with {expected}; "
                     f"pass {flag} {found}"
                 )
-        first = self.updates[0].down
+        first = self.updates[0].down if self.updates else None
         width, expected = (
-            tensors[first].shape[1] if first in tensors else None
+            tensors[first].shape[-1] if first in tensors else None
             for tensors in (state, self._adapter_tensors())
         )
         if width not in (None, expected):
@@ -285,7 +285,7 @@ class LoRAModel(nn.Module):
         if recorded is None or recorded == rows:
             return
         pairs = zip(recorded, rows, strict=False) if isinstance(recorded, list) else ()
-        found, expected = next(((a, b) for a, b in pairs if a != b), (recorded, rows[0]))
+        found, expected = next(((a, b) for a, b in pairs if a != b), (recorded, rows[:1]))
         raise InputError(
             f"{filename} has its updates in other layers than this network: {found!s:.120} for "
             f"{expected}; build the network with the layers of its training"

@@ -13,6 +13,7 @@ from torch import nn
 from .modeling import Sam
 
 VARIABLE = "SAMED_DEBUG"
+NETWORK = "network"
 
 
 def shapes_are_wanted() -> bool:
@@ -46,7 +47,7 @@ def _parts(sam: Sam) -> dict[str, nn.Module]:
         "decoder transformer": decoder.transformer,
         "decoder upscaling": decoder.output_upscaling,
         "mask decoder": decoder,
-        "network": sam,
+        NETWORK: sam,
     }
 
 
@@ -69,6 +70,8 @@ class _Printer:
         if self.is_new:
             inputs, outputs = _shapes((*args, *kwargs.values())), _shapes(out)
             self.ic(part, inputs, outputs)
+        if part == NETWORK:  # `--checkpoint_blocks` computes blocks a second time.
+            self.is_new = False
 
 
 def _shapes(value: Any) -> Any:

@@ -6,6 +6,7 @@ changed function, a new row of a table. Nothing may be lost or ignored in silenc
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -28,11 +29,15 @@ from config import source_code
 from config.flags import test_parser as parser_of_test
 from config.settings import parse_args
 from datasets.dataset_synapse import Synapse_dataset
+from datasets.registry import SYNAPSE
+from datasets.scans.volumes import Geometry, read_volume, write_volume
 from evaluation.cpu_speed import PackedLinear, can_pack, pack_encoder
+from evaluation.predict_volume import predict_volume
 from lora import LoRAModel
 from lora.adapter_file import read_adapter
 from lora.layers import LoRALinear
 from segment_anything import build_sam as build_sam_module
+from tools import adapter as adapter_tool
 from training.losses import SegmentationLoss
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -178,13 +183,16 @@ def test_train_test_and_predict_agree_on_a_variant_of_ones_own(
     flags = ["--lora_ckpt", str(adapter), "--ckpt", str(base), "--device", "cpu"]
     test_program.main(["--volume_path", str(data), "--output_dir", "tested", *flags])
     assert json.loads(Path("tested/results.json").read_text())["cases"]
-    np.save("picture.npy", np.zeros(1))
-    from PIL import Image
-
-    Image.fromarray(np.full((40, 40), 90, np.uint8)).save("picture.png")
-    with pytest.raises(SystemExit) as ended:  # Synapse's window refuses a picture, by then it ran
-        predict.main(["--input", "picture.png", "--output", "predicted", *flags])
-    assert ended.value.code in (0, 2)
+    rng = np.random.default_rng(0)
+    scan = rng.integers(-200, 300, (2, 40, 40)).astype(np.int16)
+    write_volume("scan.nii.gz", scan, Geometry.unknown())
+    predict.main(["--input", "scan.nii.gz", "--output", "predicted", *flags])
+    found, _ = read_volume("predicted/scan.nii.gz")
+    low, high = SYNAPSE.intensity.low, SYNAPSE.intensity.high
+    unit = ((scan.clip(low, high) - low) / (high - low)).astype(np.float32)
+    expected = predict_volume(network, unit, input_size=(224, 224), image_size=(64, 64))
+    # merged and packed weights round differently, which may move a pixel between equal logits
+    assert (found == expected).mean() > 0.999
 
 
 @torch.no_grad()
@@ -364,6 +372,76 @@ def test_only_code_counts_not_comments_docstrings_or_formatting(tmp_path: Path):
     changed = source_code.changed_files(before, source_code.fingerprint_code("none", tmp_path))
     assert changed == ["training/losses.py"]
     assert source_code.changed_files(None, before) == []
+    assert source_code.changed_files({1: "a"}, before) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("g(f(a), b)", "g(f(a, b))"),
+        ("g(f(a), k=1)", "g(f(a, k=1))"),
+        ("if a:\n    g()\nh()", "if a:\n    g()\n    h()"),
+        ("for x in y:\n    pass\nelse:\n    z()", "for x in y:\n    pass\n    z()"),
+        ("x = 1", "x = 1.0"),
+        ("a - b", "b - a"),
+    ],
+)
+def test_a_moved_bracket_or_indentation_is_an_edit(before: str, after: str, tmp_path: Path):
+    prints = []
+    for source in (before, after):
+        (tmp_path / "code.py").write_text(source)
+        prints.append(source_code.fingerprint_file(tmp_path / "code.py"))
+    assert prints[0] != prints[1]
+
+
+def test_a_network_is_built_from_flags_that_know_no_code(tmp_path: Path):
+    sam_lora_image_encoder.LoRA_Sam(tiny_sam(), 2).save_lora_parameters(tmp_path / "a.pth")
+    flags = {"vit_name": "vit_tiny", "img_size": 64, "num_classes": 2, "ckpt": "none", "rank": 2}
+    flags |= {"module": "sam_lora_image_encoder", "lora_ckpt": str(tmp_path / "a.pth")}
+    torch.save(tiny_sam().state_dict(), tmp_path / "base.pth")
+    args = argparse.Namespace(**flags | {"ckpt": str(tmp_path / "base.pth")})
+    assert utils.build_model(args, torch.device("cpu"))[1] == 16
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"module": None},
+        {"vit_name": None},
+        {"rank": None},
+        {"img_size": "64"},
+        {"updates": [1]},
+        {"updates": [[]]},
+        {"code": 5},
+        {"code": {1: "a"}},
+    ],
+)
+def test_impossible_settings_end_in_a_sentence(settings: dict, tmp_path: Path):
+    model = sam_lora_image_encoder.LoRA_Sam(tiny_sam(), 2)
+    model.train_all_weights()
+    good = {"vit_name": "vit_tiny", "img_size": 64, "num_classes": 2}
+    path = tmp_path / "a.pth"
+    model.save_lora_parameters(path, good)
+    state = torch.load(path, weights_only=True)
+    state["samed_settings"] |= settings
+    torch.save(state, path)
+    adapter_tool.main(["show", str(path)])
+    if "code" in settings:
+        network_of(path)
+    else:
+        with pytest.raises(InputError):
+            network_of(path)
+
+
+def test_a_variant_counts_with_what_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "my_scale.py").write_text("SCALE = 1\n")
+    (tmp_path / "my_scaled.py").write_text("import torch\nfrom my_scale import SCALE\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = source_code.fingerprint_code("my_scaled")
+    assert {"my_scaled.py", "my_scale.py", "sam_lora_image_encoder.py"} <= before.keys()
+    (tmp_path / "my_scale.py").write_text("SCALE = 2\n")
+    after = source_code.fingerprint_code("my_scaled")
+    assert source_code.changed_files(before, after) == ["my_scale.py"]
 
 
 @pytest.mark.slow

@@ -108,7 +108,9 @@ def description(file: Path) -> str:
         "holds": "every weight"
         if holds_every_weight(state)
         else "the updates and the parts of SAM that trained with them",
-        "source code": f"fingerprints of {len(code)} files" if code else "not recorded",
+        "source code": f"fingerprints of {len(code)} files"
+        if isinstance(code, dict)
+        else "not recorded",
         "bytes": f"{file.stat().st_size:,}",
         "SHA-256": sha256_of(file),
         "settings": json.dumps(shown, indent=2, default=str) if shown else "none",
@@ -120,6 +122,8 @@ def describe_updates(rows: Any) -> str:
     """Describe which layers have updates: `24 in 12 layers, image_encoder.blocks.0… to …`."""
     if not isinstance(rows, list) or not rows:
         return "not recorded"
+    if not all(isinstance(row, list) and row for row in rows):
+        return "not readable"
     layers = list(dict.fromkeys(str(row[0]) for row in rows))
     return f"{len(rows)} in {len(layers)} layers, {layers[0]} to {layers[-1]}"
 

@@ -31,7 +31,9 @@ def dice_per_class(sums: torch.Tensor) -> torch.Tensor:  # (2, C) -> (C,)
 
 
 class DiceLoss(nn.Module):
-    """Mean soft Dice loss over all classes, including background.
+    """Mean soft Dice loss over all classes, including background, for scripts of the field.
+
+    Training uses `SegmentationLoss`, which computes the same Dice.
 
     Args:
         n_classes: number of channels of the logits, with background.
@@ -110,7 +112,7 @@ class SegmentationLoss(nn.Module):
 
 
 class Focal_loss(nn.Module):
-    """Focal loss (arXiv 1708.02002), for ablations; the published recipe does not use it.
+    """Focal loss (arXiv 1708.02002), for scripts of the field; training uses `SegmentationLoss`.
 
     Args:
         alpha: weight of class 0, while all other classes get 1 - alpha; or a weight per class.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,10 +38,10 @@ from evaluation.predict_volume import predict_volume
 from lora import LoRAModel
 from lora.adapter_file import read_adapter
 from lora.layers import LoRALinear
-from segment_anything import build_sam as build_sam_module
 from tools import adapter as adapter_tool
 from training.losses import SegmentationLoss
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 # Every linear layer of an encoder block, with its number of equal output parts.
 EVERYWHERE = """
@@ -485,28 +487,34 @@ def test_parts_draw_the_same_dropout_in_both_passes():
 
 
 @pytest.mark.slow
-def test_a_new_row_of_encoders_trains_and_tests(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """As after adding a row to `ENCODERS`: the parser, the registry and the adapter know it."""
-    row = build_sam_module.EncoderSpec(width=96, depth=2, heads=2, global_blocks=(1,))
-    monkeypatch.setitem(build_sam_module.ENCODERS, "vit_small", row)
-    monkeypatch.setitem(
-        build_sam_module.sam_model_registry,
-        "vit_small",
-        lambda **kwargs: build_sam_module.build_sam("vit_small", **kwargs),
-    )
-    from config import inference_flags, shared_flags, train_flags
+def test_a_new_row_of_encoders_trains_tests_and_predicts(data: Path, tmp_path: Path):
+    """One edit of the table, in a copy of the project, is enough for all programs."""
+    copy = tmp_path / "project"
+    for folder in (*source_code.FOLDERS, "preprocess"):
+        shutil.copytree(REPOSITORY / folder, copy / folder)
+    for file in REPOSITORY.glob("*.py"):
+        shutil.copy(file, copy)
+    table = copy / "segment_anything" / "build_sam.py"
+    row = '    "vit_small": EncoderSpec(width=96, depth=2, heads=2, global_blocks=(1,)),\n'
+    table.write_text(table.read_text().replace("ENCODERS = {\n", f"ENCODERS = {{\n{row}", 1))
+    scan = np.full((2, 40, 40), -100, np.int16)
+    write_volume(tmp_path / "scan.nii.gz", scan, Geometry.unknown())
 
-    for table in (train_flags.TRAIN, inference_flags.TEST):
-        for flag in table["network"]:
-            if flag.name == "vit_name":
-                monkeypatch.setattr(shared_flags, "ENCODERS", build_sam_module.ENCODERS)
-                object.__setattr__(flag, "choices", (*flag.choices, "vit_small"))
-    folder = train_with(data, tmp_path / "out", "--vit_name", "vit_small")
+    def run(program: str, *flags: str) -> None:
+        command = [sys.executable, str(copy / program), "--device", "cpu", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stderr
+
+    encoder = ["--vit_name", "vit_small", "--ckpt", "none", "--img_size", "64", "--rank", "2"]
+    recipe = ["--batch_size", "3", "--n_gpu", "1", "--max_iterations", "2", "--AdamW"]
+    run("train.py", "--root_path", str(data), "--output", "out", *encoder, *recipe)
+    (folder,) = (tmp_path / "out").iterdir()
     assert "vit_small" in folder.name
-    network = network_of(folder / "epoch_0.pth")
-    assert len(network.sam.image_encoder.blocks) == 2
+    run("test.py", "--config", str(folder), "--volume_path", str(data))
+    adapter = str(folder / "epoch_0.pth")
+    run("predict.py", "--input", "scan.nii.gz", "--lora_ckpt", adapter, "--output", "segmented")
+    assert (folder / "test" / "results.json").is_file()
+    assert (tmp_path / "segmented" / "scan.nii.gz").is_file()
 
 
 @pytest.mark.slow

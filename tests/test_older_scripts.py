@@ -94,7 +94,7 @@ def test_calculate_metric_percase_follows_the_original_and_changes_nothing():
     assert np.array_equal(pred, before[0]) and np.array_equal(gt, before[1])
 
 
-def test_honest_scores_do_not_reward_a_false_organ():
+def test_the_stricter_scores_do_not_reward_a_false_organ():
     mask, empty = np.ones((2, 3, 3)), np.zeros((2, 3, 3))
     false = score_volume(mask, empty, 1)[0]
     assert (false.outcome, false.samed_dsc, false.dsc) == (FALSE_ORGAN, 1, 0)

@@ -7,6 +7,10 @@ differs by up to 30 %.
 The `samed` rule is the original's: a missed organ scores HD95 0 and a false organ scores DSC 1. The
 stricter rule for DSC stands in `dsc_from_counts`, which test.py and the validation use.
 `score_class` decides about the distances: there are none unless both masks have the organ.
+
+A volume of one slice is a picture: `compare_volume` takes its distances in the plane. In such a
+volume every voxel of an organ lies at the edge of the array, so as a volume all of them would be
+surface, and every distance too small. Only `samed_hd95` counts them so, as the original does.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ class ClassScore:
 
     outcome: str  # BOTH, FALSE_ORGAN (prediction alone), MISSED (label alone) or ABSENT
     samed_dsc: float  # 0…1, samed rule
-    samed_hd95: float  # voxels, samed rule
+    samed_hd95: float  # voxels, samed rule; too small in a volume of one slice
     dsc: float | None  # 0…1, stricter rule
     hd95_voxels: float | None  # None unless both masks have the class, here and below
     hd95_mm: float | None  # None also if the spacing is unknown, here and below
@@ -98,7 +102,8 @@ def compare_volume(
     """Score the classes 1…num_classes of one volume or slice, and count their confusion.
 
     One pass over the voxels serves all classes. The cost of the distances grows with the surfaces
-    alone, so large volumes and stray voxels far from an organ stay cheap.
+    alone, so large volumes and stray voxels far from an organ stay cheap. Distances in a volume of
+    one slice are those in its plane.
 
     Args:
         prediction, label: classes (D, H, W) or (H, W), unsigned integers or bool; not changed.
@@ -115,25 +120,37 @@ def compare_volume(
     if prediction.shape != label.shape:
         raise ValueError(f"prediction {prediction.shape} and label {label.shape} differ in shape")
     voxels = prediction.size
+    one_slice = prediction.ndim == 3 and len(prediction) == 1
     box = joint_box(prediction, label)  # outside is background, which has no surface
     prediction, label = prediction[box], label[box]
     counts = confusion(prediction, label, num_classes)
     counts[0, 0] += voxels - prediction.size
-    surfaces = zip(
-        surface_voxels(prediction, num_classes), surface_voxels(label, num_classes), strict=True
-    )
+    surfaces = as_volume = _surfaces(prediction, label, num_classes)
+    if one_slice and voxels:
+        plane = [mask.reshape(mask.shape[-2:]) for mask in (prediction, label)]
+        surfaces = _surfaces(*plane, num_classes)
+        spacing = None if spacing is None else spacing[1:]
     scores = [
         score_class(
             int(counts[index, index]),
             int(counts[index].sum()),
             int(counts[:, index].sum()),
-            pair,
+            surfaces[index - 1],
             spacing,
             tolerance,
+            samed_surfaces=as_volume[index - 1],
         )
-        for index, pair in enumerate(surfaces, start=1)
+        for index in range(1, num_classes + 1)
     ]
     return scores, counts
+
+
+def _surfaces(
+    prediction: np.ndarray, label: np.ndarray, num_classes: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the surface voxels of each class in prediction and label."""
+    both = (surface_voxels(mask, num_classes) for mask in (prediction, label))
+    return list(zip(*both, strict=True))
 
 
 def score_class(
@@ -143,6 +160,7 @@ def score_class(
     surfaces: tuple[np.ndarray, np.ndarray],
     spacing: Sequence[float] | None = None,
     tolerance: float = NSD_TOLERANCE,
+    samed_surfaces: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> ClassScore:
     """Score one class from its voxel counts and surfaces.
 
@@ -151,6 +169,7 @@ def score_class(
         surfaces: indices (N, ndim) of the surface voxels of prediction and label.
         spacing: mm per voxel in array order, if known.
         tolerance: of the normalised surface Dice, mm.
+        samed_surfaces: those for the HD95 of the samed rule; None: the same.
     """
     outcome = outcome_of(predicted, real)
     dsc = dsc_from_counts(overlap, predicted, real)
@@ -165,11 +184,13 @@ def score_class(
             assd_mm=None,
             nsd=None if spacing is None else dsc,
         )
-    hd95 = hausdorff95(surface_distances(*surfaces))
+    hd95 = samed_hd95 = hausdorff95(surface_distances(*surfaces))
+    if samed_surfaces is not None and samed_surfaces is not surfaces:
+        samed_hd95 = hausdorff95(surface_distances(*samed_surfaces))
     score = ClassScore(
         outcome=BOTH,
         samed_dsc=dice(overlap, predicted, real),
-        samed_hd95=hd95,
+        samed_hd95=samed_hd95,
         dsc=dsc,
         hd95_voxels=hd95,
         hd95_mm=None,

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.errors import exit_on_bad_input
+from common.errors import exit_on_bad_input, warn
 from common.files import make_folder
 from config.flags import test_parser
 from config.settings import class_names, parse_args, recorded_values
 from datasets.dataset_synapse import Synapse_dataset
+from datasets.trained_on import TrainedOn, check_test_data
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
 from evaluation.cpu_speed import pack_encoder
@@ -82,7 +83,10 @@ def test(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
         args.volume_path, args.list_dir, "test_vol", num_classes=args.num_classes
     )
     if ranks.first:
-        dataset.check(workers=2)  # two at once, because volumes are large
+        facts = dataset.check(workers=2)  # two at once, because volumes are large
+        trained = TrainedOn.from_json(args.trained_on)
+        for text in check_test_data(facts, trained, class_names(args)):
+            warn(text)
     model, _ = build_model(args, device)
     model.eval()
     model.merge()

@@ -14,6 +14,7 @@ import torch
 
 from common.errors import InputError, exit_on_bad_input
 from common.files import atomic_path, write_json
+from config.data_spec import record_training_data
 from config.flags import train_parser
 from config.run_folder import (
     find_run,
@@ -26,6 +27,7 @@ from config.run_folder import (
 from config.settings import parse_args
 from config.shared_flags import AUTO, SCRATCH
 from datasets.dataset_synapse import Synapse_dataset
+from datasets.names import slices_by_case
 from distributed.launch import launch, processes_here, was_restarted
 from distributed.ranks import Ranks, joined, local_device
 from lora import LoRAModel
@@ -68,13 +70,15 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     allow_tf32(args.tf32)
     choose_resume(args, ranks)
     dataset = Synapse_dataset(args.root_path, args.list_dir, "train", num_classes=args.num_classes)
-    if args.val_every:
-        hold_out(dataset, args.val_cases, args.seed)  # Refuse a wrong number of cases now.
+    left = dataset
+    if args.val_every:  # Refuse a wrong number of cases now.
+        left, _ = hold_out(dataset, args.val_cases, args.seed)
     facts = dataset.check() if ranks.first else []
     model, low_res = build_model(args, device, move_heads=True)
     freeze_unreached(model)
     folder = page = None
     if ranks.first:
+        record_training_data(args, facts, list(slices_by_case(left.sample_list)))
         args.data = fingerprint_data(facts)
         args.weights = fingerprint_weights(model.sam.base_fingerprint, args.lora_ckpt)
         folder = find_run(args) if args.resume else None

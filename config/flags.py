@@ -47,7 +47,7 @@ def predict_parser() -> Parser:
         prog="predict.py",
         description="Segment scans or pictures that have no labels.\n\n"
         "One scan, a folder of scans, a DICOM series, a picture:\n"
-        "  python predict.py --input scan.nii.gz --lora_ckpt output/RUN/best.pth --output out\n"
+        "  python predict.py --input scan.nii.gz --config output --output out\n"
         "  python predict.py --input scans/ --config output/RUN --output out\n"
         "Label files have the format and geometry of the scan. A DICOM series gives .mha, a\n"
         "picture an index PNG. Beside them: the volume of every organ (volumes.csv), a picture of\n"

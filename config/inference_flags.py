@@ -16,6 +16,7 @@ from config.shared_flags import (
     REPEATABILITY,
     SAME_CODE,
 )
+from datasets.intensity import RULES
 from evaluation.metrics import NSD_TOLERANCE
 
 INPUT_SIZE = Flag(
@@ -103,6 +104,18 @@ PREDICT = {
         ),
         CONFIG,
         Flag("channel", "index of the volume in a 4-D file, from 0", type=int, low=0),
+        Flag(
+            "intensity",
+            "how values become [0, 1], for a network whose training data do not record it: ct (HU "
+            "-125…275), mr (percentiles of each scan) or picture (0…255)",
+            choices=tuple(RULES),
+        ),
+        Flag(
+            "window",
+            "other limits for the intensity rule: LOW HIGH",
+            type=float,
+            takes_list=True,
+        ),
         DATASET,
     ),
     "results": (

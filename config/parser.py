@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.arguments import ArgumentParser
 from common.errors import InputError
 
 
@@ -114,7 +115,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """A parser that remembers the rows its flags came from, by their names."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -129,6 +130,11 @@ class Parser(argparse.ArgumentParser):
             for flag in rows:
                 flag.add_to(group)
                 self.flags[flag.name] = flag
+
+
+def by_name(groups: Mapping[str, Sequence[Flag]]) -> dict[str, Flag]:
+    """Return the rows of a table of flags by their names."""
+    return {flag.name: flag for rows in groups.values() for flag in rows}
 
 
 def check_limits(flags: Iterable[Flag], args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from common.errors import InputError, cannot_make, cannot_write, first_few, warn
 from common.files import make_folder, require_folder, sha256_of, write_json
-from config.parser import that_change_numbers
+from config.parser import by_name, that_change_numbers
 from config.shared_flags import AUTO, SCRATCH
 from config.source_code import changed_files
 from config.train_flags import TRAIN, slices_of_update
@@ -26,9 +26,10 @@ CONTENT = ("data", "weights", "code")
 
 
 def run_name(args: argparse.Namespace) -> str:
-    """Return a name that tells runs apart, e.g. `Synapse_512_vit_b_encoder_r4_adamw_lr0.005_…`."""
-    rows = (flag for group in TRAIN.values() for flag in group if flag.in_name)
-    parts = [flag.in_name(args) for flag in rows]
+    """Return `--name`, else the settings that tell runs apart: `Synapse_512_vit_b_encoder_r4_…`."""
+    if args.name is not None:
+        return args.name
+    parts = [flag.in_name(args) for flag in by_name(TRAIN).values() if flag.in_name]
     return "_".join(part for part in parts if part)
 
 
@@ -112,9 +113,16 @@ def differences(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
 
 
 def _settings_to_keep(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a run must keep when it is continued."""
-    flags = {flag.name: flag for group in TRAIN.values() for flag in group}
-    return that_change_numbers(values, flags) | {"global_batch": slices_of_update(values)}
+    """Return the settings that a run must keep when it is continued.
+
+    The fingerprint of the data stands for what was measured in them: `trained_on`, and the size in
+    their description.
+    """
+    kept = that_change_numbers(values, by_name(TRAIN)) | {"global_batch": slices_of_update(values)}
+    kept.pop("trained_on", None)
+    if isinstance(kept.get("spec"), dict):
+        kept["spec"] = kept["spec"] | {"size": None}
+    return kept
 
 
 def fingerprint_data(facts: Sequence[SampleFacts]) -> str:
@@ -174,7 +182,7 @@ def only_writer(folder: Path, first: bool = True) -> Iterator[None]:
 
 def save_config(args: argparse.Namespace, folder: Path) -> None:
     """Write `config.json`, which `--config` reads back unchanged."""
-    once = {flag.name for group in TRAIN.values() for flag in group if not flag.in_config}
+    once = {name for name, flag in by_name(TRAIN).items() if not flag.in_config}
     values = {name: value for name, value in vars(args).items() if name not in once}
     write_json(folder / CONFIG_FILE, values)
 

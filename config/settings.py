@@ -16,19 +16,21 @@ from typing import Any
 
 from common.errors import InputError, first_few, warn
 from common.files import require_file, sha256_of
+from config.data_spec import choose_spec, with_chosen_intensity
 from config.flags import train_parser
 from config.inference_flags import PREDICT
-from config.parser import Flag, Parser, check_limits, that_change_numbers
+from config.parser import Flag, Parser, by_name, check_limits, that_change_numbers
 from config.run_folder import CONFIG_FILE, newest_adapter, read_config_file
 from config.shared_flags import AUTO, SCRATCH
 from config.source_code import changed_files, fingerprint_code, fingerprint_file
-from datasets.registry import SYNAPSE, DatasetSpec, get_dataset, spec_from_json, stored_spec
+from datasets.registry import SYNAPSE, DatasetSpec, get_dataset, spec_from_json
+from datasets.trained_on import TrainedOn
 from lora.adapter_file import holds_every_weight, read_adapter
 from segment_anything import ENCODERS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHECKPOINTS = REPOSITORY / "checkpoints"
-NOTE = re.compile(r"[\w.-]{1,60}")
+FOLDER_WORD = re.compile(r"[\w.-]{1,60}")
 
 
 def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,14 +54,18 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
     if "output_dir" in parser.flags:
         run_values["output_dir"] = str(config.parent / "test") if config else "output/test"
     specs = [spec_from_json(config_values["spec"], config)] if "spec" in config_values else []
+    trained_on = None
     adapter = early.lora_ckpt or run_values.get("lora_ckpt")
     if adapter:
         state, settings = read_adapter(adapter)
+        trained_on = TrainedOn.from_json(settings.get("trained_on"))
         parser.set_defaults(**_network_values(parser, state, settings, adapter))
         specs += [spec_from_json(settings["spec"], adapter)] if "spec" in settings else []
     parser.set_defaults(**run_values)
     args = parser.parse_args(argv)
-    _fill_in(args, _choose_spec(args, specs, training))
+    # What the adapter was trained on; a training run replaces it with what it trains on.
+    args.trained_on = trained_on.to_json() if trained_on else None
+    _fill_in(args, with_chosen_intensity(args, choose_spec(args, specs, training)))
     _check_values(args, parser.flags)
     args.code = fingerprint_code(args.module)
     return args
@@ -78,72 +84,32 @@ def _network_values(
     return known_values(values, parser.flags, adapter)
 
 
-def _choose_spec(
-    args: argparse.Namespace, trained_on: list[DatasetSpec], training: bool
-) -> DatasetSpec:
-    """Return the data set that is named, else the one of the data or of the adapter.
-
-    Args:
-        trained_on: the data sets that the run's configuration and the adapter record.
-
-    Raises:
-        InputError: the test data have other classes than the adapter, or were prepared in another
-            way than the training data.
-    """
-    folder = getattr(args, "root_path" if training else "volume_path", None)
-    data = stored_spec(folder) if folder else None
-    if args.dataset is not None:
-        return get_dataset(args.dataset)
-    if training:
-        return next((spec for spec in (data, *trained_on) if spec is not None), SYNAPSE)
-    if not trained_on and data is not None and args.num_classes == data.num_classes:
-        return data  # The adapter has no class names, but the number of classes fits.
-    chosen = trained_on[0] if trained_on else SYNAPSE
-    if data is not None and data.class_names != chosen.class_names:
-        raise InputError(
-            f"{folder} holds the classes {', '.join(data.class_names)}, but {args.lora_ckpt} was "
-            f"trained on {', '.join(chosen.class_names)}; pass data and an adapter of the same "
-            "classes"
-        )
-    differences = _preparation_differences(data, chosen) if data and trained_on else []
-    if differences:
-        raise InputError(
-            f"{folder} and the training data of {args.lora_ckpt} differ in "
-            f"{', '.join(differences)}; prepare the test data as the training data were prepared, "
-            "or pass an adapter that fits"
-        )
-    return chosen
-
-
-def _preparation_differences(data: DatasetSpec, trained: DatasetSpec) -> list[str]:
-    """List how the preparation of two data sets differs; a property that is None is unknown."""
-    pairs = {
-        "intensities": (str(data.intensity), str(trained.intensity)),
-        "orientation": (data.orientation, trained.orientation),
-        "colour channels": (data.channels, trained.channels),
-        "channel": (data.channel, trained.channel),
-    }
-    return [
-        f"{what} {here} and {there}"
-        for what, (here, there) in pairs.items()
-        if None not in (here, there) and here != there
-    ]
-
-
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Add the training flags that a script written against the original does not have."""
     defaults = vars(train_parser().parse_args([]))
     merged = argparse.Namespace(**(defaults | vars(args)))
     if "spec" not in vars(merged):
         _fill_in(merged, get_dataset(merged.dataset or SYNAPSE.name))
+    if "trained_on" not in vars(merged):
+        merged.trained_on = None
     if "code" not in vars(merged):
         merged.code = fingerprint_code(merged.module)
     return merged
 
 
 def config_path(given: str) -> Path:
-    """Return the configuration file that `--config` names: a file, or the one in a run folder."""
-    path = Path(given) / CONFIG_FILE if Path(given).is_dir() else Path(given)
+    """Return the configuration file that `--config` names.
+
+    Args:
+        given: the file, a run folder, or a folder of run folders, of which the newest counts.
+    """
+    path = Path(given)
+    if path.is_dir() and not (path / CONFIG_FILE).is_file():
+        runs = sorted(path.glob(f"*/{CONFIG_FILE}"), key=lambda file: file.stat().st_mtime_ns)
+        if runs:
+            print(f"settings of {runs[-1].parent}, the newest of {len(runs)} runs in {path}")
+            return runs[-1]
+    path = path / CONFIG_FILE if path.is_dir() else path
     return require_file(path, what="configuration", remedy="pass a run folder or its config.json")
 
 
@@ -178,12 +144,21 @@ def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that an adapter file records: network, data set and source code."""
     flags = train_parser().flags.values()
     network = {flag.name: getattr(args, flag.name) for flag in flags if flag.in_adapter}
-    return network | {"class_names": class_names(args), "spec": args.spec, "code": args.code}
+    return network | {
+        "class_names": class_names(args),
+        "spec": args.spec,
+        "code": args.code,
+        "trained_on": args.trained_on,
+    }
 
 
 def recorded_values(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags as plain JSON values, with one hash in place of all source fingerprints."""
+    """Return the flags as plain JSON values, with one hash in place of all source fingerprints.
+
+    What the adapter was trained on is left out, since the adapter tells it.
+    """
     values = json.loads(json.dumps(vars(args)))
+    del values["trained_on"]
     values["code"] = hashlib.sha256(json.dumps(values["code"]).encode()).hexdigest()[:16]
     return values
 
@@ -193,8 +168,7 @@ def prediction_key(args: argparse.Namespace) -> dict[str, Any]:
 
     A case whose record holds the same key needs no second segmentation.
     """
-    flags = {flag.name: flag for group in PREDICT.values() for flag in group}
-    values = that_change_numbers(recorded_values(args), flags)
+    values = that_change_numbers(recorded_values(args), by_name(PREDICT))
     return values | {
         "adapter": sha256_of(Path(args.lora_ckpt)),
         "program": fingerprint_file(REPOSITORY / "predict.py"),
@@ -245,12 +219,13 @@ def _check_values(args: argparse.Namespace, flags: dict[str, Flag]) -> None:
         raise InputError("--val_cases and --patience need --val_every; pass it, for example 5")
     if getattr(args, "root_path", "") is None:
         raise InputError("--root_path is missing; pass the folder that preprocess wrote")
-    note = getattr(args, "note", None)
-    if note is not None and not NOTE.fullmatch(note):
-        raise InputError(
-            f"--note is {note!r}, expected 1…60 letters, digits, '_', '.' or '-'; it becomes part "
-            "of a folder's name"
-        )
+    for name in ("name", "note"):
+        word = getattr(args, name, None)
+        if word is not None and not (FOLDER_WORD.fullmatch(word) and word.strip(".")):
+            raise InputError(
+                f"--{name} is {word!r}, expected 1…60 letters, digits, '_', '.' or '-', which "
+                "become a folder's name"
+            )
     if not args.module.isidentifier() or not hasattr(_import(args.module), "LoRA_Sam"):
         raise InputError(f"--module {args.module} has no class LoRA_Sam; pass a LoRA variant")
 

@@ -13,7 +13,8 @@ AUTO = "auto"
 
 CONFIG = Flag(
     "config",
-    "run folder, or its config.json, to read settings from; flags on the command line win",
+    "run folder, or its config.json, to read settings from; of a folder of runs the newest; flags "
+    "on the command line win",
     in_config=False,
     changes_numbers=False,
 )

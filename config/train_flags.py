@@ -153,6 +153,11 @@ TRAIN = {
             changes_numbers=False,
         ),
         Flag(
+            "name",
+            "name of the run folder (letters, digits, '_', '.', '-'); default: its settings",
+            changes_numbers=False,
+        ),
+        Flag(
             "num_workers",
             "processes that load slices; default: 4 with a GPU, 0 on a CPU",
             type=int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from common.errors import InputError, warn
 
 WINDOW, PERCENTILES, RANGE = "window", "percentiles", "range"
+UNKNOWN = "unknown"  # the training data were prepared elsewhere and do not say how
 FAT = -50.0  # HU; every scan has darker voxels, unless it is cropped to a single organ
 
 
@@ -33,6 +35,12 @@ class Intensity:
         Raises:
             InputError: the values do not fit the rule.
         """
+        if self.rule == UNKNOWN:
+            raise InputError(
+                f"the adapter does not record how {source} is scaled to [0, 1], because its "
+                "training slices were prepared elsewhere; pass --intensity, with --window for "
+                "other limits, as they were prepared"
+            )
         smallest, largest = float(image.min()), float(image.max())
         if self.rule == PERCENTILES:
             low, high = np.percentile(image, (self.low, self.high)).tolist()
@@ -94,6 +102,7 @@ class Intensity:
             WINDOW: "HU {low:g}…{high:g} to [0, 1]",
             PERCENTILES: "percentiles {low:g}…{high:g} of each scan to [0, 1]",
             RANGE: "values {low:g}…{high:g} to [0, 1]",
+            UNKNOWN: "unknown",
         }[self.rule]
         return what.format(low=self.low, high=self.high)
 
@@ -125,3 +134,31 @@ def with_channels(
 CT = Intensity(rule=WINDOW, low=-125.0, high=275.0)
 MR = Intensity(rule=PERCENTILES, low=0.5, high=99.5)
 PICTURE = Intensity(rule=RANGE, low=0.0, high=255.0)
+NOT_RECORDED = Intensity(rule=UNKNOWN, low=0.0, high=1.0)
+RULES = {"ct": CT, "mr": MR, "picture": PICTURE}  # the values of --intensity
+
+
+def choose_intensity(
+    default: Intensity, rule: str | None, window: Sequence[float] | None
+) -> Intensity:
+    """Return the rule that the flags name, or `default`.
+
+    Args:
+        rule: `--intensity`, a key of `RULES`.
+        window: `--window`, the lower and the upper limit.
+
+    Raises:
+        InputError: the limits are in the wrong order, or are not percentiles.
+    """
+    named = RULES.get(rule, default)
+    if named.rule == default.rule:
+        named = default  # its limits fit the data: 16-bit pictures have wider limits than 8-bit
+    if named.rule == UNKNOWN and window:
+        raise InputError("--window needs --intensity, which says what its limits mean; pass both")
+    low, high = window or (named.low, named.high)
+    percentiles = named.rule == PERCENTILES
+    if not low < high or (percentiles and not 0 <= low < high <= 100):
+        expected = "two percentiles, " if percentiles else ""
+        raise InputError(f"--window is {low:g} {high:g}, expected {expected}the lower limit first")
+    chosen = rule is not None or window is not None
+    return Intensity(rule=named.rule, low=low, high=high, sure=chosen and named.rule == WINDOW)

@@ -8,13 +8,14 @@ from its `dataset.json` or its files. A description is stored as plain JSON in t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from common.errors import InputError, first_few
-from datasets.intensity import CT, PERCENTILES, RANGE, WINDOW, Intensity
+from datasets.intensity import CT, NOT_RECORDED, PERCENTILES, RANGE, UNKNOWN, WINDOW, Intensity
 from datasets.names import case_names
 
 SPEC_FILE = "dataset_spec.json"  # beside train_npz/ and test_vol_h5/
@@ -101,6 +102,29 @@ SYNAPSE = DatasetSpec(
 DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in (SYNAPSE,)}
 
 
+def plain_name(text: str) -> str:
+    """Return a name for a data set that fits into the names of files and folders."""
+    return re.sub(r"[^\w.-]+", "_", text).strip(".") or "dataset"
+
+
+def undescribed(name: str, cases: Iterable[str]) -> DatasetSpec:
+    """Return the description of training slices that were prepared elsewhere.
+
+    The published cases are Synapse. Of others, nothing is known: neither the names of their
+    classes nor how their intensities became [0, 1].
+    """
+    if set(cases) <= {*SYNAPSE.train_cases, *SYNAPSE.test_cases}:
+        return SYNAPSE
+    return replace(
+        SYNAPSE.of_plain_classes(SYNAPSE.num_classes),
+        name=plain_name(name),
+        intensity=NOT_RECORDED,
+        size=None,
+        train_cases=(),
+        test_cases=(),
+    )
+
+
 def get_dataset(name: str) -> DatasetSpec:
     """Return the data set that `--dataset` names."""
     if name not in DATASETS:
@@ -185,7 +209,7 @@ def _is_valid(spec: DatasetSpec) -> bool:
         and all(isinstance(value, int) and 0 <= value < 65536 for value in label_values)
         and set(spec.raw_labels.values()) == set(range(1, spec.num_classes + 1))
         and len(spec.predicted_values) == spec.num_classes > 0
-        and intensity.rule in (WINDOW, PERCENTILES, RANGE)
+        and intensity.rule in (WINDOW, PERCENTILES, RANGE, UNKNOWN)
         and float(intensity.low) < float(intensity.high)
         and isinstance(intensity.sure, bool)
         and (spec.pictures is None or isinstance(spec.pictures, bool))

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from common.errors import InputError
+from datasets.intensity import RULES
 from datasets.registry import DATASETS
-from preprocess.spec import RULES
 
 DESCRIPTION = (
     "Convert scans or pictures and their labels to the files that train.py and test.py read.\n\n"

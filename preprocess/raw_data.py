@@ -14,11 +14,12 @@ from pathlib import Path
 
 from common.errors import InputError, MissingFileError, first_few, warn
 from common.files import require_folder
+from datasets.intensity import choose_intensity
 from datasets.registry import DatasetSpec, get_dataset
 from preprocess.dataset_json import DATASET_JSON, read_dataset_json
 from preprocess.labels import class_values_in
 from preprocess.raw_cases import LAYOUTS, RawCase, find_btcv, match_files
-from preprocess.spec import choose_intensity, make_spec
+from preprocess.spec import make_spec
 
 PLAIN = (("images", "labels"), ("images", "masks"), ("imagesTr", "labelsTr"))
 
@@ -47,7 +48,8 @@ def find_raw_data(args: argparse.Namespace) -> RawData:
         spec, cases = get_dataset(args.dataset or "Synapse"), find_btcv(btcv)
         reason = f"the name, classes and channel of {spec.name} are known"
         _refuse_flags(args, ("class_names", "channel", "name"), reason)
-        return RawData(replace(spec, intensity=choose_intensity(args, spec.intensity)), cases)
+        intensity = choose_intensity(spec.intensity, args.intensity, args.window)
+        return RawData(replace(spec, intensity=intensity), cases)
     for images, labels in PLAIN:
         if (folder / images).is_dir() and (folder / labels).is_dir():
             cases = match_files(folder / images, folder / labels, args.channel, args.group)

@@ -10,15 +10,14 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import InputError, first_few, warn
-from datasets.intensity import CT, MR, PERCENTILES, PICTURE, RANGE, WINDOW, Intensity
-from datasets.registry import DatasetSpec
+from datasets.intensity import CT, MR, PICTURE, RANGE, RULES, Intensity, choose_intensity
+from datasets.registry import DatasetSpec, plain_name
 from datasets.scans.files import ScanFile, read_scan
 from datasets.scans.orientation import CANONICAL
 from datasets.scans.pictures import read_picture
 
 AIR = -200  # HU; without a description, a scan with lower values is read as CT
 SMALL_PART = 0.25  # of the range of 16 bits; pictures with lower values only are dark
-RULES = {"ct": CT, "mr": MR, "picture": PICTURE}
 
 
 def make_spec(
@@ -56,35 +55,17 @@ def make_spec(
         smallest = float(read_scan(images[0])[0].min())
         rule = CT if smallest < AIR else MR
     return DatasetSpec(
-        name=re.sub(r"[^\w.-]+", "_", args.name or name).strip(".") or "dataset",
+        name=plain_name(args.name or name),
         class_names=tuple(values),
         raw_labels={value: index for index, value in enumerate(values.values(), start=1)},
         ignored_labels=(),
         predicted_values=tuple(values.values()),
-        intensity=choose_intensity(args, rule),
+        intensity=choose_intensity(rule, args.intensity, args.window),
         orientation=None if pictures else CANONICAL,
         channels=channels,
         channel=args.channel,
         pictures=pictures,
     )
-
-
-def choose_intensity(args: argparse.Namespace, default: Intensity) -> Intensity:
-    """Return the intensity rule that the flags name, or `default`.
-
-    Raises:
-        InputError: the limits are in the wrong order, or are not percentiles.
-    """
-    rule = RULES.get(args.intensity, default)
-    if rule.rule == default.rule:
-        rule = default  # its limits fit the data: 16-bit pictures have wider limits than 8-bit
-    low, high = args.window or (rule.low, rule.high)
-    percentiles = rule.rule == PERCENTILES
-    if not low < high or (percentiles and not 0 <= low < high <= 100):
-        expected = "two percentiles, " if percentiles else ""
-        raise InputError(f"--window is {low:g} {high:g}, expected {expected}the lower limit first")
-    chosen = args.intensity is not None or args.window is not None
-    return Intensity(rule=rule.rule, low=low, high=high, sure=chosen and rule.rule == WINDOW)
 
 
 def _picture_kind(images: Sequence[ScanFile], args: argparse.Namespace) -> tuple[int, Intensity]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from common.errors import InputError
+from config.data_spec import record_training_data
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.names import case_of, slices_by_case
 from distributed.ranks import ALONE, Ranks
@@ -56,7 +57,7 @@ def training_data(
         dataset = Synapse_dataset(
             args.root_path, args.list_dir, "train", num_classes=args.num_classes
         )
-        dataset.check()
+        record_training_data(args, dataset.check())
     if not args.val_every:
         return dataset, {}
     dataset, held_out = hold_out(dataset, args.val_cases, args.seed)

@@ -1,0 +1,52 @@
+"""A command line parser whose errors are one line that names the nearest flag."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from common.errors import EXIT_BAD_INPUT, first_few
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """As `argparse.ArgumentParser`, but a flag has to be written in full.
+
+    With abbreviations, `--lr` would silently set `--lr_exp`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse a command line; one error line names the first argument that is not known."""
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._explain(unknown))
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line on stderr and end with exit code 2."""
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT)
+
+    def _explain(self, unknown: list[str]) -> str:
+        flags = [word.split("=")[0][2:] for word in unknown if word.startswith("--")]
+        if not flags:
+            return (
+                f"{first_few(unknown)} belongs to no flag; a flag that takes one value got several"
+            )
+        known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+        words = set(flags[0].split("_"))
+        near = [
+            *get_close_matches(flags[0], known, n=2),
+            *(option for option in known if words & set(option.split("_"))),
+        ]
+        named = " or ".join(f"--{option}" for option in list(dict.fromkeys(near))[:3])
+        return f"--{flags[0]} is no flag of {self.prog}" + (
+            f", did you mean {named}?" if near else ""
+        )

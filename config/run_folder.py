@@ -21,8 +21,8 @@ from datasets.prepared_files import SampleFacts
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
-# Entries of config.json that are no flags: fingerprints of the files that a run started from.
-CONTENT = ("data", "weights", "code")
+# Entries of config.json that are no flags: what is known of the files that a run started from.
+CONTENT = ("data", "trained_on", "weights", "code")
 
 
 def run_name(args: argparse.Namespace) -> str:

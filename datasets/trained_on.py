@@ -72,7 +72,8 @@ class TrainedOn:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        return values | {"sizes": [list(size) for size in self.sizes]}
 
     @property
     def size(self) -> int | None:

@@ -28,8 +28,8 @@ from datasets.prepared_files import (
     SampleFacts,
     check_sample,
     read_geometry,
+    read_h5,
     read_orientation,
-    read_volume_file,
 )
 from datasets.registry import SYNAPSE
 
@@ -39,17 +39,34 @@ PUBLISHED_LISTS = REPOSITORY / "lists" / "lists_Synapse"
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """Where preprocess writes the files of a split, and what they hold."""
+    """Where the files of a split lie, and what they hold.
 
-    folder: str
-    suffix: str
+    The first folder, suffix and list are those of preprocess, and the published ones. The others
+    are those of SSL4MIS, whose prepared ACDC many projects share.
+    """
+
+    folders: tuple[str, ...]  # below the folder that the user passes
+    suffixes: tuple[str, ...]
+    lists: tuple[str, ...]
     what: str  # name in messages
     ndim: int  # of a label
 
 
 SPLITS = {
-    "train": SplitFiles(folder="train_npz", suffix=".npz", what="training data", ndim=2),
-    "test_vol": SplitFiles(folder="test_vol_h5", suffix=".npy.h5", what="test data", ndim=3),
+    "train": SplitFiles(
+        folders=("train_npz", "data/slices", "slices"),
+        suffixes=(".npz", ".h5"),
+        lists=("train.txt", "train_slices.list"),
+        what="training data",
+        ndim=2,
+    ),
+    "test_vol": SplitFiles(
+        folders=("test_vol_h5", "data"),
+        suffixes=(".npy.h5", ".h5"),
+        lists=("test_vol.txt", "test.list"),
+        what="test data",
+        ndim=3,
+    ),
 }
 
 
@@ -87,16 +104,16 @@ class Synapse_dataset(Dataset):
         base = require_folder(
             base_dir, what=f"{files.what} folder", remedy="run preprocess, or check the path"
         )
-        self.data_dir = base / files.folder if (base / files.folder).is_dir() else base
-        self.list_path = find_list(self.data_dir, list_dir, split)
-        self.sample_list = read_list(self.list_path)
-        self.paths = [self.data_dir / f"{name}{files.suffix}" for name in self.sample_list]
+        self.data_dir = _data_folder(base, files)
+        self.list_path = find_list(base, self.data_dir, list_dir, files)
+        self.sample_list = [_case_name(name, files) for name in read_list(self.list_path)]
+        self.paths = [_sample_path(self.data_dir, name, files) for name in self.sample_list]
         absent = [path.name for path in self.paths if not path.is_file()]
         if absent:
             raise MissingFileError(
                 f"{len(absent)} of the {len(self.paths)} files that {self.list_path} names are not "
-                f"in {self.data_dir}: {first_few(absent)}; run preprocess, or pass the --list_dir "
-                "of these data"
+                f"in {self.data_dir}, with none of the suffixes {', '.join(files.suffixes)}: "
+                f"{first_few(absent)}; run preprocess, or pass the --list_dir of these data"
             )
 
     def __len__(self) -> int:
@@ -117,10 +134,8 @@ class Synapse_dataset(Dataset):
     def read(self, index: int) -> dict[str, Any]:
         """Read and check `image`, `label` and `index` of a sample, without the transform."""
         path = self.paths[index]
-        if self.split == "train":
-            arrays = load_arrays(path, ("image", "label"))
-        else:
-            arrays = read_volume_file(path)
+        is_npz = path.suffix == ".npz"
+        arrays = load_arrays(path, ("image", "label")) if is_npz else read_h5(path)
         image, label = check_sample(
             arrays["image"],
             arrays["label"],
@@ -200,13 +215,40 @@ class Synapse_dataset(Dataset):
         )
 
 
-def find_list(data_dir: Path, list_dir: str | Path | None, split: str) -> Path:
-    """Return the list file of a split: in `list_dir`, else beside the data, else the published."""
-    name = f"{split}.txt"
+def _data_folder(base: Path, files: SplitFiles) -> Path:
+    """Return the folder of a split below `base` that holds its files, else `base` itself."""
+    folders = [base / name for name in files.folders if (base / name).is_dir()]
+    for folder in folders:
+        if any(next(folder.glob(f"*{suffix}"), None) for suffix in files.suffixes):
+            return folder
+    return base / files.folders[0] if base / files.folders[0] in folders else base
+
+
+def _case_name(listed: str, files: SplitFiles) -> str:
+    """Return a name of a list without a file's suffix, which some lists have."""
+    ending = next((suffix for suffix in files.suffixes if listed.endswith(suffix)), "")
+    return listed.removesuffix(ending)
+
+
+def _sample_path(folder: Path, name: str, files: SplitFiles) -> Path:
+    """Return the file of a sample; if there is none, the one that preprocess would write."""
+    paths = [folder / f"{name}{suffix}" for suffix in files.suffixes]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def find_list(base: Path, data_dir: Path, list_dir: str | Path | None, files: SplitFiles) -> Path:
+    """Return the list of a split: in `list_dir`, else beside the data, else the published."""
     if list_dir is not None:
-        return require_file(Path(list_dir) / name, what="list", remedy="check --list_dir")
-    beside_data = [folder / "lists" / name for folder in (data_dir, data_dir.parent)]
-    return next((path for path in beside_data if path.is_file()), PUBLISHED_LISTS / name)
+        given = [Path(list_dir) / name for name in files.lists]
+        found = next((path for path in given if path.is_file()), given[0])
+        return require_file(found, what="list", remedy="check --list_dir")
+    beside_data = [
+        folder / name
+        for folder in (data_dir / "lists", data_dir.parent / "lists", base / "lists", base)
+        for name in files.lists
+    ]
+    published = PUBLISHED_LISTS / files.lists[0]
+    return next((path for path in beside_data if path.is_file()), published)
 
 
 def read_list(path: Path) -> list[str]:

@@ -70,8 +70,8 @@ def check_sample(
     return np.ascontiguousarray(image, dtype=np.float32), classes
 
 
-def read_volume_file(path: Path) -> dict[str, np.ndarray]:
-    """Read `image` and `label` of a test volume.
+def read_h5(path: Path) -> dict[str, np.ndarray]:
+    """Read `image` and `label` of a volume, or of a slice in this format.
 
     Raises:
         InputError: the file is damaged, or lacks `image` or `label`.

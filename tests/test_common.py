@@ -42,7 +42,7 @@ def read_slice(path: Path) -> None:
     load_arrays(path, ("image", "label"))
 
 
-def read_volume_file(path: Path) -> None:
+def read_h5(path: Path) -> None:
     (path.parent / "test_vol.txt").write_text("damaged\n")
     Synapse_dataset(path.parent, path.parent, "test_vol").check()
 
@@ -54,7 +54,7 @@ def read_volume_file(path: Path) -> None:
         ("damaged.pth", write_pth, read_adapter),
         ("damaged.pth", write_old_pth, read_adapter),
         ("damaged.npz", write_npz, read_slice),
-        ("damaged.npy.h5", write_h5, read_volume_file),
+        ("damaged.npy.h5", write_h5, read_h5),
     ],
 )
 def test_damaged_bytes_never_cause_another_error(

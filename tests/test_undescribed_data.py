@@ -15,6 +15,7 @@ import test as test_script
 import train
 from config.flags import test_parser as parser_of_test
 from config.settings import parse_args
+from datasets.dataset_synapse import Synapse_dataset
 from datasets.prepared_files import SampleFacts
 from datasets.registry import SYNAPSE, undescribed
 from datasets.scans.volumes import Geometry, write_volume
@@ -155,3 +156,45 @@ def test_long_slices_are_right_where_the_training_slices_were_long(tmp_path: Pat
 def test_what_is_not_of_the_recorded_form_counts_as_unknown(wrong):
     assert TrainedOn.from_json(wrong) is None
     assert TrainedOn.from_json(json.loads(json.dumps(SQUARE.to_json()))) == SQUARE
+
+
+def write_ssl4mis(root: Path) -> Path:
+    """Write ACDC as SSL4MIS prepares it: `data/slices/*.h5`, `data/*.h5`, lists in the folder."""
+    rng = np.random.default_rng(0)
+    (root / "data/slices").mkdir(parents=True)
+    names = [f"patient{p:03}_frame01_slice_{k}" for p in (1, 2) for k in (1, 2, 10)]
+    for name in names:
+        with h5py.File(root / f"data/slices/{name}.h5", "w") as file:
+            file["image"], file["label"] = disc(rng, 64)
+    (root / "train_slices.list").write_text("\n".join(names) + "\n")
+    with h5py.File(root / "data/patient003_frame01.h5", "w") as file:
+        slices = [disc(rng, 64) for _ in range(3)]
+        file["image"], file["label"] = (np.stack(a) for a in zip(*slices, strict=True))
+    (root / "test.list").write_text("patient003_frame01\n")
+    return root
+
+
+def test_slices_and_volumes_as_ssl4mis_prepares_acdc(tmp_path: Path):
+    data = write_ssl4mis(tmp_path / "ACDC")
+    slices = Synapse_dataset(data, None, "train", num_classes=3)
+    with h5py.File(data / "data/slices/patient002_frame01_slice_10.h5") as file:
+        index = slices.sample_list.index("patient002_frame01_slice_10")
+        assert (slices[index]["image"] == file["image"][()]).all()
+        assert (slices[index]["label"] == file["label"][()]).all()
+    run = trained(data, "--num_classes", "3")
+    assert read_adapter(run / "epoch_0.pth")[1]["trained_on"]["cases"] == [
+        "patient001_frame01",
+        "patient002_frame01",
+    ]
+    test_script.main(["--config", str(run), "--volume_path", str(data)])
+    results = json.loads((run / "test/results.json").read_text())
+    assert [case["case"] for case in results["cases"]] == ["patient003_frame01"]
+
+
+def test_names_in_a_list_may_have_the_suffix_of_their_files(tmp_path: Path):
+    data = write_data(tmp_path / "own", side=64)
+    names = Synapse_dataset(data, None, "train").sample_list
+    (data / "lists/train.txt").write_text("\n".join(f"{name}.npz" for name in names))
+    assert Synapse_dataset(data, None, "train").sample_list == names
+    (data / "lists/test_vol.txt").write_text("p3.npy.h5")
+    assert Synapse_dataset(data, None, "test_vol")[0]["case_name"] == "p3"

@@ -41,6 +41,7 @@ class DatasetSpec:
     train_cases: tuple[str, ...] = ()  # in the order of the published list
     test_cases: tuple[str, ...] = ()
     pictures: bool | None = None  # whether images are 2-D files; None: the intensity rule decides
+    label_threshold: float | None = None  # raw values from it on are the one class; None: see above
 
     @property
     def num_classes(self) -> int:
@@ -66,12 +67,14 @@ class DatasetSpec:
     def to_json(self) -> dict[str, Any]:
         """Return plain values that `spec_from_json` reads back.
 
-        `pictures` and `sure` came later than the other fields. They are left out while they have
-        their default, so that the description equals the one that earlier runs recorded.
+        `pictures`, `label_threshold` and `sure` came later than the other fields. They are left out
+        while they have their default, so that the description equals the one that earlier runs
+        recorded.
         """
         values = asdict(self)
-        if self.pictures is None:
-            del values["pictures"]
+        for later in ("pictures", "label_threshold"):
+            if values[later] is None:
+                del values[later]
         if not self.intensity.sure:
             del values["intensity"]["sure"]
         values["raw_labels"] = {str(raw): index for raw, index in self.raw_labels.items()}
@@ -213,6 +216,7 @@ def _is_valid(spec: DatasetSpec) -> bool:
         and float(intensity.low) < float(intensity.high)
         and isinstance(intensity.sure, bool)
         and (spec.pictures is None or isinstance(spec.pictures, bool))
+        and (spec.label_threshold is None or float(spec.label_threshold) > 0)
         and spec.channels in (1, 3)
         and (spec.channel is None or 0 <= spec.channel < 65536)
         and (spec.size is None or 0 < spec.size < 65536)

@@ -77,7 +77,7 @@ def _read_case(job: Job) -> tuple[np.ndarray, np.ndarray, Geometry | None]:
         it was turned, None for a picture.
     """
     image, geometry = read_scan(job.case.image)
-    values, label_geometry = read_label(job.case.label)
+    values, label_geometry = read_label(job.case.label, job.spec.label_threshold)
     shape = (len(image), *image.shape[-2:])
     values = label_on_image_grid(job.case, shape, geometry, values, label_geometry)
     if geometry and job.spec.orientation:

@@ -83,6 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="raw (default): map the label values of the data set to classes; classes: the files "
         "hold classes already",
     )
+    data.add_argument(
+        "--label_threshold",
+        type=float,
+        help="label values from this on are the one class, lower ones background; for masks with "
+        "grey edges, JPEG masks and mixed encodings, e.g. 128 for 0…255 (default: each value is a "
+        "class)",
+    )
     split = parser.add_argument_group("split of the cases")
     split.add_argument(
         "--train_cases",
@@ -130,6 +137,10 @@ def check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < low:
             raise InputError(f"--{flag} is {value}, expected at least {low}")
+    if args.label_threshold is not None and not 0 < args.label_threshold < 65536:
+        raise InputError(f"--label_threshold is {args.label_threshold:g}, expected 0 < N < 65536")
+    if args.label_threshold is not None and args.label_values == "classes":
+        raise InputError("--label_threshold needs --label_values raw; leave out one of the flags")
     if not 0 < args.test_share < 1:
         raise InputError(f"--test_share is {args.test_share:g}, expected between 0 and 1")
     if args.fold is not None and args.folds is None:

@@ -11,13 +11,52 @@ from tqdm import tqdm
 from common.errors import InputError, first_few
 from datasets.registry import DatasetSpec, check_class_names
 from datasets.scans.files import ScanFile, read_scan
-from datasets.scans.pictures import read_index_picture
+from datasets.scans.pictures import read_index_picture, used_palette
 from datasets.scans.volumes import Geometry
+from preprocess.mask_checks import LabelFile, check_palettes, check_values
+
+ROUNDING = 1e-3  # of whole numbers that were stored as fractions
+EXPECTED = "expected whole numbers 1…65535 for the classes"
 
 
-def read_label(label: ScanFile) -> tuple[np.ndarray, Geometry | None]:  # (D, H, W)
-    """Read label values and their geometry; of a picture, the indices and None."""
-    return (read_index_picture(label.path), None) if label.is_picture else read_scan(label)
+def read_label(
+    label: ScanFile, threshold: float | None = None
+) -> tuple[np.ndarray, Geometry | None]:  # (D, H, W)
+    """Read label values and their geometry; of a picture, the indices and None.
+
+    Args:
+        threshold: values from it on become 1, lower ones 0; None: whole numbers are expected.
+
+    Raises:
+        InputError: the file is faulty, or holds fractions.
+    """
+    if label.is_picture:
+        values, geometry = read_index_picture(label.path, lossy=threshold is not None), None
+    else:
+        values, geometry = read_scan(label)
+    if threshold is not None:
+        return (values >= threshold).astype(np.uint8), geometry
+    return whole_values(values, label.path), geometry
+
+
+def whole_values(values: np.ndarray, path: Path) -> np.ndarray:
+    """Return label values as whole numbers; rounding of up to 1e-3 is undone.
+
+    Raises:
+        InputError: there are fractions.
+    """
+    if values.dtype.kind != "f":
+        return values
+    rounded = np.rint(values)
+    off = np.abs(values - rounded) > ROUNDING
+    if off.any():
+        raise InputError(
+            f"{path} holds label values {first_few([f'{v:g}' for v in np.unique(values[off])])}, "
+            "expected whole numbers: it was probably resampled with linear interpolation; resample "
+            "it by nearest neighbour, or, if it shows one class, pass --label_threshold (0.5 for "
+            "values 0…1)"
+        )
+    return rounded.astype(np.int32) if np.abs(rounded).max() < 2**31 else rounded
 
 
 def distinct_values(values: np.ndarray) -> list[float]:
@@ -31,34 +70,57 @@ def distinct_values(values: np.ndarray) -> list[float]:
     return np.unique(values).tolist()
 
 
-def class_values_in(labels: Sequence[ScanFile], names: Sequence[str] | None) -> dict[str, int]:
+def class_values_in(
+    labels: Sequence[ScanFile], names: Sequence[str] | None, threshold: float | None = None
+) -> dict[str, int]:
     """Read all labels of a data set without description, and return class names and values.
 
     Args:
         names: of the values in ascending order, without background; None: `class 1` for value 1.
+        threshold: see `read_label`.
 
     Raises:
-        InputError: a label is faulty, there is only background, or the number of names is wrong.
+        InputError: a label is faulty, there is only background, values cannot be classes, or the
+            number of names is wrong.
     """
     check_class_names(names or [], "--class_names")
-    found: set[float] = set()
+    files = []
     for label in tqdm(labels, desc="reading labels", unit="case", leave=False, disable=None):
-        found.update(distinct_values(read_label(label)[0]))
-    values = sorted(found - {0})
-    wrong = [f"{v:g}" for v in values if not (0 < v < 65536 and v == int(v))]
-    if wrong or not values:
-        what = f"the values {first_few(wrong)}" if wrong else "only 0"
+        files.append(_looked_at(label, threshold))
+    values = sorted(set().union(*(file.values for file in files)))
+    if not values and threshold is None:
+        raise InputError(f"the labels in {labels[0].path.parent} hold only 0, {EXPECTED}")
+    if threshold is not None and any(not any(value in f.counts for f in files) for value in (0, 1)):
+        side = "below" if values else "from"
         raise InputError(
-            f"the labels in {labels[0].path.parent} hold {what}, expected whole numbers 1…65535 "
-            "for the classes"
+            f"the labels in {labels[0].path.parent} hold no value {side} --label_threshold "
+            f"{threshold:g} on, so there is only {'one class' if values else 'background'}; pass "
+            "a threshold between the values of background and class"
         )
-    names = names or [f"class {value:g}" for value in values]
+    if names is None or len(names) != len(values):  # names confirm that each value is a class
+        check_values(files)
+    check_palettes(files)
+    names = names or [f"class {value}" for value in values]
     if len(names) != len(values):
         raise InputError(
             f"--class_names has {len(names)} name(s) but the labels hold the values "
-            f"{first_few([f'{v:g}' for v in values], 20)}; name each value, in this order"
+            f"{first_few(values, 20)}; name each value, in this order"
         )
-    return {name: int(value) for name, value in zip(names, values, strict=True)}
+    return dict(zip(names, values, strict=True))
+
+
+def _looked_at(label: ScanFile, threshold: float | None) -> LabelFile:
+    """Read a label slice by slice, and return what its values look like."""
+    values, _ = read_label(label, threshold)
+    if not 0 <= values.min() <= values.max() < 65536:
+        wrong = [f"{v:g}" for v in distinct_values(values) if not 0 <= v < 65536]
+        raise InputError(f"{label.path} holds the values {first_few(wrong)}, {EXPECTED}")
+    file = LabelFile(label.path.name)
+    if label.is_picture and threshold is None:
+        file.palette = used_palette(label.path)
+    for plane in values:
+        file.add(plane.astype(np.uint16, copy=False))
+    return file
 
 
 def map_labels(
@@ -81,11 +143,13 @@ def map_labels(
     wrong = [f"{v:g}" for v in distinct_values(values) if v not in known]
     if wrong:
         contiguous = known == list(range(len(known)))
+        one = spec.num_classes == 1 and label_values == "raw"
         expected = f"0…{known[-1]}" if contiguous else first_few(known, 20)
         raise InputError(
             f"{path} holds label values {first_few(wrong)}, expected whole numbers {expected} for "
             f"--label_values {label_values} of {spec.name}; correct the file or the description of "
             "the data set, or pass the right --label_values"
+            + (", or --label_threshold N if values from N on are the class" if one else "")
         )
     table = np.zeros(known[-1] + 1, dtype=np.uint8)
     table[list(classes)] = list(classes.values())

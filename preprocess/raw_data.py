@@ -47,13 +47,14 @@ def find_raw_data(args: argparse.Namespace) -> RawData:
     if args.dataset is not None or (btcv / "img").is_dir():
         spec, cases = get_dataset(args.dataset or "Synapse"), find_btcv(btcv)
         reason = f"the name, classes and channel of {spec.name} are known"
-        _refuse_flags(args, ("class_names", "channel", "name"), reason)
+        _refuse_flags(args, ("class_names", "channel", "name", "label_threshold"), reason)
         intensity = choose_intensity(spec.intensity, args.intensity, args.window)
         return RawData(replace(spec, intensity=intensity), cases)
     for images, labels in PLAIN:
         if (folder / images).is_dir() and (folder / labels).is_dir():
             cases = match_files(folder / images, folder / labels, args.channel, args.group)
-            values = class_values_in([case.label for case in cases.values()], args.class_names)
+            labels = [case.label for case in cases.values()]
+            values = class_values_in(labels, args.class_names, args.label_threshold)
             scans = [case.image for case in cases.values()]
             return RawData(make_spec(folder.resolve().name, values, scans, args), cases)
     raise MissingFileError(

@@ -39,7 +39,16 @@ def make_spec(
         InputError: there are too many classes or no images, or pictures and volumes are mixed.
     """
     if len(values) > 255:
-        raise InputError(f"{name} has {len(values)} classes, expected at most 255 (8-bit labels)")
+        raise InputError(
+            f"{name} has {len(values)} classes, expected at most 255; if objects are numbered one "
+            "by one (instances), --label_threshold 1 makes one class of them"
+        )
+    threshold = args.label_threshold
+    if threshold is not None and len(values) != 1:
+        raise InputError(
+            f"--label_threshold makes one class, but {name} has the {len(values)} classes "
+            f"{first_few([*values])}; leave it out"
+        )
     if not images:
         raise InputError(f"{name} holds no case, expected at least one image with its label")
     pictures = images[0].is_picture
@@ -57,7 +66,9 @@ def make_spec(
     return DatasetSpec(
         name=plain_name(args.name or name),
         class_names=tuple(values),
-        raw_labels={value: index for index, value in enumerate(values.values(), start=1)},
+        raw_labels={1: 1}  # the labels are read as 0 and 1
+        if threshold is not None
+        else {value: index for index, value in enumerate(values.values(), start=1)},
         ignored_labels=(),
         predicted_values=tuple(values.values()),
         intensity=choose_intensity(rule, args.intensity, args.window),
@@ -65,6 +76,7 @@ def make_spec(
         channels=channels,
         channel=args.channel,
         pictures=pictures,
+        label_threshold=threshold,
     )
 
 

@@ -1,0 +1,187 @@
+"""Whether the values of label files can be classes: grey edges, heat maps, mixed encodings.
+
+A class has an interior: somewhere in the data set, a block of 3 × 3 pixels holds only its value.
+Smooth drawing, scaling and lossy compression make values that have none: they occur where a lower
+value meets a higher one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from common.errors import InputError, first_few, warn
+
+# So many values without interior are accepted in a picture that is too small or too rough to have
+# an interior anywhere.
+MOST_OF_ROUGH = 8
+MOST_NUMBERED = 20
+MOST_IN_SLICE = 64  # values of a single slice; more are a heat map, or numbers of objects
+WIDE = 64  # from this largest value on, values are a grey scale and no numbers of classes
+CLOSE = 8  # a value this close to a class in a grey scale is a trace of compression
+NAME_THEM = "or, if every value is a class, name each of them by --class_names"
+
+
+@dataclass
+class LabelFile:
+    """What the values of one label file look like."""
+
+    name: str
+    counts: dict[int, int] = field(default_factory=dict)  # pixels of each value
+    # Those of them that have both lower and higher values around.
+    between: dict[int, int] = field(default_factory=dict)
+    solid: set[int] = field(default_factory=set)  # values that fill 3 × 3 pixels somewhere
+    most: int = 0  # values in one slice, without 0
+    palette: list[str] | None = None  # colours by index
+
+    @property
+    def values(self) -> set[int]:
+        """The values of the file, without background."""
+        return self.counts.keys() - {0}
+
+    def add(self, plane: np.ndarray) -> None:
+        """Look at one slice (H, W) of whole numbers 0…65535."""
+        counts = np.bincount(plane.ravel())
+        seen = np.flatnonzero(counts)
+        self.most = max(self.most, len(seen) - (seen[0] == 0))
+        for value in seen.tolist():
+            self.counts[value] = self.counts.get(value, 0) + int(counts[value])
+        lowest, highest = _around(plane, np.minimum), _around(plane, np.maximum)
+        self.solid.update(np.unique(plane[1:-1, 1:-1][(lowest == highest)[1:-1, 1:-1]]).tolist())
+        if len(seen) > 2:
+            between = np.bincount(plane[(lowest < plane) & (plane < highest)])
+            for value in np.flatnonzero(between).tolist():
+                self.between[value] = self.between.get(value, 0) + int(between[value])
+
+    def grey(self, solid: set[int]) -> list[int]:
+        """Return the values that are edges and no classes, if they are too many to be classes.
+
+        Args:
+            solid: values that have an interior in any file of the data set.
+        """
+        wide = max(self.values, default=0) >= WIDE
+
+        def is_grey(value: int) -> bool:
+            if value in solid:
+                return False
+            close = wide and any(abs(value - kept) <= CLOSE for kept in solid)
+            return close or 2 * self.between.get(value, 0) >= self.counts[value]
+
+        found = [value for value in sorted(self.values) if is_grey(value)]
+        usual = max(len(self.values & solid), 1) - wide if self.solid else MOST_OF_ROUGH
+        return found if len(found) > usual else []
+
+
+def _around(plane: np.ndarray, choose: np.ufunc) -> np.ndarray:  # (H, W) -> (H, W)
+    """Return the smallest or largest value among each pixel and the eight around it."""
+    padded = np.pad(plane, 1, mode="edge")
+    rows = choose(choose(padded[:-2], padded[1:-1]), padded[2:])
+    return choose(choose(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
+
+
+def check_values(files: Sequence[LabelFile]) -> None:
+    """Refuse values that cannot all be classes.
+
+    Raises:
+        InputError: a file holds grey edges, a heat map or numbered objects, or the files encode
+            their classes in different ways.
+    """
+    _refuse_grey(files)
+    crowded = [file for file in files if file.most > MOST_IN_SLICE]
+    if crowded:
+        raise InputError(
+            f"{crowded[0].name} holds {crowded[0].most} values in one slice, as a heat map, a "
+            "photograph, or objects that are numbered one by one do, so they are no classes; "
+            "pass --label_threshold N to make one class of the values from N (1 for numbered "
+            f"objects), {NAME_THEM}"
+        )
+    _refuse_mixed_encodings(files)
+    highest = [max(file.values) for file in files if file.values]
+    numbered = all(len(file.values) == max(file.values, default=0) for file in files)
+    if numbered and len(set(highest)) > 1 and max(highest) > MOST_NUMBERED:
+        warn(
+            f"each label holds the values from 1 to another number (up to {max(highest)}), as if "
+            "objects were numbered one by one; each value becomes a class (--label_threshold 1 "
+            "makes one class of all)"
+        )
+
+
+def _refuse_grey(files: Sequence[LabelFile]) -> None:
+    solid = set().union(*(file.solid for file in files))
+    grey = {file.name: values for file in files if (values := file.grey(solid))}
+    if not grey:
+        return
+    name, values = next(iter(grey.items()))
+    top = max(max(file.values) for file in files if file.name in grey)
+    others = f" (and {len(grey) - 1} other files)" if len(grey) > 1 else ""
+    middle = (top + 1) // 2
+    one_class = all(not top / 4 < value < top * 3 / 4 for value in solid)
+    remedy = (
+        f"pass --label_threshold {middle} to make one class of the values from {middle}, or export "
+        "the masks again without smoothing"
+        if one_class
+        else "export the masks again without smoothing, and scale them by nearest neighbour"
+    )
+    count = f"{len(values)} grey value{'s' if len(values) > 1 else ''}"
+    raise InputError(
+        f"{name}{others} holds {count} between 0 and {top} that occur only at edges "
+        f"({first_few(values)}), so not every value is a class: the mask was drawn smoothly, "
+        f"scaled or compressed as JPEG; {remedy}, {NAME_THEM}"
+    )
+
+
+def _refuse_mixed_encodings(files: Sequence[LabelFile]) -> None:
+    """Refuse values that never meet in one file, unless they are numbered 1, 2, 3 …
+
+    So 0/1 and 0/255 are one class in two encodings, while 0/1 and 0/2 are two classes.
+    """
+    groups: list[tuple[set[int], list[str]]] = []  # values that meet, and their files
+    for file in files:
+        if not file.values:
+            continue
+        values, names = set(file.values), [file.name]
+        for group in [group for group in groups if group[0] & values]:
+            groups.remove(group)
+            values, names = values | group[0], group[1] + names
+        groups.append((values, names))
+    every = set().union(*(values for values, _ in groups))
+    if len(groups) < 2 or every == set(range(1, len(every) + 1)):
+        return
+    shown = "; ".join(
+        f"{first_few(names, 3)} only {first_few(sorted(values), 8)}" for values, names in groups[:4]
+    )
+    one = f"pass --label_threshold {min(every)} if all of them are one class, "
+    raise InputError(
+        f"the labels hold values that never meet in one file ({shown}), as if the same class was "
+        f"encoded in several ways; {one if all(len(v) == 1 for v, _ in groups) else ''}encode "
+        f"them alike in all files, {NAME_THEM}"
+    )
+
+
+def check_palettes(files: Sequence[LabelFile]) -> None:
+    """Refuse palettes in which one index has several colours; warn if black is not index 0.
+
+    Raises:
+        InputError: the palettes differ in an index that is in use.
+    """
+    known: dict[int, tuple[str, str]] = {}  # index -> colour, first file
+    for file in files:
+        for index in sorted(file.counts):
+            if file.palette is None or index >= len(file.palette):
+                continue
+            colour, first = known.setdefault(index, (file.palette[index], file.name))
+            if colour != file.palette[index]:
+                raise InputError(
+                    f"index {index} is {colour} in the palette of {first} and "
+                    f"{file.palette[index]} in that of {file.name}, so an index is not the same "
+                    "class in all files; save the labels with the same palette, or as grey PNGs "
+                    "of class indices"
+                )
+    black = [index for index, (colour, _) in known.items() if colour == "#000000"]
+    if black and 0 not in black and 0 in known:
+        warn(
+            f"index 0 of the label pictures is {known[0][0]} and index {black[0]} is black; index "
+            "0 is background here, so check that the masks are not inverted"
+        )

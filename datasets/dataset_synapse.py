@@ -24,6 +24,7 @@ from tqdm import tqdm
 from common.errors import InputError, MissingFileError, first_few
 from common.files import load_arrays, require_file, require_folder, safe_name
 from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
+from datasets.digests import slice_digests
 from datasets.prepared_files import (
     SampleFacts,
     check_sample,
@@ -212,6 +213,7 @@ class Synapse_dataset(Dataset):
             high=float(image.max()),
             voxels=tuple(counts.tolist()),
             digest=hashlib.blake2b(image.data, digest_size=16).hexdigest(),
+            slice_digests=tuple(slice_digests(image if label.ndim == 3 else image[None])),
         )
 
 

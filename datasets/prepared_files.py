@@ -28,6 +28,7 @@ class SampleFacts:
     high: float  # largest intensity, about 1
     voxels: tuple[int, ...]  # of each class, background first
     digest: str  # of the image: equal images have equal digests
+    slice_digests: tuple[str, ...] = ()  # of each slice; empty texts for constant slices
 
 
 def check_sample(

@@ -22,12 +22,11 @@ from datasets.registry import DatasetSpec
 from datasets.scans.files import ScanFile, read_scan, stamp
 from datasets.scans.labels import label_suffix, write_label_tables, write_labels, write_like
 from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
+from datasets.scans.planes import has_oblong_pixels
 from datasets.scans.volumes import Geometry
 from evaluation.figures import draw_overlays, save
 from evaluation.overlays import case_panel
 from evaluation.records import recorded, write_record
-
-OBLONG = 2.0  # a larger ratio of pixel sides means that the scan was taken in another plane
 
 
 @dataclass(frozen=True)
@@ -74,15 +73,14 @@ def read_case(spec: DatasetSpec, scan: ScanFile) -> Case:
         letters = (orientation_of(geometry), spec.orientation)
         place = reorient_geometry(geometry, array.shape, spec.orientation)
         array = reorient(array, *letters)
-    if place is not None:
+    if place is not None and has_oblong_pixels(array.shape, place):
         _, *pixel = place.voxel_spacing
-        if max(pixel) > OBLONG * min(pixel):
-            logging.warning(
-                "%s: its slices were taken in another plane than the training slices, so the "
-                "network sees pixels of %.3g × %.3g mm; check the result closely",
-                scan.name,
-                *pixel,
-            )
+        logging.warning(
+            "%s: its slices were taken in another plane than the training slices, so the "
+            "network sees pixels of %.3g × %.3g mm; check the result closely",
+            scan.name,
+            *pixel,
+        )
     limits = spec.intensity.limits(array, scan.path)
     slices = UnitSlices(array, limits, spec.channels, scan.path)
     slices[:1]  # refuses a colour picture for a network of grey slices now, not later

@@ -11,6 +11,7 @@ import torch
 
 from common.errors import InputError
 from common.files import atomic_path, write_json
+from datasets.digests import slice_digests
 from datasets.intensity import to_unit, with_channels
 from datasets.resampling import resize_images, resize_labels
 from datasets.scans.files import read_scan
@@ -59,6 +60,7 @@ def convert_case(job: Job) -> dict[str, Any]:
         **(asdict(geometry) if geometry else {}),
         "limits": [low, high],
         "clipped": clipped,
+        "digests": slice_digests(image),
         "voxels": dict(zip(("background", *spec.class_names), counts.tolist(), strict=True)),
         "largest_label_value": int(values.max()),
         "sources": [
@@ -67,6 +69,12 @@ def convert_case(job: Job) -> dict[str, Any]:
     }
     write_json(job.record_path, {"key": job.key(), "result": result})
     return result
+
+
+def digests_of(job: Job) -> list[str]:
+    """Return the digests that `convert_case` records for a case."""
+    image, *_ = _read_case(job)
+    return slice_digests(image)
 
 
 def _read_case(job: Job) -> tuple[np.ndarray, np.ndarray, Geometry | None]:

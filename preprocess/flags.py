@@ -8,6 +8,8 @@ from pathlib import Path
 from common.errors import InputError
 from datasets.intensity import RULES
 from datasets.registry import DATASETS
+from datasets.scans.planes import PLANES
+from preprocess.groups import AUTO, check_group_flag
 
 DESCRIPTION = (
     "Convert scans or pictures and their labels to the files that train.py and test.py read.\n\n"
@@ -71,10 +73,19 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--channel", type=int, help="which of several channels to use, from 0")
     data.add_argument(
         "--group",
-        choices=("auto", "none"),
+        default=AUTO,
+        metavar="auto|none|PATTERN|FILE.csv",
+        help="which files belong to one scan or patient, which a random split keeps together; auto "
+        "(default): by their names (SCAN_slice12, SCAN_12, PATIENT_left); none: every file is a "
+        "case; PATTERN: a regular expression whose part in parentheses is the scan or patient, "
+        "e.g. '(.+)_slice'; FILE.csv: a table with the columns file and group",
+    )
+    data.add_argument(
+        "--plane",
+        choices=("auto", "stored", *PLANES),
         default="auto",
-        help="auto (default): pictures named SCAN_NUMBER are slices of scans, and the split keeps "
-        "a scan together; none: every picture is a case",
+        help="plane of the slices; auto (default): across the thick axis of the scans, axial if "
+        "they have none (Synapse: as stored); stored: across the last axis of each file",
     )
     data.add_argument(
         "--label_values",
@@ -150,5 +161,6 @@ def check_flags(args: argparse.Namespace) -> None:
     args.fold = args.fold or 0
     if args.folds is not None and args.fold >= args.folds:
         raise InputError(f"--fold is {args.fold}, expected 0…{args.folds - 1}")
+    check_group_flag(args.group)
     if args.output.resolve() == args.input.resolve():
         raise InputError(f"--output is the --input folder {args.input}; choose another folder")

@@ -109,6 +109,22 @@ def check_headers(
     return headers, problems
 
 
+def turned(
+    shape: tuple[int, ...], geometry: Geometry | None, orientation: str | None
+) -> tuple[tuple[int, ...], Geometry | None]:
+    """Return shape (D, H, W) and geometry of the slices of a scan.
+
+    Args:
+        geometry: of the scan; None for a picture.
+        orientation: of the slices; None: that of the scan.
+    """
+    if geometry is None or orientation is None:
+        return shape, geometry
+    voxels = np.broadcast_to(np.uint8(0), shape)
+    place = reorient_geometry(geometry, shape, orientation)
+    return reorient(voxels, orientation_of(geometry), orientation).shape, place
+
+
 def label_on_image_grid(
     case: RawCase,
     shape: tuple[int, ...],

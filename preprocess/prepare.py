@@ -33,16 +33,16 @@ from common.errors import (
     warn,
 )
 from common.files import make_folder, write_json
-from datasets.registry import SPEC_FILE, SUMMARY_FILE, DatasetSpec
-from datasets.scans.orientation import orientation_of
-from datasets.scans.volumes import Geometry
-from preprocess.convert import try_convert
+from datasets.registry import SPEC_FILE, SUMMARY_FILE
+from preprocess.convert import digests_of, try_convert
 from preprocess.flags import build_parser, check_flags
-from preprocess.jobs import LISTS, RECORDS, SLICES, VOLUMES, Job, check_headers
+from preprocess.jobs import LISTS, RECORDS, SLICES, VOLUMES, Job, check_headers, turned
+from preprocess.planes import with_common_orientation, with_plane
 from preprocess.raw_data import find_raw_data
-from preprocess.split import TEST, TRAIN, Split, choose_roles
+from preprocess.split import TEST, TRAIN, Split, choose_roles, warn_of_split_groups
 from preprocess.summary import (
     LIST_FILES,
+    find_leaks,
     print_table,
     warn_of_labels,
     write_lists,
@@ -58,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         jobs = plan_jobs(args)
         headers, problems = check_headers(jobs)
         _stop_on(problems, len(jobs), "nothing was converted")
-        if args.size and any(shape[1] != shape[2] for shape, _ in headers):
+        jobs = with_plane(jobs, headers, args.plane)
+        spec = jobs[0].spec
+        shapes = [turned(*header, spec.orientation)[0] for header in headers]
+        if args.size and any(rows != columns for _, rows, columns in shapes):
             warn(f"some slices are not square; --size {args.size} changes their proportions")
         refuse_input_folders(args.output, jobs)
         open_output(args.output, args.overwrite)
@@ -72,14 +75,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         problems = convert_all(pending, args.workers or min(4, _cpu_count()), results)
         _stop_on(problems, len(jobs), "lists were not written, finished cases are kept")
 
-        spec = jobs[0].spec
         cases = [results[job.name] for job in jobs]
         write_lists(jobs, args.output, cases)
-        write_summary(args, spec, cases)
+        leaks = find_leaks(cases)
+        write_summary(args, spec, cases, leaks)
         geometries = [geometry for _, geometry in headers]
         write_json(args.output / SPEC_FILE, with_common_orientation(spec, geometries).to_json())
     print_table(spec, cases, kept)
     warn_of_labels(args, spec, cases)
+    for leak in leaks:
+        warn(leak)
     slices = sum(case["slices"] for case in cases if TRAIN in case["roles"])
     tests = sum(TEST in case["roles"] for case in cases)
     print(f"\n{spec.name}: {spec.num_classes} classes, {spec.intensity}")
@@ -99,6 +104,7 @@ def plan_jobs(args: argparse.Namespace) -> list[Job]:
         seed=args.seed,
     )
     roles = choose_roles(data, split)
+    warn_of_split_groups(data, roles, split)
     both = [name for name, case_roles in roles.items() if len(case_roles) == 2]
     if both:
         warn(
@@ -123,24 +129,6 @@ def plan_jobs(args: argparse.Namespace) -> list[Job]:
     if not jobs:
         raise InputError("--train_cases and --test_cases name no case, expected at least one")
     return jobs
-
-
-def with_common_orientation(
-    spec: DatasetSpec, geometries: Sequence[Geometry | None]
-) -> DatasetSpec:
-    """Return the spec with the orientation that all scans have, if they are not turned.
-
-    `predict.py` then turns other scans to the orientation of the training data.
-    """
-    if spec.orientation is not None or spec.is_pictures:
-        return spec
-    found = {orientation_of(geometry) for geometry in geometries if geometry}
-    if len(found) > 1:
-        warn(
-            f"the scans have different orientations ({first_few(sorted(found))}) and are not "
-            "turned to one of them"
-        )
-    return replace(spec, orientation=found.pop() if len(found) == 1 else None)
 
 
 def refuse_input_folders(output: Path, jobs: Sequence[Job]) -> None:
@@ -183,6 +171,11 @@ def finished_results(jobs: list[Job]) -> Iterator[tuple[str, dict[str, Any]]]:
         except (OSError, ValueError, KeyError, TypeError):
             continue  # the case has no valid record, so it will be converted
         if finished:
+            # What the outputs do not depend on may be new: the group, and digests in old records.
+            result["group"] = job.case.group
+            if "digests" not in result:
+                result["digests"] = digests_of(job)
+                write_json(job.record_path, record)
             yield job.name, result
 
 

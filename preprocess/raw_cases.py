@@ -8,7 +8,6 @@ from pathlib import Path
 
 from common.errors import InputError, MissingFileError, first_few, warn
 from common.files import require_folder
-from datasets.names import NUMBERED, are_slices
 from datasets.scans.files import ScanFile, find_scans, read_scan_header
 
 LAYOUTS = (
@@ -25,12 +24,8 @@ class RawCase:
     name: str
     image: ScanFile
     label: ScanFile
-    group: str  # the scan of a picture, else the case itself; a group is never split
-
-    @property
-    def is_slice(self) -> bool:
-        """Whether the case is a picture that is one slice of a scan."""
-        return self.group != self.name
+    group: str  # its scan or patient, else the case itself; a random split keeps it together
+    is_slice: bool = False  # whether it is a picture that is named as a slice of its group
 
 
 def find_btcv(folder: Path) -> dict[str, RawCase]:
@@ -85,14 +80,11 @@ def _numbered_files(folder: Path) -> dict[int, ScanFile]:
     return found
 
 
-def match_files(
-    images: Path, labels: Path, channel: int | None, group: str = "auto"
-) -> dict[str, RawCase]:
+def match_files(images: Path, labels: Path, channel: int | None) -> dict[str, RawCase]:
     """Match each label with the image of the same name, or of this name and a channel (`_0000`).
 
     Args:
         channel: number of the channel; None: there must be only one.
-        group: "auto": pictures named SCAN_NUMBER become slices of their scans; "none": they do not.
 
     Raises:
         MissingFileError: a label has no image. (Images without label only give a warning.)
@@ -125,8 +117,6 @@ def match_files(
         warn(
             f"{len(unused)} images in {images} have no label and are left out: {first_few(unused)}"
         )
-    if group != "none" and all(case.image.is_picture for case in cases.values()):
-        cases = _grouped_by_scan(cases)
     return dict(sorted(cases.items()))
 
 
@@ -141,44 +131,3 @@ def _refuse_absent_channel(image: ScanFile) -> None:
     raise InputError(
         f"--channel is {image.channel} but {image.path} holds only channel 0; leave it out"
     )
-
-
-def _grouped_by_scan(cases: dict[str, RawCase]) -> dict[str, RawCase]:
-    """Turn pictures named SCAN_NUMBER into slices of their scans, if `are_slices` recognises them.
-
-    Raises:
-        InputError: two pictures would get the same name.
-    """
-    matches = {name: NUMBERED.fullmatch(name) for name in cases}
-    scans = {match[1] for match in matches.values() if match}
-    slices: dict[str, tuple[str, str]] = {}  # picture -> (scan, number)
-    for name, match in matches.items():
-        if match:
-            slices[name] = (match[1], match[2])
-        elif name in scans:  # a picture with the name of a scan is one of its slices
-            slices[name] = (name, "")
-    if not are_slices([scan for scan, _ in slices.values()]):
-        return cases
-    print(
-        f"{len(slices)} pictures of {len(scans)} scans were found by their names (SCAN_NUMBER); "
-        "the slices of a scan stay together (--group none: every picture is a case)"
-    )
-    alone = [name for name in cases if name not in slices]
-    if alone:
-        warn(
-            f"{len(alone)} pictures have no number at the end of their name, so each is a case: "
-            f"{first_few(alone)}"
-        )
-    renamed: dict[str, RawCase] = {}
-    for name, case in cases.items():
-        new_name, scan = name, name
-        if name in slices:
-            scan, number = slices[name]
-            new_name = f"{scan}_slice{number}"
-        if new_name in renamed:
-            both = f"{renamed[new_name].image.path.name} and {case.image.path.name}"
-            raise InputError(
-                f"{both} would both become {new_name}; rename one of them, or pass --group none"
-            )
-        renamed[new_name] = replace(case, name=new_name, group=scan)
-    return renamed

@@ -17,6 +17,7 @@ from common.files import require_folder
 from datasets.intensity import choose_intensity
 from datasets.registry import DatasetSpec, get_dataset
 from preprocess.dataset_json import DATASET_JSON, read_dataset_json
+from preprocess.groups import group_cases
 from preprocess.labels import class_values_in
 from preprocess.raw_cases import LAYOUTS, RawCase, find_btcv, match_files
 from preprocess.spec import make_spec
@@ -34,12 +35,22 @@ class RawData:
 
 
 def find_raw_data(args: argparse.Namespace) -> RawData:
-    """Find the cases in `args.input` and describe the data set; flags override the description.
+    """Find the cases in `args.input`, describe the data set, and group the cases.
+
+    Flags override the description.
 
     Raises:
         MissingFileError: the folder has none of the known layouts, or lacks files.
-        InputError: the description or the files are faulty.
+        InputError: the description or the files are faulty, or `--group` does not fit them.
     """
+    data = _find_layout(args)
+    cases = group_cases(data.cases, args.group)
+    test = None if data.test is None else tuple(cases[name].name for name in data.test)
+    return RawData(data.spec, {case.name: case for case in cases.values()}, test)
+
+
+def _find_layout(args: argparse.Namespace) -> RawData:
+    """Find the cases of the first layout that fits, each in a group of its own."""
     folder = require_folder(args.input, what="--input", remedy=f"expected {LAYOUTS}")
     if (folder / DATASET_JSON).is_file():
         return _described_data(folder, args)
@@ -52,7 +63,7 @@ def find_raw_data(args: argparse.Namespace) -> RawData:
         return RawData(replace(spec, intensity=intensity), cases)
     for images, labels in PLAIN:
         if (folder / images).is_dir() and (folder / labels).is_dir():
-            cases = match_files(folder / images, folder / labels, args.channel, args.group)
+            cases = match_files(folder / images, folder / labels, args.channel)
             labels = [case.label for case in cases.values()]
             values = class_values_in(labels, args.class_names, args.label_threshold)
             scans = [case.image for case in cases.values()]
@@ -69,7 +80,7 @@ def _described_data(folder: Path, args: argparse.Namespace) -> RawData:
     described = read_dataset_json(folder / DATASET_JSON, args.channel)
     for kind in ("imagesTr", "labelsTr"):
         require_folder(folder / kind, what="folder", remedy=f"{DATASET_JSON} beside it needs it")
-    cases = match_files(folder / "imagesTr", folder / "labelsTr", described.channel, args.group)
+    cases = match_files(folder / "imagesTr", folder / "labelsTr", described.channel)
     if described.training is not None and described.training != len(cases):
         warn(
             f"{DATASET_JSON} has numTraining {described.training} but labelsTr holds {len(cases)} "
@@ -77,9 +88,7 @@ def _described_data(folder: Path, args: argparse.Namespace) -> RawData:
         )
     test = None
     if (folder / "imagesTs").is_dir() and (folder / "labelsTs").is_dir():
-        test_cases = match_files(
-            folder / "imagesTs", folder / "labelsTs", described.channel, args.group
-        )
+        test_cases = match_files(folder / "imagesTs", folder / "labelsTs", described.channel)
         both = sorted(test_cases.keys() & cases.keys())
         if both:
             raise InputError(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from common.errors import InputError, MissingFileError, first_few
-from datasets.names import case_names
+from common.errors import InputError, MissingFileError, first_few, warn
+from datasets.names import case_names, case_of
+from preprocess.raw_cases import RawCase
 from preprocess.raw_data import RawData
 
 TRAIN, TEST = "train", "test"
@@ -45,7 +47,8 @@ def choose_roles(data: RawData, split: Split) -> dict[str, tuple[str, ...]]:
         given = published if data.spec.test_cases else data.test
         test = None if given is None else [name for name in given if name not in (train or [])]
     if test is None:
-        candidates = {n: c.group for n, c in data.cases.items() if n not in (train or [])}
+        trained = {data.cases[name].group for name in train or []}
+        candidates = {n: c.group for n, c in data.cases.items() if c.group not in trained}
         test = _drawn_cases(candidates, split)
     if train is None:
         train = [name for name in data.cases if name not in test]
@@ -61,7 +64,7 @@ def _named_cases(data: RawData, wanted: Sequence[str]) -> list[str]:
         names = {name}
         if re.fullmatch(r"\d{1,9}", name):
             names.update(case_names(int(name)))
-        matching = [c.name for c in data.cases.values() if names & {c.name, c.group, c.image.name}]
+        matching = [c.name for c in data.cases.values() if names & _names_of(c)]
         found += matching
         if not matching:
             absent.append(name)
@@ -74,6 +77,33 @@ def _named_cases(data: RawData, wanted: Sequence[str]) -> list[str]:
     return found
 
 
+def _names_of(case: RawCase) -> set[str]:
+    return {case.name, case.group, case.image.name, case_of(case.name)}
+
+
+def warn_of_split_groups(data: RawData, roles: dict[str, tuple[str, ...]], split: Split) -> None:
+    """Warn about a group that trains and is tested, and about a drawn share far from the wanted."""
+    sides: dict[str, set[str]] = defaultdict(set)
+    for name, case in data.cases.items():
+        sides[case.group].update(roles[name] if len(roles[name]) == 1 else ())
+    both = [group for group, found in sides.items() if len(found) == 2]
+    if both:
+        warn(
+            f"{len(both)} scans or patients have some of their cases in training and some in the "
+            f"test: {first_few(both)}; scores on them are not held-out scores, so put all cases of "
+            "a group on one side"
+        )
+    given = data.spec.test_cases or data.test is not None
+    if split.test is None and split.folds is None and not given and len(sides) < len(data.cases):
+        share = sum(TEST in role for role in roles.values()) / len(roles)
+        if not 0.5 < share / split.test_share < 2:
+            warn(
+                f"{len(sides)} groups cannot be split into the share {split.test_share:g} for the "
+                f"test, {share:.0%} of the cases are tested; name groups in --test_cases, or "
+                "correct the groups by --group"
+            )
+
+
 def _drawn_cases(candidates: dict[str, str], split: Split) -> list[str]:
     """Draw a random share or fold of the groups; the same names and seed give the same result.
 
@@ -83,10 +113,12 @@ def _drawn_cases(candidates: dict[str, str], split: Split) -> list[str]:
     groups = sorted(set(candidates.values()))
     if len(groups) < 2 or (split.folds or 0) > len(groups):
         parts = "training and test cases" if split.folds is None else f"{split.folds} folds"
+        what = "case" if len(groups) == len(candidates) else "group"
+        slices = f" ({groups[0]}, {len(candidates)} cases)" if what == "group" else ""
         raise InputError(
-            f"cannot split {len(groups)} {'case' if len(groups) == 1 else 'cases'} into {parts}; "
-            "choose the cases with --train_cases and --test_cases (for an overfit check, name a "
-            "case in both)"
+            f"cannot split {len(groups)} {what if len(groups) == 1 else f'{what}s'}{slices} into "
+            f"{parts}; choose the cases with --train_cases and --test_cases (for an overfit check, "
+            f"name a case in both){', or pass another --group' if what == 'group' else ''}"
         )
     order = np.random.default_rng(split.seed).permutation(groups).tolist()
     if split.folds is not None:

@@ -9,8 +9,11 @@ from typing import Any
 
 from common.errors import first_few, warn
 from common.files import atomic_path, write_json
+from datasets.digests import leak_warnings
 from datasets.intensity import WINDOW
 from datasets.registry import SUMMARY_FILE, DatasetSpec
+from datasets.scans.orientation import orientation_of, reorient_geometry
+from datasets.scans.volumes import Geometry
 from preprocess.jobs import LISTS, Job
 from preprocess.split import TEST, TRAIN
 
@@ -37,12 +40,30 @@ def write_lists(jobs: Sequence[Job], output: Path, cases: Sequence[dict[str, Any
             temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
+def find_leaks(cases: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a warning if slices of a training case are tested under another name."""
+    trained, tested = (
+        [(case["case"], case["digests"]) for case in cases if role in case["roles"]]
+        for role in (TRAIN, TEST)
+    )
+    return leak_warnings(trained, tested)
+
+
 def write_summary(
-    args: argparse.Namespace, spec: DatasetSpec, cases: Sequence[dict[str, Any]]
+    args: argparse.Namespace,
+    spec: DatasetSpec,
+    cases: Sequence[dict[str, Any]],
+    leaks: Sequence[str],
 ) -> None:
     """Write `preprocess.json`: the flags of the run, the data set, and facts about each case."""
-    flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    write_json(args.output / SUMMARY_FILE, {"flags": flags, "spec": spec.to_json(), "cases": cases})
+    content = {
+        "flags": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "spec": spec.to_json(),
+        "groups": len({case["group"] for case in cases}),
+        "leaks": list(leaks),
+        "cases": [{k: v for k, v in case.items() if k != "digests"} for case in cases],
+    }
+    write_json(args.output / SUMMARY_FILE, content)
 
 
 def print_table(spec: DatasetSpec, cases: Sequence[dict[str, Any]], kept: set[str]) -> None:
@@ -57,7 +78,7 @@ def print_table(spec: DatasetSpec, cases: Sequence[dict[str, Any]], kept: set[st
         voxels = case["voxels"]
         labelled = 1 - voxels["background"] / sum(voxels.values())
         absent = [name for name in spec.class_names if not voxels[name]]
-        spacing = " ".join(f"{s:.3f}" for s in case.get("spacing", ())) or "-"
+        spacing = " ".join(f"{s:.3f}" for s in _slice_spacing(case, spec)) or "-"
         print(
             f"{case['case']:<{width}}{'+'.join(case['roles']):<11}{case['slices']:>6}  "
             f"{f'{rows} x {columns}':<12}{spacing:<22}"
@@ -66,6 +87,14 @@ def print_table(spec: DatasetSpec, cases: Sequence[dict[str, Any]], kept: set[st
         )
     if len(cases) > TABLE_ROWS:
         print(f"… and {len(cases) - TABLE_ROWS} more, in {SUMMARY_FILE}")
+
+
+def _slice_spacing(case: dict[str, Any], spec: DatasetSpec) -> tuple[float, ...]:
+    """Return the spacing (x, y, z) of the slices of a case in mm; empty for a picture."""
+    if "spacing" not in case:
+        return ()
+    scan = Geometry(*(tuple(case[name]) for name in ("spacing", "origin", "direction")))
+    return reorient_geometry(scan, (1, 1, 1), spec.orientation or orientation_of(scan)).spacing
 
 
 def warn_of_labels(

@@ -233,23 +233,28 @@ def rename_slices(data: Path, pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "warned"),
+    ("pattern", "cases"),
     [
-        ("{case}_{number}", True),
-        ("{case}_slice{number}", False),
-        ("{case}_{number}_slice000", False),  # preprocess names separate pictures like this
-        ("picture_{case}{number}", False),
-        ("{case}x{number}", False),
+        ("{case}_{number}", 4),
+        ("{case}_slice{number}", 4),
+        ("{case}_frame01_slice_{number}", 4),  # as the preparations of ACDC name slices
+        ("{case}_{number}_slice000", 4),
+        ("picture_{case}{number}", 12),  # no scan is told
+        ("{case}x{number}", 12),
     ],
 )
-def test_slices_that_count_as_cases_are_reported(
-    pattern: str, warned: bool, data: Path, capsys: pytest.CaptureFixture
+def test_validation_holds_out_whole_scans_however_slices_are_named(
+    pattern: str, cases: int, data: Path, capsys: pytest.CaptureFixture
 ):
     rename_slices(data, pattern)
     train.main(["--root_path", str(data), *TINY_FLAGS, *FLAGS, "--val_every", "1", "--check"])
-    page = capsys.readouterr().out
-    assert ("12 slices named like case0005_000 count as 12 cases, not 4" in page) == warned
-    assert ("<case>_slice<number>" in page) == warned
+    assert f"12 slices of {cases} cases" in capsys.readouterr().out
+    left, held_out = hold_out(Synapse_dataset(data, None, "train"), None, seed=1)
+    held = [name for part in held_out.values() for name in part.sample_list]
+    assert len(held) == (3 if cases == 4 else 2) and len(left) == 12 - len(held)
+    if cases == 4:
+        assert len({name[:8] for name in held}) == 1
+        assert held[0][:8] not in {name[:8] for name in left.sample_list}
 
 
 @pytest.mark.parametrize("fault", ["raw HU", "missing volume"])

@@ -14,7 +14,9 @@ import torch
 from common.errors import InputError, first_few
 from config.settings import class_names
 from datasets.dataset_synapse import Synapse_dataset
-from datasets.names import case_of, mistaken_slices
+from datasets.digests import leak_warnings
+from datasets.groups import groups_of
+from datasets.names import case_of
 from datasets.prepared_files import SampleFacts
 from lora.model import LoRAModel
 from training.memory import GIB, estimate_training_memory
@@ -43,6 +45,7 @@ def check_page(
     class_names: Sequence[str],
     memory: dict[str, float],
     capacity: float | None = None,
+    folder: Path | None = None,
 ) -> Page:
     """Sum up the facts about all samples.
 
@@ -51,8 +54,10 @@ def check_page(
         class_names: names of the classes 1….
         memory: GiB that training needs, for each purpose.
         capacity: GiB of the GPU; None: there is no GPU.
+        folder: holds the data, and the record of their groups; None: only the names tell.
     """
-    cases = {case_of(sample.name) for sample in train}
+    groups = groups_of([sample.name for sample in train], folder, slices=True)
+    cases = set(groups.groups.values())
     lines = [f"training: {len(train)} slices of {len(cases)} cases", *_sizes(train)]
     if test:
         lines += [f"test: {len(test)} volumes", *_sizes(test)]
@@ -63,8 +68,8 @@ def check_page(
     parts = ", ".join(f"{name} {value:.2f}" for name, value in memory.items())
     lines.append(f"memory of one process, estimated: {total:.2f} GiB ({parts})")
     warnings = [
-        *_leaks(train, test),
-        *mistaken_slices([sample.name for sample in train]),
+        *_leaks(train, test, folder),
+        *(f"{doubt}; --val_every holds out whole scans" for doubt in groups.doubts),
         *_doubles(train, "training slices"),
         *_doubles(test, "test volumes"),
         *_classes(train, class_names),
@@ -117,12 +122,22 @@ def _voxels(samples: Sequence[SampleFacts]) -> list[int]:
     return [sum(column) for column in zip(*(sample.voxels for sample in samples), strict=True)]
 
 
-def _leaks(train: Sequence[SampleFacts], test: Sequence[SampleFacts]) -> list[str]:
+def _leaks(
+    train: Sequence[SampleFacts], test: Sequence[SampleFacts], folder: Path | None
+) -> list[str]:
+    """Return warnings about cases, patients and slices that are both trained on and tested."""
     trained, tested = ({case_of(sample.name) for sample in part} for part in (train, test))
     both = sorted(trained & tested)
-    if not both:
-        return []
-    return [f"{len(both)} case(s) are trained on and tested: {first_few(both)}"]
+    found = [f"{len(both)} case(s) are trained on and tested: {first_few(both)}"] if both else []
+    groups = groups_of(sorted(trained | tested), folder, slices=False).groups
+    shared = {groups[case] for case in trained} & {groups[case] for case in tested - trained}
+    if shared:
+        found.append(
+            f"{len(shared)} scans or patients are trained on and tested with other slices or "
+            f"scans: {first_few(sorted(shared))}"
+        )
+    parts = ([(case_of(s.name), s.slice_digests) for s in part] for part in (train, test))
+    return found + leak_warnings(*parts)
 
 
 def _doubles(samples: Sequence[SampleFacts], what: str) -> list[str]:
@@ -186,6 +201,8 @@ def describe(
     capacity = None
     if device.type == "cuda":
         capacity = torch.cuda.get_device_properties(device).total_memory / GIB
-    page = check_page(facts, tested, class_names(args), memory, capacity)
+    page = check_page(
+        facts, tested, class_names(args), memory, capacity, folder=Path(args.root_path)
+    )
     page.warnings.extend(faults)
     return page

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch import nn
 from common.errors import InputError
 from config.data_spec import record_training_data
 from datasets.dataset_synapse import Synapse_dataset
-from datasets.names import case_of, slices_by_case
+from datasets.groups import groups_of
 from distributed.ranks import ALONE, Ranks
 from evaluation.metrics import class_dsc, confusion, mean
 from evaluation.predict_volume import predict_volume
@@ -70,13 +71,19 @@ def hold_out(
 ) -> tuple[Synapse_dataset, dict[str, Synapse_dataset]]:
     """Split off cases: return the slices to train on, and those of each held-out case.
 
+    A case is a group of `datasets.groups`: a scan, or all scans of a patient.
+
     Args:
         count: number of cases to hold out; None: a sixth, at least one.
 
     Raises:
         InputError: no case would be left to train on.
     """
-    cases = slices_by_case(dataset.sample_list)
+    names = dataset.sample_list
+    groups = groups_of(names, dataset.data_dir, slices=True).groups
+    cases: dict[str, list[int]] = defaultdict(list)  # the slices of each case, ascending by name
+    for index in sorted(range(len(names)), key=lambda i: names[i]):
+        cases[groups[names[index]]].append(index)
     count = count or max(1, round(len(cases) / 6))
     if count >= len(cases):
         raise InputError(
@@ -85,7 +92,7 @@ def hold_out(
         )
     chosen = np.random.default_rng([seed, 2]).permutation(sorted(cases))[:count]
     held_out = {name: dataset.subset(cases[name]) for name in sorted(chosen.tolist())}
-    left = [i for i, name in enumerate(dataset.sample_list) if case_of(name) not in held_out]
+    left = [i for i, name in enumerate(names) if groups[name] not in held_out]
     return dataset.subset(left), held_out
 
 

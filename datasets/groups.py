@@ -1,0 +1,35 @@
+"""Which prepared slices and volumes belong together: as preprocessing recorded it, or by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets.names import Grouping, case_of, group_names
+from datasets.registry import SUMMARY_FILE
+
+
+def groups_of(names: Sequence[str], folder: Path | None, *, slices: bool) -> Grouping:
+    """Return the group of each slice or volume.
+
+    Args:
+        folder: holds the slices or volumes; None: only the names tell.
+        slices: whether the names are of slices or pictures; else they are of whole scans.
+    """
+    recorded = recorded_groups(folder) if folder else {}
+    found = {name: recorded.get(name) or recorded.get(case_of(name)) for name in names}
+    if all(found.values()):
+        return Grouping(found, {})
+    return group_names(names, slices=slices)
+
+
+def recorded_groups(folder: Path) -> dict[str, str]:
+    """Return the group of each case as preprocessing recorded it; empty without such a record."""
+    for path in (folder / SUMMARY_FILE, folder.parent / SUMMARY_FILE):
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))["cases"]
+            return {str(row["case"]): str(row["group"]) for row in rows}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # there is no such file, or another program wrote it
+    return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def with_chosen_intensity(args: argparse.Namespace, spec: DatasetSpec) -> Datase
 
 
 def record_training_data(
-    args: argparse.Namespace, facts: Sequence[SampleFacts], cases: Sequence[str] | None = None
+    args: argparse.Namespace, facts: Sequence[SampleFacts], cases: Iterable[str] | None = None
 ) -> None:
     """Record in `args` what the training slices show of themselves.
 

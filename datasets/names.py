@@ -18,7 +18,7 @@ NUMBERED = re.compile(
     re.IGNORECASE,
 )
 NEIGHBOURS = {"slice", "slices", "slc", "frame", "frames", "z"}  # frame_001 and frame_002 are alike
-WRITTEN_SLICE = re.compile(r"_slice\d+$")  # as `slice_name` writes it
+WRITTEN_SLICE = re.compile(r"_slice_?\d+$")  # as `slice_name` writes it, and SSL4MIS
 # The beginning of a name up to its first part with a digit: `patient001` of `patient001_frame01`.
 PATIENT = re.compile(r"((?:[^\d _.-]*[ _.-])*[^ _.-]*\d[^ _.-]*)(?=[ _.-])")
 FEW = 4  # Fewer groups than this hardly are all the scans or patients of a data set.

@@ -7,7 +7,7 @@ that were prepared in another way give wrong scores without any error.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class TrainedOn:
 
     @classmethod
     def measured(
-        cls, slices: Sequence[SampleFacts], cases: Sequence[str] | None = None
+        cls, slices: Sequence[SampleFacts], cases: Iterable[str] | None = None
     ) -> TrainedOn:
         """Sum up the facts about the training slices.
 

@@ -15,11 +15,13 @@ from config.settings import complete
 from datasets.dataset_synapse import Synapse_dataset
 from distributed.ranks import ALONE, Ranks
 from training.batches import augmented_batch, make_loader
-from training.losses import SegmentationLoss
+from training.losses import SegmentationLoss, calc_loss
 from training.parts import BatchInParts
 from training.run import TrainingRun
 from training.validation import training_data, validate
 from utils import amp_dtype, unwrap
+
+__all__ = ["calc_loss", "trainer_synapse"]  # what scripts of the field import
 
 # Without prompts the loss does not depend on these parameters. They are frozen, so that they keep
 # their values on any number of GPUs. The adapter file holds them all the same.

@@ -13,14 +13,15 @@ SMOOTH = 1e-5
 
 def dice_sums(
     scores: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:  # (B, C, H, W), (B, H, W) int -> (2, C)
-    """Return the intersection and the denominator of each class, pooled over the batch.
+) -> torch.Tensor:  # (B, C, ...), (B, ...) int -> (2, C)
+    """Return the intersection and the denominator of each class, pooled over all other axes.
 
     The scores are squared in the denominator.
     """
     classes = torch.arange(scores.shape[1], device=labels.device)
-    truth = labels[:, None] == classes[:, None, None]  # (B, C, H, W) bool
-    pooled = (0, 2, 3)
+    # The classes lie along the second axis, whatever the number of axes.
+    truth = labels[:, None] == classes.view(-1, *[1] * (labels.ndim - 1))  # (B, C, ...) bool
+    pooled = [axis for axis in range(scores.ndim) if axis != 1]
     intersection = (scores * truth).sum(pooled)
     return torch.stack([intersection, scores.square().sum(pooled) + truth.sum(pooled)])
 
@@ -53,8 +54,8 @@ class DiceLoss(nn.Module):
         """Return the loss of a batch.
 
         Args:
-            inputs: (B, C, H, W) probabilities, or logits if `softmax` is set.
-            target: (B, H, W) classes 0…C-1.
+            inputs: (B, C, H, W) or (B, C, D, H, W) probabilities, or logits if `softmax` is set.
+            target: (B, H, W) or (B, D, H, W) classes 0…C-1.
             weight: a factor for each class; None: 1.
             softmax: apply softmax to `inputs` first.
 
@@ -109,6 +110,28 @@ class SegmentationLoss(nn.Module):
         dice = dice_per_class(sums[2:].view(2, -1)).sum() / self.n_classes
         total = (1 - self.dice_weight) * ce + self.dice_weight * dice
         return {"loss": total, "loss_ce": ce, "loss_dice": dice}
+
+
+def calc_loss(
+    outputs: dict[str, torch.Tensor],
+    low_res_label_batch: torch.Tensor,
+    ce_loss: nn.Module,
+    dice_loss: nn.Module,
+    dice_weight: float = 0.8,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the loss, its cross entropy and its Dice, for loops in scripts of the field.
+
+    Training uses `SegmentationLoss`, which computes the same.
+
+    Args:
+        outputs: those of the network; `low_res_logits` (B, C, S/4, S/4) counts.
+        low_res_label_batch: (B, S/4, S/4) classes, any dtype.
+        ce_loss, dice_loss: `torch.nn.CrossEntropyLoss` and `DiceLoss`, or others like them.
+    """
+    logits = outputs["low_res_logits"]
+    ce = ce_loss(logits, low_res_label_batch.long())
+    dice = dice_loss(logits, low_res_label_batch, softmax=True)
+    return (1 - dice_weight) * ce + dice_weight * dice, ce, dice
 
 
 class Focal_loss(nn.Module):

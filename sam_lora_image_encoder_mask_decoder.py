@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lora import LoRAModel, Update
-from sam_lora_image_encoder import encoder_updates
+from sam_lora_image_encoder import blocks_with_updates, encoder_updates
 from segment_anything.modeling import Sam
 
 TRANSFORMER = "mask_decoder.transformer"
@@ -51,7 +51,7 @@ class LoRA_Sam(LoRAModel):
     """SAMed_s; the arguments are those of `sam_lora_image_encoder.LoRA_Sam`."""
 
     def __init__(self, sam_model: Sam, r: int, lora_layer: Sequence[int] | None = None) -> None:
-        blocks = range(len(sam_model.image_encoder.blocks)) if lora_layer is None else lora_layer
+        blocks = blocks_with_updates(sam_model, lora_layer)
         depth = len(sam_model.mask_decoder.transformer.layers)
         super().__init__(
             sam_model,

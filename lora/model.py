@@ -86,6 +86,11 @@ class LoRAModel(nn.Module):
                 updated=[row.part for row in rows],
             )
             sam.set_submodule(path, layer)
+        # For scripts of the field: A and B of the encoder's updates, as linear layers in the order
+        # of their names: q of the first block, v of the first block, …
+        encoder = [update for update in updates if update.down.startswith("w_a_")]
+        self.w_As = [self._branch(update).down for update in encoder]
+        self.w_Bs = [self._branch(update).up for update in encoder]
         self.require_trained_is_saved()
 
     def require_trained_is_saved(self) -> None:

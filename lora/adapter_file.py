@@ -17,6 +17,7 @@ import torch
 
 from common.errors import InputError, first_few
 from common.files import load_safetensors, load_tensors, require_file
+from common.state_dicts import unwrapped
 
 SETTINGS_KEY = "samed_settings"
 # A of the first update, in every published adapter.
@@ -35,18 +36,19 @@ HEAD_NETWORKS = "mask_decoder.output_hypernetworks_mlps."
 def read_adapter(filename: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read the tensors of an adapter file and the settings beside them ({} if there are none).
 
+    The tensors may lie inside a checkpoint or under a prefix (`common.state_dicts.unwrapped`).
+
     Raises:
         InputError: the file is no adapter, or it is damaged.
     """
     require_file(filename, what="adapter", remedy="put one there or pass another by --lora_ckpt")
-    state = _read_safetensors(filename) if is_safetensors(filename) else load_tensors(filename)
+    content = _read_safetensors(filename) if is_safetensors(filename) else load_tensors(filename)
+    state = unwrapped(content)
     settings = state.pop(SETTINGS_KEY, None) if isinstance(state, dict) else None
     settings = settings if isinstance(settings, dict) else {}
-    if not isinstance(state, dict) or not (FIRST_KEY in state or "updates" in settings):
-        is_base = isinstance(state, dict) and "image_encoder.pos_embed" in state
+    if not isinstance(state, dict) or not (FIRST_KEY in state or settings):
         raise InputError(
-            f"{filename} is not a LoRA adapter (it has no {FIRST_KEY}); "
-            + ("it looks like base weights: pass it by --ckpt" if is_base else "pass another file")
+            f"{filename} is not a LoRA adapter (it has no {FIRST_KEY}); {_what_instead(state)}"
         )
     not_tensors = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
     if not_tensors:
@@ -57,6 +59,19 @@ def read_adapter(filename: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
             "(rank, width); fetch or save it again"
         )
     return state, settings
+
+
+def _what_instead(state: Any) -> str:
+    """Say what a file is that is no adapter, and what to pass instead."""
+    names = [key for key in state if isinstance(key, str)] if isinstance(state, dict) else []
+    if any(".updates." in name or ".linear_a_" in name for name in names):
+        return (
+            "it holds a whole network with LoRA layers; pass the file that save_lora_parameters "
+            "wrote, in a run folder best.pth or epoch_N.pth"
+        )
+    if "image_encoder.pos_embed" in names:
+        return "it looks like base weights: pass it by --ckpt"
+    return f"it holds {first_few(names, 3) or type(state).__name__}; pass another file"
 
 
 def holds_every_weight(state: dict[str, torch.Tensor]) -> bool:

@@ -102,11 +102,66 @@ def test_an_adapter_of_a_network_trained_from_scratch_needs_nothing_else(tmp_pat
     assert torch.equal(restored(images)["masks"], model(images)["masks"])
 
 
-def test_lora_layer_selects_blocks():
-    model = sam_lora_image_encoder.LoRA_Sam(tiny_sam(), 2, lora_layer=[1, 3])
-    assert [update.layer.split(".")[2] for update in model.updates] == ["1", "1", "3", "3"]
+@pytest.mark.parametrize("module", VARIANTS)
+@pytest.mark.parametrize("lora_layer", [[1, 3], [3, 1], (3, 1, 3), {1, 3}])
+def test_lora_layer_selects_blocks_in_the_order_of_the_network(module, lora_layer):
+    model = module.LoRA_Sam(tiny_sam(), 2, lora_layer=lora_layer)
+    updates = [update for update in model.updates if update.down.startswith("w_a_")]
+    assert [(u.layer.split(".")[2], u.part, u.down) for u in updates] == [
+        ("1", 0, "w_a_000"),
+        ("1", 2, "w_a_001"),
+        ("3", 0, "w_a_002"),
+        ("3", 2, "w_a_003"),
+    ]
     assert "w_a_003" in model.adapter_state() and "w_a_004" not in model.adapter_state()
     assert isinstance(model.sam.image_encoder.blocks[0].attn.qkv, nn.Linear)
+
+
+def test_an_empty_lora_layer_means_all_blocks():
+    model = sam_lora_image_encoder.LoRA_Sam(tiny_sam(), 2, lora_layer=[])
+    assert len(model.updates) == 2 * 4
+
+
+def test_a_block_that_the_encoder_lacks_is_refused():
+    with pytest.raises(InputError, match=r"blocks 4, expected 0…3"):
+        sam_lora_image_encoder.LoRA_Sam(tiny_sam(), 2, lora_layer=[0, 4])
+
+
+@pytest.mark.parametrize("module", VARIANTS)
+def test_the_matrices_stand_in_the_originals_lists(module):
+    """q of the first block, v of the first block, q of the second block, …"""
+    model = module.LoRA_Sam(tiny_sam(), 2)
+    state = model.adapter_state()
+    for letter, layers in (("a", model.w_As), ("b", model.w_Bs)):
+        assert len(layers) == 8 and all(isinstance(layer, nn.Linear) for layer in layers)
+        for index, layer in enumerate(layers):
+            key = f"w_{letter}_{index:03d}"
+            assert layer.weight.data_ptr() == state[key].data_ptr()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model": state, "epoch": 3},
+        lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}},
+        lambda state: {f"module.{k}": v for k, v in state.items()},
+    ],
+)
+def test_an_adapter_inside_a_checkpoint_is_found(wrap, tmp_path):
+    model = tiny_model()
+    model.save_lora_parameters(tmp_path / "adapter.pth")
+    expected = torch.load(tmp_path / "adapter.pth", weights_only=True)
+    torch.save(wrap(expected), tmp_path / "wrapped.pth")
+    other = tiny_model()
+    randomise_updates(other)
+    other.load_lora_parameters(tmp_path / "wrapped.pth")
+    assert all(torch.equal(value, expected[k]) for k, value in other.adapter_state().items())
+
+
+def test_a_whole_network_with_lora_layers_is_no_adapter(tmp_path):
+    torch.save(tiny_model().state_dict(), tmp_path / "all.pth")
+    with pytest.raises(InputError, match="whole network with LoRA layers; pass the file that save"):
+        tiny_model().load_lora_parameters(tmp_path / "all.pth")
 
 
 @pytest.mark.parametrize(

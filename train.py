@@ -97,7 +97,7 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
         if ranks.first:
             write_facts(args, folder, page, environment(device) | {"processes": ranks.count})
             log_warnings(args, page)
-            log_model(args, folder, model)
+            log_model(args, folder, model, resumed=page is None)
         multimask_output = args.num_classes > 1
         trainer_synapse(
             args, model, folder, multimask_output, low_res, dataset=dataset, ranks=ranks
@@ -152,11 +152,13 @@ def log_warnings(args: argparse.Namespace, page: Page | None) -> None:
         )
 
 
-def log_model(args: argparse.Namespace, folder: Path, model: LoRAModel) -> None:
-    """Log the size of the network, and which heads an adapter of other classes gave it."""
+def log_model(args: argparse.Namespace, folder: Path, model: LoRAModel, *, resumed: bool) -> None:
+    """Log the size of the network, and which heads base weights or an adapter gave it."""
     if model.moved_heads:
         moved, fresh = (", ".join(names) or "none" for names in model.moved_heads)
         logging.info("heads of %s: moved %s; fresh %s", args.lora_ckpt, moved, fresh)
+    if model.sam.head_start and not args.lora_ckpt and not resumed:
+        logging.info("heads: %s", model.sam.head_start)
     parameters = list(model.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

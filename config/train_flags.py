@@ -138,6 +138,13 @@ RECIPE = (
         type=bool,
         in_name=lambda args: "noaug" if args.no_augment else None,
     ),
+    Flag(
+        "fresh_heads",
+        "start all mask heads at random. Default: from the base weights wherever shapes fit, as "
+        "the published adapters did",
+        type=bool,
+        in_name=lambda args: "freshheads" if args.fresh_heads else None,
+    ),
 )
 TRAIN = {
     "data": (

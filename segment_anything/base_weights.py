@@ -11,16 +11,27 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from common.errors import InputError, MissingFileError, first_few
-from common.files import load_tensors
+from common.files import load_safetensors, load_tensors
+from common.state_dicts import unwrapped
 
 from .modeling import ImageEncoderViT, Sam
 
-# The shape of these heads depends on the classes. They start fresh in a fine-tuned network.
+# The number or the shape of these tensors depends on the classes.
 MASK_HEADS = (
     "mask_decoder.mask_tokens.",
     "mask_decoder.output_hypernetworks_mlps.",
     "mask_decoder.iou_prediction_head.",
 )
+# Statistics that some programs save with the weights. Here the caller gives them.
+NO_WEIGHTS = ("pixel_mean", "pixel_std")
+# Networks that are taken for SAM's, by the start of a tensor's name.
+RELATIVES = {
+    "vision_encoder.": "SAM under the names of Hugging Face transformers",
+    "shared_image_embedding.": "SAM under the names of Hugging Face transformers",
+    "image_encoder.trunk.": "SAM 2, another network",
+    "image_encoder.patch_embed.seq.": "MobileSAM, whose encoder is another network",
+    "image_encoder.blocks.0.attn.qkv.qkv.": "a whole network with LoRA layers inside",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,9 @@ def read_base_weights(
 ) -> dict[str, torch.Tensor]:
     """Read a SAM checkpoint, which must hold the encoder `name`.
 
+    It may be a `.pth` or `.safetensors` file, and a state dict or a checkpoint around one
+    (`common.state_dicts.unwrapped`).
+
     Args:
         widths: (width, depth) of every known encoder, to recognise the one in the file.
         public: the file to download if there is none.
@@ -56,40 +70,81 @@ def read_base_weights(
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"base weights {path} do not exist; {_how_to_get(public, path)}")
-    state = load_tensors(path)
-    _require_encoder(state, path, name, widths)
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    is_safe = path.suffix.lower() == ".safetensors"
+    state = unwrapped(load_safetensors(path)[0] if is_safe else load_tensors(path))
+    _require_encoder(state, path, name, widths, public)
+    return {
+        key: value
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and key not in NO_WEIGHTS
+    }
 
 
 def fill_base_weights(
-    sam: Sam, state: dict[str, torch.Tensor], *, source: str | Path, keep_mask_heads: bool = False
+    sam: Sam,
+    state: dict[str, torch.Tensor],
+    *,
+    source: str | Path,
+    keep_mask_heads: bool | None = None,
 ) -> None:
-    """Fill `sam` from a checkpoint of any image size, strictly.
+    """Fill `sam` from a checkpoint of any image size; all but the mask heads strictly.
 
     Args:
         source: the file that `state` was read from, for messages.
-        keep_mask_heads: load the mask heads too; by default they keep their fresh values.
+        keep_mask_heads: True: all heads, strictly; False: none of them; None: every tensor whose
+            shape fits. The original tries to load the whole file first. That fails, but not before
+            all fitting tensors are copied, so its published adapters were trained from these. With
+            the 3 masks of SAM and 8 classes, 28 of 31 tensors fit.
 
     Raises:
         InputError: keys or shapes do not fit.
     """
-    skipped = () if keep_mask_heads else MASK_HEADS
-    state = {key: value for key, value in state.items() if not key.startswith(skipped)}
+    own = sam.state_dict()
+    heads = {key for key in own.keys() | state.keys() if key.startswith(MASK_HEADS)}
+    common = heads & own.keys() & state.keys()
+    fit = {key for key in common if own[key].shape == state[key].shape}
+    left_out = {None: heads - fit, True: set(), False: heads}[keep_mask_heads]
+    sam.head_start = _head_start(own, heads & own.keys() - left_out, len(heads & state.keys()))
+    state = {key: value for key, value in state.items() if key not in left_out}
+    own = {key: value for key, value in own.items() if key not in left_out}
     sam.base_fingerprint = fingerprint(state)
     fit_image_size(state, sam.image_encoder)
+    _require_same_tensors(own, state, source)
+    sam.load_state_dict(state, strict=False)
 
-    own = {key: value for key, value in sam.state_dict().items() if not key.startswith(skipped)}
+
+def _head_start(own: dict[str, torch.Tensor], taken: set[str], in_file: int) -> str:
+    """Say in one line which tensors of the mask heads come from the base file."""
+    fresh = [key for key in own if key.startswith(MASK_HEADS) and key not in taken]
+    names = dict.fromkeys(
+        # The number of a mask stands for the six tensors of its network.
+        (key.split(".layers.")[0] if "hypernetworks" in key else key).removeprefix("mask_decoder.")
+        for key in fresh
+    )
+    return (
+        f"{len(taken)} of {in_file} tensors from the base file; fresh: {', '.join(names) or 'none'}"
+    )
+
+
+def _require_same_tensors(
+    own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], source: str | Path
+) -> None:
+    """Refuse a checkpoint that lacks a tensor, has one too many, or one of another shape."""
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
+        remedy = (
+            "it was saved from a network with other layers; pass SAM's own file"
+            if unexpected
+            else "it is incomplete; fetch or save it again"
+        )
         raise InputError(
             f"{source} is not a complete SAM checkpoint: missing {first_few(missing) or 'nothing'};"
-            f" unexpected {first_few(unexpected) or 'nothing'}; fetch the file again"
+            f" unexpected {first_few(unexpected) or 'nothing'}; {remedy}"
         )
     wrong = [key for key in sorted(own) if state[key].shape != own[key].shape]
     if wrong:
         found = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in wrong]
         raise InputError(f"{source} has tensors of another shape: {first_few(found)}")
-    sam.load_state_dict(state, strict=False)
 
 
 def fit_image_size(state: dict[str, torch.Tensor], encoder: ImageEncoderViT) -> None:
@@ -126,7 +181,11 @@ def fingerprint(state: dict[str, torch.Tensor]) -> str:
 
 
 def _require_encoder(
-    state: object, path: Path, name: str, widths: dict[str, tuple[int, int]]
+    state: object,
+    path: Path,
+    name: str,
+    widths: dict[str, tuple[int, int]],
+    public: PublicWeights | None,
 ) -> None:
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, expected a SAM state dict")
@@ -135,13 +194,18 @@ def _require_encoder(
             f"{path} is a LoRA adapter, not base weights; pass it by --lora_ckpt and SAM's own "
             "file by --ckpt"
         )
+    keys = [key for key in state if isinstance(key, str)]
+    for start, what in RELATIVES.items():
+        if any(key.startswith(start) for key in keys):
+            instead = f"; {_how_to_get(public, path.parent / public.file)}" if public else ""
+            raise InputError(f"{path} holds {what}, expected SAM's own {name}{instead}")
     patches = state.get("image_encoder.patch_embed.proj.weight")
     if not isinstance(patches, torch.Tensor):
         raise InputError(
-            f"{path} holds no SAM image encoder (no image_encoder.patch_embed.proj.weight); "
-            "expected a SAM checkpoint"
+            f"{path} holds no SAM image encoder (no image_encoder.patch_embed.proj.weight, but "
+            f"{first_few(sorted(keys), 3) or 'nothing'}); expected a SAM checkpoint"
         )
-    depth = len({key.split(".")[2] for key in state if key.startswith("image_encoder.blocks.")})
+    depth = len({key.split(".")[2] for key in keys if key.startswith("image_encoder.blocks.")})
     found = (len(patches), depth)
     if found != widths[name]:
         names = [other for other, sizes in widths.items() if sizes == found]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from common.errors import InputError
 
@@ -65,7 +66,7 @@ ENCODERS = {
 }
 
 
-def build_sam(
+def build_network(
     name: str,
     image_size: int = 1024,
     num_classes: int = 3,
@@ -73,7 +74,7 @@ def build_sam(
     pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
     checkpoint: str | Path | None = None,
     *,
-    keep_mask_heads: bool = False,
+    keep_mask_heads: bool | None = None,
 ) -> tuple[Sam, int]:
     """Build a network, and fill in base weights if a checkpoint is given.
 
@@ -83,8 +84,8 @@ def build_sam(
         num_classes: number of foreground classes; the decoder has a mask token more.
         pixel_mean, pixel_std: those of SAM by default; SAMed uses 0 and 1 for images in [0, 1].
         checkpoint: base weights for any image size; None: random weights.
-        keep_mask_heads: also load the mask heads of the checkpoint (SAM's three masks); by default
-            the heads start fresh.
+        keep_mask_heads: which mask heads of the checkpoint to load. None: every tensor whose shape
+            fits, as the original in effect did; True: all, strictly (SAM itself); False: none.
 
     Returns:
         The network and the side of its image embedding, S/16.
@@ -99,6 +100,8 @@ def build_sam(
         )
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}, expected at least 1 foreground class")
+    if name not in ENCODERS:
+        raise InputError(f"unknown encoder {name!r:.80}, expected {', '.join(ENCODERS)}")
     spec = ENCODERS[name]
     if checkpoint is not None:  # Building the network takes seconds, so check the file first.
         state = read_base_weights(
@@ -145,4 +148,17 @@ def _parts(
     return encoder, prompt_encoder, decoder
 
 
-sam_model_registry = {name: partial(build_sam, name) for name in ENCODERS}
+def build_sam(*args: Any, **kwargs: Any) -> tuple[Sam, int]:
+    """Build vit_h from (image_size, num_classes, …) as the original's function does.
+
+    With the name of another encoder first, build that one (`build_network`).
+    """
+    is_named = "name" in kwargs or (args and isinstance(args[0], str))
+    return build_network(*args, **kwargs) if is_named else build_sam_vit_h(*args, **kwargs)
+
+
+build_sam_vit_b = partial(build_network, "vit_b")
+build_sam_vit_l = partial(build_network, "vit_l")
+build_sam_vit_h = partial(build_network, "vit_h")
+sam_model_registry = {name: partial(build_network, name) for name in ENCODERS}
+sam_model_registry["default"] = build_sam_vit_h

@@ -38,7 +38,7 @@ class SamPredictor:
         """Embed an image.
 
         Args:
-            image: (H, W, 3) uint8, 0…255.
+            image: (H, W, 3) uint8, 0…255; brought to [0, 1] for a network that takes such images.
             image_format: order of the channels, "RGB" or "BGR".
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -52,11 +52,13 @@ class SamPredictor:
             (columns, rows), Image.Resampling.BILINEAR
         )
         pixels = rearrange(torch.from_numpy(np.array(resized)), "h w c -> 1 c h w")
+        if self.model.takes_unit_range:
+            pixels = pixels / 255
         self.set_torch_image(pixels.to(self.device), image.shape[:2])
 
     @torch.no_grad()
     def set_torch_image(self, image: torch.Tensor, original_size: tuple[int, int]) -> None:
-        """Embed an image (1, 3, H, W) whose longer side is S already."""
+        """Embed an image (1, 3, H, W) whose longer side is S already, in the network's range."""
         if max(image.shape[-2:]) != self.model.image_encoder.img_size:
             raise ValueError(
                 f"the longer side is {max(image.shape[-2:])}, expected "

@@ -26,6 +26,8 @@ class Sam(nn.Module):
     mask_threshold = 0.0
     # Fingerprint of the base weights (`base_weights.fingerprint`); None: no weights were loaded.
     base_fingerprint: str | None = None
+    # Which mask heads come from the base weights, in words; None: no weights were loaded.
+    head_start: str | None = None
 
     def __init__(
         self,
@@ -48,6 +50,11 @@ class Sam(nn.Module):
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.pixel_mean.device
+
+    @property
+    def takes_unit_range(self) -> bool:
+        """Whether images lie in [0, 1], as in SAMed, and not in 0…255, as in SAM."""
+        return bool((self.pixel_mean.abs() <= 1).all() and (self.pixel_std <= 1).all())
 
     def forward(
         self,

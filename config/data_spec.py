@@ -59,7 +59,7 @@ def choose_spec(
 def _undescribed_data(args: argparse.Namespace) -> DatasetSpec:
     """Return what is known of training slices without a description: the names of their cases."""
     try:
-        dataset = Synapse_dataset(args.root_path, args.list_dir, "train")
+        dataset = Synapse_dataset(args.root_path, args.list_dir, "train", num_classes=255)
     except (InputError, TypeError):  # Reading the data will explain it.
         return SYNAPSE
     folder = dataset.data_dir.resolve()

@@ -85,10 +85,14 @@ def _network_values(
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """Add the training flags that a script written against the original does not have."""
+    """Add the training flags that a script written against the original does not have.
+
+    Such a script passes `max_iterations`, by default 30000, which had no effect there.
+    """
     defaults = vars(train_parser().parse_args([]))
     merged = argparse.Namespace(**(defaults | vars(args)))
     if "spec" not in vars(merged):
+        merged.max_iterations = None
         _fill_in(merged, get_dataset(merged.dataset or SYNAPSE.name))
     if "trained_on" not in vars(merged):
         merged.trained_on = None

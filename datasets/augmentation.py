@@ -46,6 +46,24 @@ def draw_augmentation(rng: np.random.Generator) -> Augmentation:
     return Augmentation()
 
 
+def random_rot_flip(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn and flip a slice and its label (H, W) as `np.random` decides, for older scripts."""
+    quarter_turns = np.random.randint(0, 4)
+    return _augmented(
+        Augmentation(quarter_turns=quarter_turns, flip_axis=np.random.randint(0, 2)), image, label
+    )
+
+
+def random_rotate(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rotate a slice and its label (H, W) as `np.random` decides, for older scripts."""
+    angle = np.random.randint(-LARGEST_ANGLE, LARGEST_ANGLE)
+    return _augmented(Augmentation(angle=angle), image, label)
+
+
+def _augmented(augment: Augmentation, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(augment(torch.from_numpy(np.ascontiguousarray(a))).numpy() for a in arrays)
+
+
 def keyed_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """Return the generator for one sample in one epoch.
 

@@ -11,7 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,15 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common.errors import InputError, MissingFileError, first_few
+from common.errors import InputError, MissingFileError, first_few, warn
 from common.files import load_arrays, require_file, require_folder, safe_name
-from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
+from datasets.augmentation import (
+    draw_augmentation,
+    keyed_rng,
+    prepare_batch,
+    random_rot_flip,
+    random_rotate,
+)
 from datasets.digests import slice_digests
 from datasets.prepared_files import (
     SampleFacts,
@@ -32,7 +38,9 @@ from datasets.prepared_files import (
     read_h5,
     read_orientation,
 )
-from datasets.registry import SYNAPSE
+
+# What scripts of the field import from here.
+__all__ = ["RandomGenerator", "Synapse_dataset", "random_rot_flip", "random_rotate"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLISHED_LISTS = REPOSITORY / "lists" / "lists_Synapse"
@@ -74,13 +82,18 @@ SPLITS = {
 class Synapse_dataset(Dataset):
     """The slices (`split="train"`) or volumes (`split="test_vol"`) that a list names.
 
+    Scripts written against the original do not give `num_classes`. They may read what the original
+    reads, with a warning: lists of other names, which name volumes; a name more than once;
+    intensities far outside [0, 1].
+
     Args:
         base_dir: folder of the `.npz` slices or `.npy.h5` volumes, or the folder above it.
         list_dir: folder of `train.txt` and `test_vol.txt`; None: the folder `lists` beside the
             data if it exists, else the published split.
         split: "train" or "test_vol".
-        transform: called with each training sample, e.g. a `RandomGenerator`.
-        num_classes: the largest label that is allowed.
+        transform: called with each sample, e.g. a `RandomGenerator` with each slice.
+        num_classes: the largest label that is allowed; None: 255.
+        lenient: read what the original reads; None: if `num_classes` is None.
 
     Raises:
         MissingFileError: the folder, the list or a file that the list names does not exist.
@@ -94,20 +107,26 @@ class Synapse_dataset(Dataset):
         split: str,
         transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         *,
-        num_classes: int = SYNAPSE.num_classes,
+        num_classes: int | None = None,
+        lenient: bool | None = None,
     ) -> None:
+        self.lenient = num_classes is None if lenient is None else lenient
         if split not in SPLITS:
-            raise InputError(f"split is {split!r}, expected 'train' or 'test_vol'")
+            if not self.lenient:
+                raise InputError(f"split is {split!r}, expected 'train' or 'test_vol'")
+            warn(f"split is {split!r} and not 'train', so its list names volumes (.npy.h5)")
         self.split = split
         self.transform = transform
         self.num_classes = num_classes
-        files = SPLITS[split]
+        other = replace(SPLITS["test_vol"], lists=(f"{split}.txt", f"{split}.list"))
+        self.files = files = SPLITS.get(split, other)
         base = require_folder(
             base_dir, what=f"{files.what} folder", remedy="run preprocess, or check the path"
         )
         self.data_dir = _data_folder(base, files)
         self.list_path = find_list(base, self.data_dir, list_dir, files)
-        self.sample_list = [_case_name(name, files) for name in read_list(self.list_path)]
+        names = read_list(self.list_path, may_repeat=self.lenient)
+        self.sample_list = [_case_name(name, files) for name in names]
         self.paths = [_sample_path(self.data_dir, name, files) for name in self.sample_list]
         absent = [path.name for path in self.paths if not path.is_file()]
         if absent:
@@ -127,7 +146,7 @@ class Synapse_dataset(Dataset):
         float32, about [0, 1]; labels are uint8.
         """
         sample = self.read(index)
-        if self.split == "train" and self.transform is not None:
+        if self.transform is not None:
             sample = self.transform(sample)
         sample["case_name"] = self.sample_list[index]
         return sample
@@ -142,7 +161,8 @@ class Synapse_dataset(Dataset):
             arrays["label"],
             path,
             num_classes=self.num_classes,
-            ndim=SPLITS[self.split].ndim,
+            ndim=self.files.ndim,
+            any_range=self.lenient,
         )
         return {"image": image, "label": label, "index": index}
 
@@ -204,7 +224,7 @@ class Synapse_dataset(Dataset):
         except InputError as error:
             return error
         image, label = sample["image"], sample["label"]
-        counts = np.bincount(label.ravel(), minlength=self.num_classes + 1)
+        counts = np.bincount(label.ravel(), minlength=(self.num_classes or 0) + 1)
         return SampleFacts(
             name=self.sample_list[index],
             shape=label.shape,
@@ -250,20 +270,26 @@ def find_list(base: Path, data_dir: Path, list_dir: str | Path | None, files: Sp
         for name in files.lists
     ]
     published = PUBLISHED_LISTS / files.lists[0]
-    return next((path for path in beside_data if path.is_file()), published)
+    found = next((path for path in beside_data if path.is_file()), published)
+    return require_file(found, what="list", remedy="pass the list_dir of these data")
 
 
-def read_list(path: Path) -> list[str]:
-    """Read the names in a list file, one per line; no name may leave the data folder."""
+def read_list(path: Path, *, may_repeat: bool = False) -> list[str]:
+    """Read the names in a list file, one per line; no name may leave the data folder.
+
+    Args:
+        may_repeat: a name that occurs more than once is warned of and kept.
+    """
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     names = [safe_name(line.strip(), source=path) for line in lines if line.strip()]
     if not names:
         raise InputError(f"list {path} is empty, expected one case or slice name per line")
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
-        raise InputError(
-            f"list {path} names {first_few(repeated)} more than once; remove the repeated lines"
-        )
+        found = f"list {path} names {first_few(repeated)} more than once"
+        if not may_repeat:
+            raise InputError(f"{found}; remove the repeated lines")
+        warn(f"{found}; these samples count as often")
     return names
 
 

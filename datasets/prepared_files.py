@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from common.errors import InputError, first_few
+from common.errors import InputError, first_few, warn
 from datasets.registry import is_orientation
 
 # Prepared images lie in [0, 1]; cubic zoom overshoots by a few tenths at sharp edges.
@@ -32,9 +33,20 @@ class SampleFacts:
 
 
 def check_sample(
-    image: np.ndarray, label: np.ndarray, path: Path, *, num_classes: int, ndim: int
+    image: np.ndarray,
+    label: np.ndarray,
+    path: Path,
+    *,
+    num_classes: int | None,
+    ndim: int,
+    any_range: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 (…, H, W) or (…, 3, H, W), uint8 (…, H, W)
     """Check a slice or volume, and return it in the dtypes for training.
+
+    Args:
+        num_classes: the largest label that is allowed; None: 255.
+        ndim: number of axes of the label.
+        any_range: warn of intensities far outside [0, 1] instead of refusing them.
 
     Raises:
         InputError: wrong shapes, labels outside 0…num_classes, NaN, or intensities far outside
@@ -56,19 +68,28 @@ def check_sample(
     if not (np.isfinite(low) and np.isfinite(high)):
         raise InputError(f"{path} holds NaN or infinite intensities; run preprocess again")
     if low < PLAUSIBLE_RANGE[0] or high > PLAUSIBLE_RANGE[1]:
-        raise InputError(
-            f"{path} holds intensities from {low:g} to {high:g}, which look like raw HU or grey "
-            "values, expected [0, 1]; run preprocess on the raw scans"
-        )
+        if not any_range:
+            raise InputError(
+                f"{path} holds intensities from {low:g} to {high:g}, which look like raw HU or "
+                "grey values, expected [0, 1]; run preprocess on the raw scans"
+            )
+        _warn_of_range(path.parent)
+    largest = 255 if num_classes is None else num_classes
     classes = label.astype(np.uint8)
-    if (classes != label).any() or classes.max() > num_classes:
+    if (classes != label).any() or classes.max() > largest:
         values = np.unique(label)
-        wrong = [f"{v:g}" for v in values if not (0 <= v <= num_classes and v == int(v))]
+        wrong = [f"{v:g}" for v in values if not (0 <= v <= largest and v == int(v))]
         raise InputError(
-            f"{path} holds label values {first_few(wrong)}, expected 0…{num_classes}; pass the "
+            f"{path} holds label values {first_few(wrong)}, expected 0…{largest}; pass the "
             "right --num_classes, or map the labels with preprocess"
         )
     return np.ascontiguousarray(image, dtype=np.float32), classes
+
+
+@cache
+def _warn_of_range(folder: Path) -> None:
+    """Warn once for each folder."""
+    warn(f"{folder} holds intensities far outside [0, 1], the range of the published data")
 
 
 def read_h5(path: Path) -> dict[str, np.ndarray]:

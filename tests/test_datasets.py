@@ -176,7 +176,7 @@ def change_slice(folder: Path, **arrays: np.ndarray) -> Path:
 )
 def test_a_faulty_slice_is_named(arrays: dict, message: str, tmp_path: Path):
     path = change_slice(write_slices(tmp_path), **arrays)
-    dataset = Synapse_dataset(tmp_path, None, "train")
+    dataset = Synapse_dataset(tmp_path, None, "train", num_classes=8)
     with pytest.raises(InputError, match=message) as caught:
         dataset.check()
     assert str(path) in str(caught.value)
@@ -207,7 +207,7 @@ def test_a_faulty_list_is_refused(text: str, message: str, tmp_path: Path):
     write_slices(tmp_path)
     (tmp_path / "lists" / "train.txt").write_text(text)
     with pytest.raises(InputError, match=message):
-        Synapse_dataset(tmp_path, None, "train")
+        Synapse_dataset(tmp_path, None, "train", num_classes=8)
 
 
 def write_volume_h5(folder: Path, case: str = "case0001", **attributes: tuple) -> Path:

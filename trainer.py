@@ -14,6 +14,7 @@ from torch import nn
 from config.settings import complete
 from datasets.dataset_synapse import Synapse_dataset
 from distributed.ranks import ALONE, Ranks
+from lora.older_module import as_lora_model
 from training.batches import augmented_batch, make_loader
 from training.losses import SegmentationLoss, calc_loss
 from training.parts import BatchInParts
@@ -181,7 +182,7 @@ def trainer_synapse(
 
     Args:
         args: the flags of `train.py`; a script written against the original may lack some.
-        model: a `LoRA_Sam` on its device.
+        model: a `LoRA_Sam` on its device, or a module in the original's style.
         snapshot_path: the run folder. With `args.resume`, training continues from its newest state.
         multimask_output: has no effect; every class is always predicted.
         low_res: side of the logits, S/4.
@@ -193,7 +194,8 @@ def trainer_synapse(
         SystemExit: a signal asked to stop, and the state is saved (`EXIT_INTERRUPTED`).
     """
     del multimask_output
-    args, model = complete(args), unwrap(model)
+    args = complete(args)
+    model = as_lora_model(unwrap(model), args.rank)
     device = next(model.parameters()).device
     dataset, held_out = training_data(args, dataset)
     freeze_unreached(model)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from evaluation.metrics import calculate_metric_percase
 from evaluation.predict_volume import predict_volume
 from lora import LoRAModel
 from lora.adapter_file import class_count, holds_every_weight, read_adapter, trained_classes
+from lora.older_module import as_lora_model
 from segment_anything import sam_model_registry
 from training.losses import DiceLoss, Focal_loss
 
@@ -142,15 +144,17 @@ def build_model(
         checkpoint=base_checkpoint(args) if needs_base else None,
         pixel_mean=[0, 0, 0],
         pixel_std=[1, 1, 1],
+        # A script written against the original does not have this flag.
+        keep_mask_heads=False if getattr(args, "fresh_heads", False) else None,
     )
-    model = import_module(args.module).LoRA_Sam(sam, args.rank)
+    model = as_lora_model(import_module(args.module).LoRA_Sam(sam, args.rank), args.rank)
     if args.ckpt == SCRATCH or holds_every_weight(state):
         model.train_all_weights()
     model.require_trained_is_saved()
     if args.lora_ckpt:
         classes = None
         if move_heads:
-            trained = _trained_classes(args.lora_ckpt, args.num_classes)
+            trained = _trained_classes(args.lora_ckpt, state, settings, args.num_classes)
             wanted = class_names(args)
             classes = (trained, wanted) if trained and trained != wanted else None
         model.load_lora_parameters(args.lora_ckpt, classes)
@@ -158,13 +162,14 @@ def build_model(
     return model.to(device), 4 * image_embedding_size
 
 
-def _trained_classes(adapter: str, wanted: int) -> list[str] | None:
+def _trained_classes(
+    adapter: str, state: dict[str, torch.Tensor], settings: dict[str, Any], wanted: int
+) -> list[str] | None:
     """Return the class names of an adapter; None if it has no names and the number fits as it is.
 
     Raises:
         InputError: it has no names, and neither Synapse's nor the wanted number of classes.
     """
-    state, settings = read_adapter(adapter)
     count = class_count(state, settings)
     names = trained_classes(state, settings)
     if names is None and count == SYNAPSE.num_classes:  # a published adapter
@@ -230,27 +235,33 @@ def test_single_volume(
     """Segment and score one volume with the original's interface; `test.py` does more.
 
     Args:
-        image, label: (1, D, H, W) or (D, H, W), or one slice as (1, 1, H, W).
+        image, label: (1, D, H, W) or (D, H, W), or one slice as (1, H, W) or (H, W); an image in
+            colour has 3 before H. As in the original, a first axis of 1 is a batch of one.
         classes: foreground classes.
         multimask_output: kept for callers; all classes are always predicted.
         patch_size: (rows, columns) of the network's input.
-        input_size: (rows, columns) of the training slices.
+        input_size: (rows, columns) of the training slices. Slices of a volume are resized to it
+            first. One slice is resized to `patch_size` at once, as in the original.
         test_save_path: folder for `<case>_{pred,img,gt}.nii.gz`.
         z_spacing: mm between slices in those files; in the plane it is 1.
 
     Returns:
-        (DSC, HD95 in voxels) of the classes 1…classes, by the original's rule for empty masks.
+        (DSC, HD95 in voxels) of the classes 1…classes, by the original's rule for empty masks. The
+        distances of one slice are those in its plane; in a volume of one slice every voxel of an
+        organ is surface.
     """
     del multimask_output
     image, label = (np.asarray(torch.as_tensor(x).cpu()) for x in (image, label))
-    image, label = (x[0] if x.ndim == 4 else x for x in (image, label))  # (D, H, W)
+    image, label = (x[0] if len(x) == 1 else x for x in (image, label))
+    is_slice = label.ndim == 2
     net.eval()
     prediction = predict_volume(
         net,
-        image,
-        input_size=tuple(input_size),
+        image[None] if is_slice else image,
+        input_size=tuple(patch_size if is_slice else input_size),
         image_size=tuple(patch_size),
     )
+    prediction = prediction[0] if is_slice else prediction
     if test_save_path is not None:
         geometry = replace(Geometry.unknown(), spacing=(1.0, 1.0, float(z_spacing)))
         for suffix, array in (
@@ -258,9 +269,8 @@ def test_single_volume(
             ("img", image.astype(np.float32)),
             ("gt", label.astype(np.uint8)),
         ):
-            write_volume(Path(test_save_path) / f"{case}_{suffix}.nii.gz", array, geometry)
-    if len(prediction) == 1:  # A single slice is scored in its plane.
-        prediction, label = prediction[0], label[0]
+            volume = array[None] if is_slice else array
+            write_volume(Path(test_save_path) / f"{case}_{suffix}.nii.gz", volume, geometry)
     return [
         calculate_metric_percase(prediction == index, label == index)
         for index in range(1, classes + 1)

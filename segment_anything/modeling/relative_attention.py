@@ -50,7 +50,9 @@ class Attention(nn.Module):
         if self.window is None:
             return self.proj(self.attend(self.qkv(x)))
         tokens = F.pad(x.flatten(1, 2), (0, 0, 0, 1))  # (B, H·W + 1, C); the last token is zero
-        qkv = CutWindows.apply(self.qkv(tokens), self.token_of, self.place_of, self.padding)
+        # LoRA modules of the field expect a grid, so the tokens are given as one of a single row.
+        projected = self.qkv(tokens[:, None])[:, 0]
+        qkv = CutWindows.apply(projected, self.token_of, self.place_of, self.padding)
         qkv = qkv.view(-1, self.window, self.window, qkv.shape[-1])  # (B · windows, w, w, 3C)
         return self.proj(join_windows(self.attend(qkv), x.shape[1:3]))
 

@@ -48,6 +48,9 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
     run_values = known_values(config_values, parser.flags, config)
     # The spec in config.json says more than the data set's name.
     run_values.pop("dataset", None)
+    if training and "spec" in config_values:
+        # A run of a version without this flag, in which all heads started fresh.
+        run_values.setdefault("fresh_heads", True)
     if not training and early.lora_ckpt is None:
         published = CHECKPOINTS / "epoch_159.pth"
         run_values["lora_ckpt"] = str(newest_adapter(config.parent) if config else published)

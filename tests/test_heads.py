@@ -145,7 +145,7 @@ def test_both_variants_and_the_flag(base, module: str, flag: list[str]):
 
 
 @pytest.mark.slow
-def test_a_run_logs_its_heads_and_an_older_run_is_continued(base, tmp_path: Path, caplog):
+def test_a_run_logs_its_heads_and_an_older_run_is_continued(base, tmp_path: Path):
     data = write_slices(tmp_path / "data", count=4)
     flags = ["--root_path", str(data), "--output", str(tmp_path / "out"), *TINY_FLAGS]
     flags += ["--ckpt", str(base[0]), "--batch_size", "2", "--max_epochs", "1"]
@@ -154,8 +154,7 @@ def test_a_run_logs_its_heads_and_an_older_run_is_continued(base, tmp_path: Path
     assert "heads: 28 of 31 tensors from the base file; fresh: " in (run / "log.txt").read_text()
     assert "freshheads" not in run.name
     config = json.loads((run / "config.json").read_text())
-    assert config.pop("fresh_heads") is False  # an older run has no such setting
-    (run / "config.json").write_text(json.dumps(config))
+    assert config["fresh_heads"] is False
     train.main(["--resume", str(run)])
     train.main([*flags, "--fresh_heads"])
     (other,) = {*(tmp_path / "out").iterdir()} - {run}
@@ -163,3 +162,8 @@ def test_a_run_logs_its_heads_and_an_older_run_is_continued(base, tmp_path: Path
     assert "heads: 0 of 31 tensors" in (other / "log.txt").read_text()
     with pytest.raises(InputError, match="--fresh_heads False → True"):
         train.main(["--resume", str(run), "--fresh_heads"])
+
+    del config["fresh_heads"]  # as in a run of a version in which all heads started fresh
+    (run / "config.json").write_text(json.dumps(config))
+    train.main(["--resume", str(run)])
+    assert json.loads((run / "config.json").read_text())["fresh_heads"] is True

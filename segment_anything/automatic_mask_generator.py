@@ -148,7 +148,9 @@ class SamAutomaticMaskGenerator:
     def _decode(self, points: torch.Tensor, box: Box, size: tuple[int, int]) -> Candidates:
         """Return the masks of P points (x, y) of a crop that pass the filters."""
         labels = torch.ones(len(points), 1, device=points.device)
-        coords = self.predictor.apply_coords(points[:, None])
+        coords = self.predictor.transform.apply_coords(
+            points[:, None], self.predictor.original_size
+        )
         logits, iou, _ = self.predictor.predict_torch(coords, labels, return_logits=True)
         # Mask 0 is SAM's single mask, which points do not use.
         logits, iou = logits[:, 1:].flatten(0, 1), iou[:, 1:].flatten()

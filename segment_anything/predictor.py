@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
 
 from .modeling import Sam
+from .utils.transforms import ResizeLongestSide
 
 
 class SamPredictor:
@@ -20,6 +20,7 @@ class SamPredictor:
 
     def __init__(self, sam_model: Sam) -> None:
         self.model = sam_model
+        self.transform = ResizeLongestSide(sam_model.image_encoder.img_size)
         self.reset_image()
 
     @property
@@ -47,11 +48,8 @@ class SamPredictor:
             raise ValueError(f"image_format is {image_format!r}, expected 'RGB' or 'BGR'")
         if image_format == "BGR":
             image = image[..., ::-1]
-        rows, columns = self._resized_size(image.shape[:2])
-        resized = Image.fromarray(np.ascontiguousarray(image)).resize(
-            (columns, rows), Image.Resampling.BILINEAR
-        )
-        pixels = rearrange(torch.from_numpy(np.array(resized)), "h w c -> 1 c h w")
+        resized = self.transform.apply_image(image)
+        pixels = rearrange(torch.from_numpy(resized), "h w c -> 1 c h w")
         if self.model.takes_unit_range:
             pixels = pixels / 255
         self.set_torch_image(pixels.to(self.device), image.shape[:2])
@@ -100,10 +98,10 @@ class SamPredictor:
         if point_coords is not None:
             if point_labels is None:
                 raise ValueError("point_coords need point_labels: 1 inside, 0 outside")
-            coords = self.apply_coords(to_tensor(point_coords))[None]
+            coords = self.transform.apply_coords(to_tensor(point_coords), self.original_size)[None]
             labels = to_tensor(point_labels)[None]
         if box is not None:
-            boxes = self.apply_coords(to_tensor(box).reshape(-1, 2, 2)).reshape(-1, 4)
+            boxes = self.transform.apply_boxes(to_tensor(box), self.original_size)
         if mask_input is not None:
             mask = to_tensor(mask_input)[None]
         results = self.predict_torch(coords, labels, boxes, mask, multimask_output, return_logits)
@@ -145,18 +143,6 @@ class SamPredictor:
         """Return the embedding of the image that was set."""
         self._require_image()
         return self.features
-
-    def apply_coords(self, coords: torch.Tensor) -> torch.Tensor:
-        """Scale (..., 2) positions (x, y) from the original image to the resized one."""
-        rows, columns = self._resized_size(self.original_size)
-        scale = coords.new_tensor(
-            [columns / self.original_size[1], rows / self.original_size[0]]
-        )  # (x, y)
-        return coords * scale
-
-    def _resized_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        scale = self.model.image_encoder.img_size / max(size)
-        return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 
     def _require_image(self) -> None:
         if self.features is None:

@@ -26,6 +26,7 @@ from segment_anything import (
     build_sam_vit_l,
     sam_model_registry,
 )
+from segment_anything.utils.transforms import ResizeLongestSide
 from trainer import calc_loss
 from training.losses import DiceLoss, dice_sums
 
@@ -243,3 +244,23 @@ def test_a_predictor_brings_a_picture_to_the_networks_range():
     with torch.no_grad():
         expected = sam.image_encoder(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255)
     assert torch.allclose(predictor.get_image_embedding(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (300, 100), (7, 7)])
+def test_resize_longest_side(size: tuple[int, int]):
+    transform = ResizeLongestSide(64)
+    rows, columns = ResizeLongestSide.get_preprocess_shape(*size, 64)
+    assert (rows, columns) == {(48, 64): (48, 64), (300, 100): (64, 21), (7, 7): (64, 64)}[size]
+    ramp = np.tile(np.linspace(0, 255, size[1]).astype(np.uint8)[:, None], (size[0], 1, 3))
+    small = transform.apply_image(ramp)
+    assert small.shape == (rows, columns, 3) and small.dtype == np.uint8
+    as_batch = torch.from_numpy(ramp).permute(2, 0, 1)[None].float()
+    resized = transform.apply_image_torch(as_batch)[0].permute(1, 2, 0).numpy()
+    assert np.abs(resized - small).max() <= 1
+    corners = np.array([[0.0, 0.0, size[1], size[0]]])
+    boxes = transform.apply_boxes(corners, size)
+    assert boxes.tolist() == [[0, 0, columns, rows]]
+    found = transform.apply_boxes_torch(torch.tensor(corners), size)
+    assert np.allclose(found, boxes)
+    predictor = segment_anything.SamPredictor(tiny_sam())
+    assert predictor.transform.target_length == 64

@@ -1,0 +1,1 @@
+"""Helpers under the names that scripts of the field import."""

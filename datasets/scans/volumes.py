@@ -10,7 +10,7 @@ import gzip
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import IO
 
@@ -43,6 +43,12 @@ class Geometry:
     spacing: tuple[float, ...]  # (x, y, z), mm
     origin: tuple[float, ...]  # (x, y, z) of the centre of the first voxel, mm
     direction: tuple[float, ...]  # 3 × 3 cosines, row-major; the columns are the axes x, y, z
+    # How far rounding in the file may have moved origin and spacing, mm. It is no part of where the
+    # voxels lie, so it is neither compared nor stored.
+    rounding: InitVar[tuple[float, float]] = (0.0, 0.0)
+
+    def __post_init__(self, rounding: tuple[float, float]) -> None:
+        object.__setattr__(self, "rounding", rounding)
 
     @classmethod
     def unknown(cls) -> Geometry:
@@ -60,9 +66,14 @@ class Geometry:
 
     def differences(self, other: Geometry) -> list[str]:
         """Return what differs, e.g. `spacing (1, 1, 3) and (1, 1, 5)`."""
+        origin_error, spacing_error = map(max, zip(self.rounding, other.rounding, strict=True))
         close = {
-            "spacing": _all_close(self.spacing, other.spacing, relative=SPACING_TOLERANCE),
-            "origin": _all_close(self.origin, other.origin, absolute=ORIGIN_TOLERANCE),
+            "spacing": _all_close(
+                self.spacing, other.spacing, relative=SPACING_TOLERANCE, absolute=spacing_error
+            ),
+            "origin": _all_close(
+                self.origin, other.origin, absolute=ORIGIN_TOLERANCE + origin_error
+            ),
             "direction": _all_close(self.direction, other.direction, absolute=DIRECTION_TOLERANCE),
         }
         return [

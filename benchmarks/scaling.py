@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import test
-from evaluation.figures import save
+from evaluation.charts import save
 from trainer import freeze_unreached, make_optimizer, training_step
 from training.losses import SegmentationLoss
 

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.files import atomic_path
 from datasets.colours import label_colours
 from evaluation.metrics import BOTH, FALSE_ORGAN, MISSED
 from evaluation.tables import CaseResult, class_means, counted, total_means
@@ -37,6 +38,12 @@ def render(figure: Figure, file: Path | IO[bytes], **options: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(file, **options)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a file that is complete or absent."""
+    with atomic_path(path) as temporary:
+        render(figure, temporary, dpi=110)
 
 
 def as_data(figure: Figure) -> str:
@@ -69,9 +76,9 @@ def draw_scores(results: Sequence[CaseResult], class_names: Sequence[str]) -> Fi
     upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 2)})
     total = total_means(results)
     in_mm = total["hd95_mm"] is not None
-    draw_bars(upper, results, "dsc", 100)
+    draw_bars(upper, results, class_names, "dsc", 100)
     upper.set(ylabel="DSC %", ylim=(0, 102))
-    draw_bars(lower, results, "hd95_mm" if in_mm else "hd95_voxels", 1)
+    draw_bars(lower, results, class_names, "hd95_mm" if in_mm else "hd95_voxels", 1)
     lower.set(ylabel=f"HD95 {'mm' if in_mm else 'voxels'}", ylim=(0, None))
     mean_dsc = "-" if total["dsc"] is None else f"{100 * total['dsc']:.2f} %"
     title = (
@@ -89,10 +96,17 @@ def draw_scores(results: Sequence[CaseResult], class_names: Sequence[str]) -> Fi
     return figure
 
 
-def draw_bars(axes: Axes, results: Sequence[CaseResult], score: str, factor: float) -> None:
+def draw_bars(
+    axes: Axes,
+    results: Sequence[CaseResult],
+    class_names: Sequence[str],
+    score: str,
+    factor: float,
+) -> None:
     """Draw the mean of a score of each organ as a bar, and each case that defines it as a mark."""
-    colours = label_colours(len(results[0].scores)) / 255
+    colours = label_colours(class_names) / 255
     spread = np.linspace(-0.25, 0.25, len(results)) if len(results) > 1 else [0.0]
+    marks: dict[str, list[tuple[float, float]]] = {outcome: [] for outcome in MARKS}
     for index, row in enumerate(class_means(results)):
         if row[score] is None:
             continue
@@ -106,16 +120,19 @@ def draw_bars(axes: Axes, results: Sequence[CaseResult], score: str, factor: flo
             textcoords="offset points",
             ha="center",
             weight="bold",
-            fontsize=10 if len(results[0].scores) <= CROWDED else 7,
+            fontsize=10 if len(class_names) <= CROWDED else 7,
             annotation_clip=False,
         )
         for result, shift in zip(results, spread, strict=True):  # a case has one shift in all bars
             value, outcome = getattr(result.scores[index], score), result.scores[index].outcome
             if value is not None:
-                axes.scatter(index + shift, factor * value, clip_on=False, **MARKS[outcome])
+                marks[outcome].append((index + shift, factor * value))
+    for outcome, places in marks.items():  # a call for each mark would take most of the time
+        if places:
+            axes.scatter(*zip(*places, strict=True), clip_on=False, **MARKS[outcome])
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.set_xlim(-0.6, len(results[0].scores) - 0.4)
+    axes.set_xlim(-0.6, len(class_names) - 0.4)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
@@ -126,7 +143,7 @@ def draw_boxes(
     """Draw how a score spreads over the cases: a box for each organ, a dot for each case."""
     from matplotlib.figure import Figure
 
-    colours = label_colours(len(class_names)) / 255
+    colours = label_colours(class_names) / 255
     figure = Figure(figsize=(max(4.5, 0.85 * len(class_names) + 1.6), 3.4))
     axes = figure.subplots()
     for index in range(len(class_names)):

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
+from PIL import Image, ImageDraw
 
-from common.files import atomic_path
 from datasets.colours import label_colours
-from evaluation.charts import add_legend, draw_scores, render
-from evaluation.overlays import CasePanel, shown_ratio
+from evaluation.charts import draw_scores, save
+from evaluation.overlays import CasePanel
 from evaluation.tables import CaseResult, case_means
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from evaluation.views import SHOWN_SIDE, font, framed, save_picture, slice_title
 
 CASES_A_PAGE = 6
-SHADE = {"facecolor": "black", "alpha": 0.4, "pad": 1, "linewidth": 0}  # background of a letter
+WIDEST = 4096  # pixels; pictures of more than 682 px shrink where a case shows three slices
+MARGIN, GAP, LINE, HEADING = 10, 6, 20, 26  # pixels
+INK, SOFT = "#1c2530", "#5c6875"
 
 
 def write_pages(
@@ -37,7 +34,8 @@ def write_pages(
     for number, start in enumerate(starts, start=1):
         shown = slice(start, start + CASES_A_PAGE)
         name = "overlays.png" if len(starts) == 1 else f"overlays_{number}.png"
-        save(draw_overlays(panels[shown], captions[shown], class_names), folder / name)
+        picture = draw_overlays(panels[shown], captions[shown], class_names)
+        save_picture(picture, folder / name)
         pages.append(folder / name)
     return pages
 
@@ -47,78 +45,72 @@ def draw_overlays(
     captions: Sequence[str],
     class_names: Sequence[str],
     kinds: tuple[str, str] = ("truth", "prediction"),
-) -> Figure:
+) -> Image.Image:
     """Draw one row for each case: two pictures of each slice side by side, a caption above."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
     columns = 2 * max(len(panel.slices) for panel in panels)
-    side, heading, name_width = 2.6, 0.6, 0.65 + 0.09 * max(map(len, class_names))  # inches
-    heights = [shown_ratio(panel.truth[0], panel.aspect) for panel in panels]
-    width = side * columns
-    entries = max(1, min(len(class_names), int(width / name_width)))  # per row of the legend
-    below = 0.25 * -(-len(class_names) // entries) + 0.25
-    height = side * sum(heights) + heading * len(panels) + below
-    figure = Figure(figsize=(width, height))
-    grid = figure.subplots(
-        len(panels), columns, squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-    figure.subplots_adjust(
-        left=0.05 / width,
-        right=1 - 0.05 / width,
-        bottom=below / height,
-        top=1 - heading / height,
-        wspace=0.04,
-        hspace=heading / (side * np.mean(heights)),
-    )
-    for row, panel, caption in zip(grid, panels, captions, strict=True):
-        draw_case(row, panel, caption, kinds)
-    colours = label_colours(len(class_names)) / 255
-    add_legend(figure, [Patch(color=colour) for colour in colours[1:]], class_names, entries)
-    return figure
+    longest = min(SHOWN_SIDE[1], (WIDEST - 2 * MARGIN) // columns - GAP)
+    rows = [
+        draw_case(panel, caption, kinds, longest)
+        for panel, caption in zip(panels, captions, strict=True)
+    ]
+    width = max(row.width for row in rows)
+    parts = [*rows, draw_legend(class_names, width)]
+    page = Image.new("RGB", (width, sum(part.height for part in parts)), "white")
+    top = 0
+    for part in parts:
+        page.paste(part, (0, top))
+        top += part.height
+    return page
 
 
-def draw_case(row: Sequence[Axes], panel: CasePanel, caption: str, kinds: tuple[str, str]) -> None:
-    """Draw the slices of one case in a row of axes, with its name and caption above them."""
-    for axes in row:
-        axes.axis("off")
-    ratio = shown_ratio(panel.truth[0], panel.aspect)
+def draw_case(panel: CasePanel, caption: str, kinds: tuple[str, str], longest: int) -> Image.Image:
+    """Draw the slices of one case in a row, its name and caption above them."""
+    facts = [text for text in (panel.case, caption, panel.window) if text]
+    heading = "   ".join(facts)
+    shown, titles = [], []
     for index, number in enumerate(panel.slices):
-        slice_name = f"slice {number}, " if panel.depth > 1 else ""
-        for offset, (name, pictures) in enumerate(
-            zip(kinds, (panel.truth, panel.prediction), strict=True)
-        ):
-            axes = row[2 * index + offset]
-            height, width = pictures[index].shape[:2]
-            axes.imshow(pictures[index], aspect=ratio * width / height, interpolation="nearest")
-            axes.set_title(f"{slice_name}{name}", fontsize=9, color="0.3", pad=3)
-            for letter, at, side in zip(
-                panel.sides or "", (0.02, 0.98), ("left", "right"), strict=False
-            ):
-                axes.text(
-                    at,
-                    0.5,
-                    letter,
-                    transform=axes.transAxes,
-                    ha=side,
-                    va="center",
-                    color="white",
-                    fontsize=8,
-                    bbox=SHADE,
-                )
-    row[0].annotate(
-        f"{panel.case}   {caption}",
-        (0, 1),
-        xycoords="axes fraction",
-        xytext=(0, 19),
-        textcoords="offset points",
-        weight="bold",
-        fontsize=11,
-        annotation_clip=False,
+        title = slice_title(number, panel.depth, panel.places[index])
+        for kind, pictures in zip(kinds, (panel.truth, panel.prediction), strict=True):
+            shown.append(framed(pictures[index], panel.view, longest))
+            titles.append((title, kind))
+    two_lines = panel.depth > 1
+    top = MARGIN + HEADING + LINE * (2 if two_lines else 1)
+    # Titles are wider than the pictures of narrow slices.
+    texts = [max(font(13).getlength(line) for line in title) for title in titles]
+    steps = [
+        GAP + max(picture.width, round(text) + GAP)
+        for picture, text in zip(shown, texts, strict=True)
+    ]
+    width = max(
+        2 * MARGIN + sum(steps) - GAP, 2 * MARGIN + round(font(15, bold=True).getlength(heading))
     )
+    row = Image.new("RGB", (width, top + shown[0].height + MARGIN), "white")
+    draw = ImageDraw.Draw(row)
+    draw.text((MARGIN, MARGIN), heading, font=font(15, bold=True), fill=INK)
+    left = MARGIN
+    for picture, (title, kind), step in zip(shown, titles, steps, strict=True):
+        draw.text((left, top - 3), kind, font=font(13), fill=SOFT, anchor="ld")
+        if two_lines:
+            draw.text((left, top - 3 - LINE), title, font=font(13), fill=SOFT, anchor="ld")
+        row.paste(picture, (left, top))
+        left += step
+    return row
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as a file that is complete or absent."""
-    with atomic_path(path) as temporary:
-        render(figure, temporary, dpi=110)
+def draw_legend(class_names: Sequence[str], width: int) -> Image.Image:
+    """Draw the colours and names of the classes in as many lines as they need."""
+    swatch, places = 12, []
+    x, y = MARGIN, MARGIN
+    for name in class_names:
+        needed = swatch + GAP + round(font(13).getlength(name)) + 2 * MARGIN
+        if x > MARGIN and x + needed > width:
+            x, y = MARGIN, y + LINE
+        places.append((x, y))
+        x += needed
+    legend = Image.new("RGB", (width, y + LINE + MARGIN), "white")
+    draw = ImageDraw.Draw(legend)
+    colours = label_colours(class_names)[1:].tolist()
+    for name, colour, (x, y) in zip(class_names, colours, places, strict=True):
+        draw.rectangle((x, y, x + swatch, y + swatch), fill=tuple(colour))
+        draw.text((x + swatch + GAP, y + swatch / 2), name, font=font(13), fill=INK, anchor="lm")
+    return legend

@@ -1,24 +1,23 @@
-"""Choose the slices of a case that are shown, and draw labels over them."""
+"""Choose the slices of a case that are shown, and draw labels, letters and a scale over them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
-from common.files import atomic_path
 from datasets.colours import label_colours
+from datasets.scans.volumes import Geometry
+from evaluation.tables import WorstSlice
+from evaluation.views import View, slice_place, view_of
 
 Slices = Any  # an object whose `[start:stop]` is a float array (B, H, W) or (B, 3, H, W)
-SHOWN_SIDE = (300, 1024)  # smallest and largest longer side of the worst slices, pixels
-MOST_RATIO = 4.0  # largest ratio of a picture's sides, so that odd voxels give no endless picture
 SLICES_A_CASE = 3
 WORST_A_CASE = 2
+APART = 0.1  # of a case's slices lie between two of its worst slices, or more
 OPACITY = 0.35  # opacity of a label inside its outline; the outline is opaque
 OUTLINED = 256  # outlines grow by a pixel for each 256 pixels of a picture's side
 
@@ -30,10 +29,11 @@ class CasePanel:
     case: str
     depth: int  # number of slices of the case
     slices: tuple[int, ...]  # indices of the slices shown
+    places: tuple[str | None, ...]  # where each slice lies in the patient, as `S 120.0 mm`
     truth: tuple[np.ndarray, ...]  # each (H, W, 3) uint8; the plain slice if there is no label
     prediction: tuple[np.ndarray, ...]  # each (H, W, 3) uint8
-    aspect: float  # height of a voxel over its width
-    sides: str | None  # sides of the patient at the left and right edge, as RL; None: unknown
+    view: View
+    window: str | None  # the values that are black and white; None: unknown
 
 
 def case_panel(
@@ -41,126 +41,104 @@ def case_panel(
     image: Slices,
     label: np.ndarray | None,
     prediction: np.ndarray,
-    num_classes: int,
+    class_names: Sequence[str],
     *,
-    spacing: Sequence[float] | None = None,
-    direction: Sequence[float] | None = None,
+    geometry: Geometry | None = None,
+    window: str | None = None,
 ) -> CasePanel:
     """Choose the slices of a case that show most, and draw their labels.
 
     Args:
         image: (D, H, W) or, in colour, (D, 3, H, W), about [0, 1]; indexed along D alone.
-        label, prediction: (D, H, W), 0…num_classes; a label of None is unknown.
-        spacing: mm along (slice, row, column); None: pixels are square.
-        direction: 3 × 3 cosines of the array, row-major, to orient it as radiologists do (see
-            `view`); None: keep the orientation of the array.
+        label, prediction: (D, H, W), 0…classes; a label of None is unknown.
+        geometry: of these arrays; None: unknown, so pixels are square and keep their orientation.
+        window: the values that are black and white (see `window_text`).
     """
     chosen = choose_slices(label if label is not None and label.any() else prediction)
+    shown, colours = view_of(geometry), label_colours(class_names)
 
     def pictures(labels: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        return tuple(shown_slice(image, labels, index, num_classes, direction) for index in chosen)
+        return tuple(shown_slice(image, labels, index, colours, shown) for index in chosen)
 
     return CasePanel(
         case=case,
         depth=len(prediction),
         slices=chosen,
+        places=tuple(slice_place(geometry, index) for index in chosen),
         truth=pictures(label),
         prediction=pictures(prediction),
-        aspect=1.0 if spacing is None else spacing[1] / spacing[2],
-        sides=view(direction)[1],
+        view=shown,
+        window=window,
     )
 
 
-def view(direction: Sequence[float] | None) -> tuple[list[int], str | None]:
-    """Return how to flip slices to the radiological view.
-
-    In that view the patient's right or front is at the left, and front or head at the top.
-
-    Args:
-        direction: cosines of the axes x, y, z of (z, y, x) arrays, 3 × 3 row-major.
-
-    Returns:
-        The axes to flip, 0 for rows and 1 for columns, and the sides of the patient that are then
-        at the left and right edge, as RL; None if the direction is unknown.
-    """
-    if direction is None:
-        return [], None
-    flips, sides = [], ""
-    for axis in (0, 1):
-        cosines = np.reshape(direction, (3, 3))[:, 1 - axis]
-        nearest = int(np.argmax(np.abs(cosines)))
-        wanted = -1 if nearest == 2 else 1  # axes run to the patient's left, back and head
-        if cosines[nearest] * wanted < 0:
-            flips.append(axis)
-        sides = ("RL", "AP", "SI")[nearest]
-    return flips, sides
-
-
 def shown_slice(
-    image: Slices,
-    labels: np.ndarray | None,
-    index: int,
-    num_classes: int,
-    direction: Sequence[float] | None,
+    image: Slices, labels: np.ndarray | None, index: int, colours: np.ndarray, view: View
 ) -> np.ndarray:  # (H, W, 3) uint8
     """Draw one slice with its labels, if there are any, in the radiological view."""
     picture = image[index : index + 1][0]
     plane = np.zeros(picture.shape[-2:], np.uint8) if labels is None else labels[index]
-    return np.flip(overlay(picture, plane, label_colours(num_classes)), view(direction)[0])
+    return np.flip(overlay(picture, plane, colours), view.flips)
 
 
 def worst_slices(
-    label: np.ndarray, prediction: np.ndarray, count: int = WORST_A_CASE
-) -> list[tuple[int, int, int]]:  # (D, H, W) both
-    """Return index, wrong voxels and foreground voxels of the worst slices, the worst first."""
-    wrong = np.array([np.count_nonzero(a != b) for a, b in zip(label, prediction, strict=True)])
-    order = np.argsort(-wrong, kind="stable")[:count]
+    case: str,
+    label: np.ndarray,
+    prediction: np.ndarray,
+    class_names: Sequence[str],
+    geometry: Geometry | None = None,
+) -> list[WorstSlice]:  # (D, H, W) both
+    """Return the slices with the largest error of an organ, the worst first, none side by side.
+
+    The error is the number of the organ's wrong voxels over its size in the slice, or over its
+    mean size if that is larger, so that neither large organs nor the tips of organs come first.
+    Sizes are the voxels of both masks together, so the error of a lost organ is 1.
+    """
+    sizes, wrong, different, foreground = slice_counts(label, prediction, len(class_names))
+    mean = sizes.sum(axis=0) / np.maximum(1, np.count_nonzero(sizes, axis=0))
+    errors = wrong / np.maximum(1, np.maximum(sizes, mean))
+    gap = max(1, APART * len(label))
+    chosen: list[int] = []
+    for index in np.argsort(-errors.max(axis=1), kind="stable").tolist():
+        if different[index] and all(abs(index - other) > gap for other in chosen):
+            chosen.append(index)
     return [
-        (int(i), int(wrong[i]), int(np.count_nonzero(label[i] | prediction[i])))
-        for i in order
-        if wrong[i]
+        WorstSlice(
+            index=index,
+            wrong=int(different[index]),
+            foreground=int(foreground[index]),
+            picture=f"slices/{case}_{index:03d}.png",
+            organ=class_names[organ],
+            organ_wrong=int(wrong[index, organ]),
+            error=float(errors[index, organ]),
+            place=slice_place(geometry, index),
+        )
+        for index in chosen[:WORST_A_CASE]
+        for organ in [int(errors[index].argmax())]
     ]
 
 
-def shown_ratio(picture: np.ndarray, aspect: float) -> float:  # (H, W, 3)
-    """Return height over width of a picture with voxels in their true shape, within a limit."""
-    height, width = picture.shape[:2]
-    return min(max(height * aspect / width, 1 / MOST_RATIO), MOST_RATIO)
+def slice_counts(
+    label: np.ndarray, prediction: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Count voxels of each slice of two masks (D, H, W).
 
-
-def save_row(
-    pictures: Sequence[np.ndarray], aspect: float, path: Path, sides: str | None = None
-) -> None:
-    """Write pictures (H, W, 3) uint8 of equal size side by side, with voxels in true shape."""
-    ratio = shown_ratio(pictures[0], aspect)
-    width = max(pictures[0].shape[1], len(pictures[0]) / ratio)  # keeps every row and column
-    longer = width * max(1.0, ratio)
-    width *= min(max(longer, SHOWN_SIDE[0]), SHOWN_SIDE[1]) / longer
-    size = (round(width), round(width * ratio))
-    gap = 1 + size[0] // 40
-    row = Image.new("RGB", (len(pictures) * (size[0] + gap) - gap, size[1]), "white")
-    for index, picture in enumerate(pictures):  # BOX averages when it shrinks and repeats otherwise
-        shown = Image.fromarray(picture).resize(size, Image.Resampling.BOX)
-        mark_sides(shown, sides)
-        row.paste(shown, (index * (size[0] + gap), 0))
-    with atomic_path(path) as temporary:
-        row.save(temporary)
-
-
-def mark_sides(picture: Image.Image, sides: str | None) -> None:
-    """Write the letters of the patient's sides at the left and right edge."""
-    width, height = picture.size
-    font = ImageFont.load_default(max(14, min(width, height) // 16))
-    for letter, at, anchor in zip(sides or "", (0.02, 0.98), "lr", strict=False):
-        ImageDraw.Draw(picture).text(
-            (at * width, height / 2),
-            letter,
-            font=font,
-            anchor=f"{anchor}m",
-            fill="white",
-            stroke_width=2,
-            stroke_fill="black",
+    Returns:
+        For each class (D, classes): its voxels in both masks together, and those in only one of
+        them. For each slice (D,): voxels that differ, and voxels of any organ.
+    """
+    rows = []
+    for real, found in zip(label, prediction, strict=True):
+        inside = np.flatnonzero(real | found)  # few
+        real, found = real.ravel()[inside], found.ravel()[inside]
+        agree = real == found
+        in_real, in_found, in_both = (
+            np.bincount(part, minlength=num_classes + 1)[1:] for part in (real, found, real[agree])
         )
+        size = in_real + in_found
+        rows.append((size, size - 2 * in_both, np.count_nonzero(~agree), len(inside)))
+    sizes, wrong, different, foreground = map(np.array, zip(*rows, strict=True))
+    return sizes, wrong, different, foreground
 
 
 def choose_slices(label: np.ndarray) -> tuple[int, ...]:  # (D, H, W) -> ascending indices

@@ -91,7 +91,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 def describe(run: TestRun, name: str) -> dict[str, Any]:
     """Collect what the page shows of one run."""
-    colours = [f"#{bytes(rgb).hex()}" for rgb in label_colours(len(run.class_names))[1:]]
+    colours = [f"#{bytes(rgb).hex()}" for rgb in label_colours(run.class_names)[1:]]
     means, outcomes = class_means(run.results), outcome_counts(run.results)
     total = total_means(run.results)
     distance = "hd95_voxels" if total["hd95_mm"] is None else "hd95_mm"

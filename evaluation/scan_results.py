@@ -24,9 +24,10 @@ from datasets.scans.labels import label_suffix, write_label_tables, write_labels
 from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
 from datasets.scans.planes import has_oblong_pixels
 from datasets.scans.volumes import Geometry
-from evaluation.figures import draw_overlays, save
+from evaluation.figures import draw_overlays
 from evaluation.overlays import case_panel
 from evaluation.records import recorded, write_record
+from evaluation.views import save_picture, window_text
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,12 @@ def write_case(
         case.slices,
         None,
         labels,
-        spec.num_classes,
-        spacing=case.place.voxel_spacing if case.place else None,
-        direction=case.place.direction if case.place else None,
+        spec.class_names,
+        geometry=case.place,
+        window=window_text(spec.intensity),
     )
-    figure = draw_overlays([panel], [""], spec.class_names, kinds=("scan", "prediction"))
-    save(figure, folder / "overlays" / f"{scan.name}.png")
+    picture = draw_overlays([panel], [""], spec.class_names, kinds=("scan", "prediction"))
+    save_picture(picture, folder / "overlays" / f"{scan.name}.png")
     bins = spec.num_classes + 1
     counts = sum(np.bincount(plane.ravel(), minlength=bins) for plane in labels)[1:].tolist()
     ml = None if geometry is None else float(np.prod(geometry.spacing)) / 1000

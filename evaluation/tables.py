@@ -59,12 +59,22 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class WorstSlice:
-    """A slice with many wrong voxels."""
+    """A slice with a large error."""
 
     index: int
     wrong: int  # voxels whose predicted class differs from the label
     foreground: int  # voxels that are not background in label or prediction
     picture: str  # path from the folder of results.json; shows image, truth and prediction
+    # Older versions did not write these.
+    organ: str | None = None  # the organ with the largest error
+    organ_wrong: int | None = None  # voxels that are this organ in only one of both masks
+    error: float | None = None  # of this organ, 0…1 (see `evaluation.overlays.worst_slices`)
+    place: str | None = None  # in the patient, as `S 120.0 mm`
+
+    @property
+    def rank(self) -> float:
+        """What worst slices are sorted by, the largest first."""
+        return self.wrong / max(1, self.foreground) if self.error is None else self.error
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class CaseResult:
     worst: list[WorstSlice] = field(default_factory=list)  # the worst first
     slices: int | None = None  # None means unknown, here and below
     spacing: tuple[float, ...] | None = None  # mm along (slice, row, column)
-    sides: str | None = None  # sides of the patient at the left and right of pictures, as RL
+    sides: str | None = None  # of the patient at the left, right, top, bottom of pictures, as RLAP
     group: str | None = None  # the scan that the case is a slice of, or the case itself
 
     @property
@@ -270,6 +280,8 @@ def _case_result(row: dict[str, Any], names: Sequence[str]) -> CaseResult:
     for entry in worst:
         if any(type(n) is not int for n in (entry.index, entry.wrong, entry.foreground)):
             raise ValueError(f"the worst slices of {row['case']} are no integers")
+        if not isinstance(entry.error or 0.0, float) or not isinstance(entry.organ_wrong or 0, int):
+            raise ValueError(f"the worst slices of {row['case']} are no numbers")
         for part in str(entry.picture).split("/"):
             safe_name(part, source="worst slices")
     return CaseResult(str(row["case"]), scores, confusion, worst, **_case_facts(row))

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.colours import label_colours
 from datasets.dataset_synapse import Synapse_dataset
+from datasets.registry import spec_from_json
 from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
 from datasets.scans.volumes import Geometry, write_volume
 from evaluation.medpy_check import MedpyCheck
 from evaluation.metrics import compare_volume
-from evaluation.overlays import CasePanel, case_panel, save_row, shown_slice, worst_slices
-from evaluation.tables import CaseResult, WorstSlice
+from evaluation.overlays import CasePanel, case_panel, shown_slice, worst_slices
+from evaluation.tables import CaseResult
+from evaluation.views import save_row, window_text
 
 
 @dataclass(frozen=True)
@@ -55,30 +58,29 @@ def score_case(
 ) -> tuple[CaseResult, CasePanel]:
     """Score a prediction (D, H, W), draw the slices that are shown, and write the worst slices."""
     spacing = case.geometry.voxel_spacing if case.geometry else None
-    direction = case.geometry.direction if case.geometry else None
     scores, counts = compare_volume(
         prediction, case.label, args.num_classes, spacing, args.nsd_tolerance
     )
     if check is not None:
         check.add_case(case.name, prediction, case.label, scores)
+    spec = spec_from_json(args.spec, "--config")
     panel = case_panel(
         case.name,
         case.image,
         case.label,
         prediction,
-        args.num_classes,
-        spacing=spacing,
-        direction=direction,
+        spec.class_names,
+        geometry=case.geometry,
+        window=window_text(spec.intensity),
     )
-    worst = []
-    for index, wrong, foreground in worst_slices(case.label, prediction):
-        name = f"slices/{case.name}_{index:03d}.png"
+    worst = worst_slices(case.name, case.label, prediction, spec.class_names, case.geometry)
+    colours = label_colours(spec.class_names)
+    for found in worst:
         pictures = [
-            shown_slice(case.image, labels, index, args.num_classes, direction)
+            shown_slice(case.image, labels, found.index, colours, panel.view)
             for labels in (None, case.label, prediction)
         ]
-        save_row(pictures, panel.aspect, folder / name, panel.sides)
-        worst.append(WorstSlice(index, wrong, foreground, name))
+        save_row(pictures, panel.view, folder / found.picture)
     result = CaseResult(
         case=case.name,
         scores=scores,
@@ -86,7 +88,7 @@ def score_case(
         worst=worst,
         slices=len(case.label),
         spacing=spacing,
-        sides=panel.sides,
+        sides=panel.view.sides,
     )
     return result, panel
 

@@ -14,7 +14,6 @@ from scipy import ndimage
 
 from common.errors import InputError
 from datasets.augmentation import Augmentation, draw_augmentation, keyed_rng, prepare_batch
-from datasets.colours import label_colours
 from datasets.dataset_synapse import PUBLISHED_LISTS, RandomGenerator, Synapse_dataset, read_list
 from datasets.registry import SYNAPSE
 from datasets.resampling import resize_images, resize_labels
@@ -253,10 +252,3 @@ def test_a_faulty_volume_is_named(fault, message: str, tmp_path: Path):
     with pytest.raises(InputError, match=message) as caught:
         Synapse_dataset(tmp_path, tmp_path / "list", "test_vol").check()
     assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("classes", [1, 8, 255])
-def test_every_organ_has_a_different_colour(classes: int):
-    colours = label_colours(classes)
-    assert colours.shape == (classes + 1, 3)
-    assert len(np.unique(colours, axis=0)) == classes + 1

@@ -112,7 +112,7 @@ def test_its_numbers_agree_with_the_written_predictions(tested):
     found = list(content["cases"][0]["scores"].values())
     assert found == [vars(score) for score in scores]
     facts = [{k: row[k] for k in ("slices", "spacing", "sides")} for row in content["cases"]]
-    assert facts[0] == {"slices": 5, "spacing": [3.0, 0.7, 0.8], "sides": "AP"}  # rotated by 53°
+    assert facts[0] == {"slices": 5, "spacing": [3.0, 0.7, 0.8], "sides": "APRL"}  # rotated by 53°
     assert facts[1] == {"slices": 1, "spacing": None, "sides": None}
     assert content["nsd_tolerance"] == 2 and content["environment"]["tested"].startswith("20")
     assert content["flags"]["img_size"] == 64 and content["environment"]["torch"]
@@ -211,7 +211,7 @@ def test_totals_are_means_over_cases_then_classes(tmp_path: Path):
 @pytest.mark.parametrize("shape", [(1, 8, 9), (12, 8, 9)])
 def test_panels_of_empty_constant_and_single_slices(shape: tuple[int, int, int]):
     empty = np.zeros(shape, dtype=np.uint8)
-    panel = case_panel("a", np.full(shape, 0.5), empty, empty, 3, spacing=(2.0, 1.0, 1.0))
+    panel = case_panel("a", np.full(shape, 0.5), empty, empty, ["x", "y", "z"])
     assert panel.slices == (shape[0] // 2,) and panel.truth[0].shape == (8, 9, 3)
     assert len(np.unique(panel.truth[0])) == 1
 
@@ -221,7 +221,7 @@ def test_a_case_without_foreground_is_reported(tmp_path: Path):
     result = CaseResult("a", score_volume(empty, empty, 2))
     assert total_means([result])["dsc"] is None
     assert "-" in format_table([result], ["liver", "spleen"])
-    panel = case_panel("a", empty.astype(np.float32), empty, empty, 2)
+    panel = case_panel("a", empty.astype(np.float32), empty, empty, ["liver", "spleen"])
     pages = write_pages(tmp_path, [panel] * 7, [result] * 7, ["liver", "spleen"])
     names = ["dsc_per_organ.png", "overlays_1.png", "overlays_2.png"]
     assert [page.name for page in pages] == names and all(page.is_file() for page in pages)
@@ -234,9 +234,8 @@ def test_panels_show_labels_and_are_upright():
     colours = np.array([[0, 0, 0], [200, 0, 0]], dtype=np.uint8)
     picture = overlay(np.full((10, 10), 0.5), label[3], colours)
     assert (picture[1, 1] == colours[1]).all() and (picture[8, 8] == 128).all()
-    turned = case_panel(
-        "a", np.full(label.shape, 0.5), label, label, 1, direction=(-1, 0, 0, 0, -1, 0, 0, 0, 1)
-    )
+    turned = Geometry((1.0,) * 3, (0.0,) * 3, (-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    turned = case_panel("a", np.full(label.shape, 0.5), label, label, ["x"], geometry=turned)
     assert (turned.truth[0][8, 8] != 128).any() and (turned.truth[0][1, 1] == 128).all()
 
 

@@ -44,7 +44,7 @@ def draw_curves(folder: Path, class_names: Sequence[str]) -> Path:
 
     if validations:
         at = [record["epoch"] + 1 for record in validations]
-        colours = label_colours(len(class_names))[1:] / 255
+        colours = label_colours(class_names)[1:] / 255
         for index, (name, colour) in enumerate(zip(class_names, colours, strict=True)):
             dsc = [record["dsc"][index] for record in validations]
             percent = [np.nan if value is None else 100 * value for value in dsc]

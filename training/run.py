@@ -151,7 +151,7 @@ class TrainingRun:
         self.log.step({"step": progress.step, "epoch": progress.epoch, "lr": lr}, terms)
         if progress.step % PICTURES_EVERY == 0 and len(logits):
             image, label = batch["image"][0], batch["low_res_label"][0]
-            self.log.pictures(progress.step, image, logits[0], label)
+            self.log.pictures(progress.step, image, logits[0], label, class_names(self.args))
         now = time.perf_counter()
         progress.end_step(now - self.last_time)
         self.last_time = now

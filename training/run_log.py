@@ -183,12 +183,17 @@ class RunLog:
         }
 
     def pictures(
-        self, step: int, image: torch.Tensor, logits: torch.Tensor, label: torch.Tensor
+        self,
+        step: int,
+        image: torch.Tensor,
+        logits: torch.Tensor,
+        label: torch.Tensor,
+        class_names: Sequence[str],
     ) -> None:
         """Show a sample: image (3, S, S), logits (C, S/4, S/4) and label (S/4, S/4)."""
         if self.folder is None:
             return
-        colours = label_colours(len(logits) - 1)
+        colours = label_colours(class_names)
         small = F.interpolate(image[None].float(), label.shape, mode="area")[0]
         grey = small - small.min()
         # The limit keeps a constant slice from a division by 0.

@@ -108,7 +108,7 @@ def write_index_picture(
     picture = Image.fromarray(values[labels])
     if values.dtype == np.uint8:
         palette = np.zeros((256, 3), dtype=np.uint8)
-        palette[values] = label_colours(spec.num_classes)
+        palette[values] = label_colours(spec.class_names)
         picture.putpalette(palette.ravel().tolist())
     with atomic_path(path) as temporary:
         picture.save(temporary)
@@ -118,7 +118,7 @@ def write_label_tables(folder: Path, spec: DatasetSpec) -> None:
     """Write `labels.txt` for ITK-SNAP and `labels.ctbl` for 3D Slicer."""
     values = (0, *spec.predicted_values)
     names = ("background", *spec.class_names)
-    colours = label_colours(spec.num_classes).tolist()
+    colours = label_colours(spec.class_names).tolist()
     snap = [
         "# ITK-SnAP label description file: index, red, green, blue, opacity, visible, mesh, name"
     ]

@@ -12,7 +12,8 @@ DEVICE := auto
 .PHONY: help install quickstart check test benchmark lint clean
 
 help:
-	@echo "make quickstart  phantom CT -> preprocess -> train -> test -> pictures, in quickstart/"
+	@echo "make quickstart  phantom CT -> preprocess -> train -> test -> report, in quickstart/; run"
+	@echo "                 it again after an interruption: it goes on"
 	@echo "make check       linter, format, order of imports and the fast tests, in under a minute"
 	@echo "make test        linter, format and all tests, in some ten minutes"
 	@echo "make benchmark   time everything against its peers, into docs/benchmarks.md"
@@ -33,13 +34,14 @@ install: .venv/installed
 	@touch $@
 
 quickstart: .venv/installed
-	rm -rf quickstart/runs
-	$(PY) -m preprocess.phantom --output quickstart/raw
-	$(PY) -m preprocess.prepare --input quickstart/raw --output quickstart/data
-	$(PY) train.py --root_path quickstart/data --output quickstart/runs $(TINY)
-	$(PY) test.py --config quickstart/runs/* --volume_path quickstart/data \
-		--output_dir quickstart/result --is_savenii
-	@echo "Look at quickstart/result/overlays_1.png and quickstart/result/dsc_per_organ.png"
+	@test -f quickstart/phantoms_made || $(PY) -m preprocess.phantom --output quickstart/raw
+	@touch quickstart/phantoms_made
+	$(PY) -m preprocess.prepare --input quickstart/raw --output quickstart/data --test_share 0.4
+	$(PY) train.py --root_path quickstart/data --output quickstart/runs --resume auto $(TINY)
+	$(PY) test.py --config "$$(ls -td quickstart/runs/*/ | head -1)" \
+		--volume_path quickstart/data --output_dir quickstart/result --is_savenii
+	@echo "Open quickstart/result/report.html: scores, worst slices and what they mean."
+	@echo "Pictures of all cases: quickstart/result/overlays_1.png and overlays_2.png"
 
 check: lint
 	$(PY) -m pytest -x -m "not slow"

@@ -14,12 +14,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import InputError, exit_on_bad_input
-from common.files import make_folder
+from common.files import make_folder, write_json
+from datasets.registry import SPEC_FILE, SYNAPSE
 from datasets.scans.volumes import Geometry, write_volume
 from preprocess.phantom_volume import make_phantom
 
-# The numbers of BTCV's cases, so that the published split applies.
+# The numbers of BTCV's cases; the published split is of real scans, so phantoms have none.
 NUMBERS = [*range(1, 11), *range(21, 41)]
+PHANTOM = replace(SYNAPSE, name="Phantom", train_cases=(), test_cases=())
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,7 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Make phantom CT volumes of the abdomen, each with a different anatomy:\n"
         "OUTPUT/Training/img/img0001.nii.gz (HU) and OUTPUT/Training/label/label0001.nii.gz\n"
-        "(raw BTCV values), with the file names of BTCV. Continue as with real data:\n"
+        "(raw BTCV values), with the file names of BTCV, and OUTPUT/Training/dataset_spec.json,\n"
+        "which names the data set Phantom. Continue as with real data:\n"
         "  python -m preprocess.prepare --input OUTPUT --output DATA",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
@@ -68,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         make = partial(write_case, args.output, seed=args.seed, size=args.size, slices=args.slices)
         for kind in ("img", "label"):
             make_folder(args.output / "Training" / kind, flag="--output")
+        write_json(args.output / "Training" / SPEC_FILE, PHANTOM.to_json())
         workers = min(args.workers or os.cpu_count() or 1, len(numbers))
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             for _ in tqdm(pool.map(make, numbers), total=len(numbers), desc="making", unit="case"):

@@ -15,7 +15,14 @@ from pathlib import Path
 from common.errors import InputError, MissingFileError, first_few, warn
 from common.files import require_folder
 from datasets.intensity import choose_intensity
-from datasets.registry import DatasetSpec, get_dataset
+from datasets.registry import (
+    SPEC_FILE,
+    SYNAPSE,
+    DatasetSpec,
+    get_dataset,
+    read_json,
+    spec_from_json,
+)
 from preprocess.dataset_json import DATASET_JSON, read_dataset_json
 from preprocess.groups import group_cases
 from preprocess.labels import class_values_in
@@ -56,7 +63,7 @@ def _find_layout(args: argparse.Namespace) -> RawData:
         return _described_data(folder, args)
     btcv = folder / "Training" if (folder / "Training").is_dir() else folder
     if args.dataset is not None or (btcv / "img").is_dir():
-        spec, cases = get_dataset(args.dataset or "Synapse"), find_btcv(btcv)
+        spec, cases = _btcv_spec(btcv, args.dataset), find_btcv(btcv)
         reason = f"the name, classes and channel of {spec.name} are known"
         _refuse_flags(args, ("class_names", "channel", "name", "label_threshold"), reason)
         intensity = choose_intensity(spec.intensity, args.intensity, args.window)
@@ -71,6 +78,14 @@ def _find_layout(args: argparse.Namespace) -> RawData:
     raise MissingFileError(
         f"--input {folder} holds no data set in a known layout, expected {LAYOUTS}"
     )
+
+
+def _btcv_spec(folder: Path, name: str | None) -> DatasetSpec:
+    """Return the data set that is named, else the one of `preprocess.phantom`, else Synapse."""
+    path = folder / SPEC_FILE
+    if name is None and path.is_file():
+        return spec_from_json(read_json(path, remedy="make the phantoms again"), path)
+    return get_dataset(name or SYNAPSE.name)
 
 
 def _described_data(folder: Path, args: argparse.Namespace) -> RawData:

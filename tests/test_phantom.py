@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 
 from datasets.registry import SYNAPSE
 from datasets.scans.volumes import read_volume
+from preprocess.flags import build_parser
+from preprocess.jobs import Job
 from preprocess.phantom import main
 from preprocess.phantom_volume import make_phantom
+from preprocess.prepare import plan_jobs
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +86,26 @@ def test_the_command_writes_the_layout_of_btcv(tmp_path: Path):
     assert image.shape == label.shape == (6, 48, 48) and geometry.matches(label_geometry)
     assert geometry.spacing == pytest.approx((380 / 48, 380 / 48, 5.0))
     assert image.dtype == np.int16 and label.dtype == np.uint8
+
+
+def test_phantoms_are_called_phantom_and_have_no_published_split(tmp_path: Path):
+    main(["--output", str(tmp_path), "--cases", "5", "--size", "48", "--slices", "6"])
+    # Either folder may be given, as with the real data.
+    for folder in (tmp_path, tmp_path / "Training"):
+        jobs = planned(folder)
+        spec = jobs[0].spec
+        assert (spec.name, spec.train_cases, spec.test_cases) == ("Phantom", (), ())
+        assert (spec.class_names, spec.raw_labels) == (SYNAPSE.class_names, SYNAPSE.raw_labels)
+        assert sum("test" in job.roles for job in jobs) == 1  # a random share
+    assert planned(tmp_path, "--dataset", "Synapse")[0].spec.name == "Synapse"
+    (tmp_path / "Training" / "dataset_spec.json").unlink()
+    assert planned(tmp_path)[0].spec == replace(SYNAPSE, size=None)
+
+
+def planned(folder: Path, *flags: str) -> list[Job]:
+    """Return the cases that preprocessing would prepare."""
+    args = build_parser().parse_args(["--input", str(folder), "--output", "unused", *flags])
+    return plan_jobs(args)
 
 
 @pytest.mark.parametrize("flags", [["--cases", "31"], ["--cases", "0"], ["--size", "8"]])

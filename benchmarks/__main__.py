@@ -8,13 +8,13 @@ import platform
 import sys
 from collections.abc import Sequence
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.errors import exit_on_bad_input
+from common.errors import InputError, exit_on_bad_input
 from common.files import atomic_path
 from utils import choose_device, environment
 
@@ -26,6 +26,11 @@ from .timing import DisagreementError
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 PEERS = ("transformers", "MedPy", "scipy", "SimpleITK", "h5py")
+NEEDS = {  # row: peers that it cannot do without; the others are imported by the project itself
+    "encoder": ("transformers",),
+    "testing": ("MedPy",),
+    "metrics": ("MedPy",),
+}
 EXIT_DISAGREEMENT, EXIT_SLOW = 3, 4
 
 
@@ -53,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in args.rows if name not in known]
     if unknown:
         parser.error(f"unknown row {unknown[0]!r}, expected some of {', '.join(known)}")
+    require_peers(args.rows or known)
     device = choose_device(args.device)
     torch.manual_seed(0)
     path = HERE / "results" / f"{device.type}.json"
@@ -89,6 +95,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_SLOW if missed else 0
 
 
+def require_peers(rows: Sequence[str]) -> None:
+    """Raise an `InputError` before the first measurement if a row's peer is not installed."""
+    missing = {name: row for row in rows for name in NEEDS.get(row, ()) if not installed(name)}
+    for name, row in missing.items():
+        raise InputError(
+            f"the row {row!r} is timed against {name}, which is not installed; run: pip install -r "
+            "benchmarks/requirements.txt, or name other rows"
+        )
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def where(device: torch.device) -> dict[str, Any]:
     """Return hardware, versions and date of a measurement."""
     return {
@@ -96,7 +120,7 @@ def where(device: torch.device) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "versions": {name: version(name) for name in PEERS},
+        "versions": {name: installed(name) for name in PEERS},
         "commit": environment()["commit"],
     }
 

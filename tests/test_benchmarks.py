@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from conftest import randomise_updates, tiny_model, write_slices
 
 import test
+from benchmarks import __main__ as benchmarks
 from benchmarks import scaling, scenes, table, testing
 from benchmarks.plain import plain_copy, plain_sample, plain_test
 from benchmarks.timing import Comparison, DisagreementError, Row, compare
+from common.errors import exit_on_bad_input
 from datasets.augmentation import draw_augmentation, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.scans.volumes import read_volume
@@ -147,3 +150,23 @@ def test_the_page_says_what_was_not_measured(tmp_path: Path):
 def test_a_missed_target_shows():
     facts = ("name", "what", "peer", 1.2, 1.0, 1.4, 5, 0.0, 1e-5)
     assert Row(*facts, None).met and Row(*facts, 1.2).met and not Row(*facts, 1.3).met
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["encoder"], []])
+def test_missing_peers_are_named_before_anything_is_measured(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(benchmarks, "version", absent)
+    monkeypatch.setattr(benchmarks, "ROWS", dict.fromkeys(benchmarks.ROWS))
+    with pytest.raises(SystemExit) as stop, exit_on_bad_input():
+        benchmarks.main(flags)
+    told = capsys.readouterr()
+    if flags == ["--help"]:
+        assert stop.value.code == 0 and "encoder" in told.out
+    else:
+        assert stop.value.code == 2 and told.err.startswith("error: the row 'encoder' is timed")
+        assert "pip install -r benchmarks/requirements.txt" in told.err
+    assert benchmarks.where(torch.device("cpu"))["versions"]["transformers"] is None

@@ -21,13 +21,15 @@ from common.files import make_folder
 from config.flags import predict_parser
 from config.settings import dataset_spec, parse_args, prediction_key, recorded_values
 from datasets.registry import DatasetSpec
-from datasets.scans.files import DICOM, ScanFile, find_scans, select_channel
+from datasets.scans.files import DICOM, ScanFile, search, select_channel, warn_of_unused
+from datasets.scans.unused import OTHER_CHANNEL, Unused
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
 from evaluation.cpu_speed import pack_encoder
 from evaluation.predict_volume import predict_volume
 from evaluation.records import finished, refuse_foreign, remove_earlier
-from evaluation.scan_results import Case, read_case, scratch_array, write_case, write_summary
+from evaluation.scan_results import Case, path_below, read_case, scratch_array, write_case
+from evaluation.scan_summary import volume_table, what_to_open, write_summary
 from utils import (
     allow_tf32,
     amp_dtype,
@@ -66,10 +68,8 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     allow_tf32(args.tf32)
     spec = dataset_spec(args)
-    scans = find_scans(args.input)
     folder = Path(args.output)
-    refuse_folder_of(scans, Path(args.input), folder)
-    scans = select_channel(scans, spec.channel if args.channel is None else args.channel)
+    scans, unused = choose_scans(args, spec)
     key = prediction_key(args)
     # Only the first rank looks: a late rank would also see files that others have just written.
     done: dict[str, dict[str, Any]] = {}
@@ -86,9 +86,15 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
     make_folder(folder, flag="--output")
     start_logging(folder / "log.txt" if ranks.first else None)
     logging.info(
-        "%d scans, %d of them done before, on %d × %s", len(scans), len(done), ranks.count, device
+        "%d scans, %d of them done before, %d files not used, on %d × %s",
+        len(scans),
+        len(done),
+        len(unused),
+        ranks.count,
+        device,
     )
-    log_doubts(scans, spec)
+    if spec.orientation is None and not spec.is_pictures:
+        logging.info("the adapter stores no orientation, so scans are not turned")
     rank_scans = [scan for scan in scans if scan.name not in done][ranks.rank :: ranks.count]
     with tqdm(
         total=len(rank_scans),
@@ -104,21 +110,45 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
         return
     results = {s.name: outcomes[s.name] for s in scans if isinstance(outcomes[s.name], dict)}
     failures = {name: text for name, text in outcomes.items() if isinstance(text, str)}
+    in_series = [Unused(**one) for result in results.values() for one in result["not_used"]]
+    warn_of_unused(in_series, args.input, "predictions.json")
     settings = {"flags": recorded_values(args), "environment": environment()}
-    write_summary(spec, folder, results, failures, key=key, settings=settings)
+    unused += in_series
+    write_summary(spec, folder, results, failures, unused, key=key, settings=settings)
+    report(spec, folder, list(results.values()))
     _exit_if_failed(failures, len(scans))
 
 
-def log_doubts(scans: Sequence[ScanFile], spec: DatasetSpec) -> None:
-    """Log where the scans may differ from the training data."""
-    if spec.orientation is None and not spec.is_pictures:
-        logging.info("the adapter stores no orientation, so scans are not turned")
-    unlike = [scan.path.name for scan in scans if scan.is_picture != spec.is_pictures]
-    if unlike:
-        kinds = ("pictures", "scans") if spec.is_pictures else ("scans", "pictures")
-        logging.warning(
-            "the adapter was trained on %s, but these are %s: %s", *kinds, first_few(unlike)
-        )
+def choose_scans(
+    args: argparse.Namespace, spec: DatasetSpec
+) -> tuple[list[ScanFile], list[Unused]]:
+    """Return the scans to segment, and what else is in the input; warn about the latter."""
+    source, folder = Path(args.input), Path(args.output)
+    found, unused = search(source, keep_names=args.keep_names)
+    refuse_folder_of(found, source, folder)
+    scans = select_channel(found, spec.channel if args.channel is None else args.channel)
+    chosen = {scan.path for scan in scans}
+    results = folder.resolve()  # of earlier runs, if they lie in the input
+    unused = [one for one in unused if not (source / one.path).resolve().is_relative_to(results)]
+    warn_of_unused(unused, source, "predictions.json")  # other channels have a warning already
+    unused += [
+        Unused(path_below(scan.path, source), OTHER_CHANNEL)
+        for scan in found
+        if scan.path not in chosen
+    ]
+    return scans, unused
+
+
+def report(spec: DatasetSpec, folder: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Log the volumes, which cases to be careful with, and which files to open."""
+    if not results:
+        return
+    lines = volume_table(spec, results)
+    if doubtful := [result["case"] for result in results if result["warnings"]]:
+        lines.append(f"read the warnings in predictions.json on {first_few(doubtful)}")
+    lines.append(f"{len(results)} segmentations in {folder}")
+    for line in [*lines, *what_to_open(folder, results)]:
+        logging.info("%s", line)
 
 
 def segment_all(

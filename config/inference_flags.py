@@ -103,6 +103,13 @@ PREDICT = {
             changes_numbers=False,
         ),
         CONFIG,
+        Flag(
+            "keep_names",
+            "name the results of a DICOM series after its folder even if that names the patient; "
+            "default: such a series is called series_ and 8 digits",
+            type=bool,
+            changes_numbers=False,
+        ),
         Flag("channel", "index of the volume in a 4-D file, from 0", type=int, low=0),
         Flag(
             "intensity",

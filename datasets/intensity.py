@@ -11,6 +11,10 @@ from common.errors import InputError, warn
 
 WINDOW, PERCENTILES, RANGE = "window", "percentiles", "range"
 UNKNOWN = "unknown"  # the training data were prepared elsewhere and do not say how
+AIR = -900.0  # HU; air around a patient or in the lungs is darker
+SOME_AIR = 0.01  # of the voxels
+UNDERSHOOT = 0.05  # of the largest value: resampling makes values a little negative
+FAINT = 8  # a picture that uses less than this part of the values in training is nearly black
 FAT = -50.0  # HU; every scan has darker voxels, unless it is cropped to a single organ
 
 
@@ -54,6 +58,39 @@ class Intensity:
         else:
             self._check_grey_values(image.dtype, smallest, largest, source)
         return self.low, self.high
+
+    def doubts(self, image: np.ndarray, raw_range: tuple[float, float] | None) -> list[str]:
+        """Say how values that fit the rule still differ in kind from the training data's.
+
+        Args:
+            image: voxels, any shape.
+            raw_range: smallest and largest value of the training data; None: not known.
+        """
+        smallest, largest = float(image.min()), float(image.max())
+        held = f"its values from {smallest:g} to {largest:g}"
+        low, high = raw_range or (0.0, np.inf)
+        trained = f" (values from {low:g} to {high:g})" if raw_range else ""
+        kind = "do not use the result unless the scan is of the kind that the network knows"
+        if self.rule == PERCENTILES and low > AIR and air_share(image) >= SOME_AIR:
+            return [
+                f"{held} look like CT in Hounsfield units, but the network was trained on MR or "
+                f"other scans that are not CT{trained}; {kind}"
+            ]
+        if raw_range is None:
+            return []
+        if self.rule != RANGE and low <= AIR and smallest > AIR / 2:
+            return [
+                f"{held} hold no air, unlike the CT that the network was trained on{trained}, so "
+                f"this may be MR, or a CT that is cropped; {kind}"
+            ]
+        if self.rule == PERCENTILES:
+            negative = low >= 0 > smallest + UNDERSHOOT * largest
+            return [f"{held} are partly negative, unlike the training data{trained}"] * negative
+        if largest > high + (high - low):
+            return [f"{held} lie far outside those of the training data{trained}; {kind}"]
+        if self.rule == RANGE and largest * FAINT < high:
+            return [f"{held} are nearly black beside those of the training data{trained}"]
+        return []
 
     def _check_hounsfield(self, smallest: float, largest: float, source: object) -> None:
         """Refuse values that are not HU: nothing is as dark as fat or air.
@@ -105,6 +142,11 @@ class Intensity:
             UNKNOWN: "unknown",
         }[self.rule]
         return what.format(low=self.low, high=self.high)
+
+
+def air_share(image: np.ndarray) -> float:
+    """Return the share of voxels (D, …) that are as dark as air if they are Hounsfield units."""
+    return sum(np.count_nonzero(plane <= AIR) for plane in image) / image.size
 
 
 def to_unit(image: np.ndarray, low: float, high: float) -> np.ndarray:  # (…) -> (…) float32

@@ -42,6 +42,8 @@ class DatasetSpec:
     test_cases: tuple[str, ...] = ()
     pictures: bool | None = None  # whether images are 2-D files; None: the intensity rule decides
     label_threshold: float | None = None  # raw values from it on are the one class; None: see above
+    raw_range: tuple[float, float] | None = None  # of values in training; None: not known
+    modality: str | None = None  # in training, as DICOM names it: CT, MR; None: not known
 
     @property
     def num_classes(self) -> int:
@@ -67,14 +69,13 @@ class DatasetSpec:
     def to_json(self) -> dict[str, Any]:
         """Return plain values that `spec_from_json` reads back.
 
-        `pictures`, `label_threshold` and `sure` came later than the other fields. They are left out
-        while they have their default, so that the description equals the one that earlier runs
-        recorded.
+        Fields that came later than the others are left out while they have their default, so that
+        the description equals the one that earlier runs recorded.
         """
         values = asdict(self)
-        for later in ("pictures", "label_threshold"):
-            if values[later] is None:
-                del values[later]
+        for name in ("pictures", "label_threshold", "raw_range", "modality"):
+            if values[name] is None:
+                del values[name]
         if not self.intensity.sure:
             del values["intensity"]["sure"]
         values["raw_labels"] = {str(raw): index for raw, index in self.raw_labels.items()}
@@ -217,11 +218,18 @@ def _is_valid(spec: DatasetSpec) -> bool:
         and isinstance(intensity.sure, bool)
         and (spec.pictures is None or isinstance(spec.pictures, bool))
         and (spec.label_threshold is None or float(spec.label_threshold) > 0)
+        and (spec.raw_range is None or _is_range(spec.raw_range))
+        and (spec.modality is None or isinstance(spec.modality, str))
         and spec.channels in (1, 3)
         and (spec.channel is None or 0 <= spec.channel < 65536)
         and (spec.size is None or 0 < spec.size < 65536)
         and (spec.orientation is None or is_orientation(spec.orientation))
     )
+
+
+def _is_range(values: tuple[float, ...]) -> bool:
+    low, high = values
+    return float(low) <= float(high)
 
 
 def is_orientation(letters: str) -> bool:

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import logging
 import math
 import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from common.errors import cannot_write
-from common.files import atomic_path, write_json
-from datasets.intensity import to_unit, with_channels
+from common.errors import cannot_write, warn
+from common.files import atomic_path
+from datasets.intensity import WINDOW, to_unit, with_channels
 from datasets.registry import DatasetSpec
-from datasets.scans.files import ScanFile, read_scan, stamp
-from datasets.scans.labels import label_suffix, write_label_tables, write_labels, write_like
+from datasets.scans.files import DICOM, ScanFile, read_scan, stamp, unused_in_series
+from datasets.scans.labels import label_suffix, write_labels, write_like
 from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
 from datasets.scans.planes import has_oblong_pixels
+from datasets.scans.series_header import MODALITY, series_tags
+from datasets.scans.unused import Unused
 from datasets.scans.volumes import Geometry
+from datasets.scans.voxel_size import voxel_size_is_known
 from evaluation.figures import draw_overlays
 from evaluation.overlays import case_panel
-from evaluation.records import recorded, write_record
+from evaluation.records import write_record
 from evaluation.views import save_picture, window_text
 
 
@@ -59,16 +61,26 @@ class Case:
     place: Geometry | None  # geometry of `slices`
     orientation: tuple[str, str] | None  # letters of the file and of `slices`; None: not turned
     source: list[Any]  # stamp of the file before it was read
+    voxel_ml: float | None  # volume of a voxel; None: a picture, or the file states no size
+    warnings: list[str]  # why the result may be wrong
+    unused: list[Unused]  # files in the folder of a series that are not read
 
 
 def read_case(spec: DatasetSpec, scan: ScanFile) -> Case:
-    """Read a scan and turn it to the orientation of the training data.
+    """Read a scan, turn it to the orientation of the training data, and warn of what is odd.
 
     Raises:
         InputError: the scan is damaged, or is of another kind than the training data.
     """
     source = stamp(scan.path)
     array, geometry = read_scan(scan)
+    tags = series_tags(scan.path) if scan.suffix == DICOM else {}
+    warnings = [*_doubts_of_kind(spec, scan, tags), *spec.intensity.doubts(array, spec.raw_range)]
+    voxel_ml = None
+    if voxel_size_is_known(scan, len(array), geometry, tags):
+        voxel_ml = float(np.prod(geometry.spacing)) / 1000
+    elif geometry is not None:
+        warnings.append("the file does not state the size of its voxels, so volumes have no ml")
     letters, place = None, geometry
     if geometry is not None and spec.orientation is not None:
         letters = (orientation_of(geometry), spec.orientation)
@@ -76,16 +88,29 @@ def read_case(spec: DatasetSpec, scan: ScanFile) -> Case:
         array = reorient(array, *letters)
     if place is not None and has_oblong_pixels(array.shape, place):
         _, *pixel = place.voxel_spacing
-        logging.warning(
-            "%s: its slices were taken in another plane than the training slices, so the "
-            "network sees pixels of %.3g × %.3g mm; check the result closely",
-            scan.name,
-            *pixel,
+        warnings.append(
+            "its slices were taken in another plane than the training slices, so the network sees "
+            f"pixels of {pixel[0]:.3g} × {pixel[1]:.3g} mm; check the result closely"
         )
     limits = spec.intensity.limits(array, scan.path)
     slices = UnitSlices(array, limits, spec.channels, scan.path)
     slices[:1]  # refuses a colour picture for a network of grey slices now, not later
-    return Case(scan, slices, geometry, place, letters, source)
+    for text in warnings:
+        warn(f"{scan.name}: {text}")
+    unused = unused_in_series(scan) if scan.suffix == DICOM else []
+    return Case(scan, slices, geometry, place, letters, source, voxel_ml, warnings, unused)
+
+
+def _doubts_of_kind(spec: DatasetSpec, scan: ScanFile, tags: Mapping[str, str]) -> list[str]:
+    """Say whether a scan is for another kind of network: pictures, or another modality."""
+    if scan.is_picture != spec.is_pictures:
+        kinds = ("a picture", "scans") if scan.is_picture else ("a scan", "pictures")
+        return [f"this is {kinds[0]}, but the adapter was trained on {kinds[1]}"]
+    is_ct = spec.intensity.rule == WINDOW and not spec.intensity.sure
+    trained, found = spec.modality or ("CT" if is_ct else None), tags.get(MODALITY)
+    if trained and found not in (None, "", "OT", trained):
+        return [f"its DICOM modality is {found}, but the adapter was trained on {trained}"]
+    return []
 
 
 def write_case(
@@ -104,7 +129,8 @@ def write_case(
         probabilities: (classes + 1, D, H, W) probabilities; None: not wanted.
         key: see `config.settings.prediction_key`.
     """
-    folder, scan, geometry = Path(args.output), case.scan, case.geometry
+    folder, source = Path(args.output), Path(args.input)
+    scan, geometry = case.scan, case.geometry
     suffix = label_suffix(scan, args.format)
     file = f"{scan.name}{suffix}"
     write_record(folder, None, [], {"case": scan.name, "file": file})
@@ -123,18 +149,41 @@ def write_case(
     )
     picture = draw_overlays([panel], [""], spec.class_names, kinds=("scan", "prediction"))
     save_picture(picture, folder / "overlays" / f"{scan.name}.png")
-    bins = spec.num_classes + 1
+    bins, cut = spec.num_classes + 1, cut_classes(labels)
     counts = sum(np.bincount(plane.ravel(), minlength=bins) for plane in labels)[1:].tolist()
-    ml = None if geometry is None else float(np.prod(geometry.spacing)) / 1000
     result = {
         "case": scan.name,
         "file": file,
+        "input": path_below(scan.path, source),
         "shape": list(scan_labels.shape),
         "voxels": counts,
-        "ml": None if ml is None else [count * ml for count in counts],
+        "ml": None if case.voxel_ml is None else [count * case.voxel_ml for count in counts],
+        "cut_by_edge": [value in cut for value in range(1, bins)],
+        "warnings": case.warnings,
+        "not_used": [
+            asdict(replace(one, path=path_below(scan.path / one.path, source)))
+            for one in case.unused
+        ],
     }
     write_record(folder, key, case.source, result)
     return result
+
+
+def path_below(path: Path, source: Path) -> str:
+    """Return the path of a scan below `--input`; for `--input` itself, its name."""
+    path, source = path.absolute(), source.absolute()
+    inside = path.is_relative_to(source) and path != source
+    return path.relative_to(source).as_posix() if inside else path.name
+
+
+def cut_classes(labels: np.ndarray) -> set[int]:
+    """Return the classes that touch an edge of labels (D, H, W): they may go on outside the scan.
+
+    A single slice has no first and last slice that could cut an organ.
+    """
+    axes = range(1 if len(labels) == 1 else 0, 3)
+    found = [np.unique(np.take(labels, (0, -1), axis)) for axis in axes]
+    return set(np.concatenate(found).tolist())
 
 
 def turned_back(array: np.ndarray, case: Case) -> np.ndarray:
@@ -177,47 +226,3 @@ def write_probabilities(
             continue
         volume = np.ascontiguousarray(turned_back(volume, case), np.float32)
         write_like(path, volume, case.scan, case.geometry)
-
-
-def write_summary(
-    spec: DatasetSpec,
-    folder: Path,
-    results: dict[str, dict[str, Any]],
-    failures: dict[str, str],
-    *,
-    key: dict[str, Any],
-    settings: dict[str, Any],
-) -> None:
-    """Write `volumes.csv`, `predictions.json` and the tables of names and colours.
-
-    They also list the cases that earlier runs with the same adapter and flags have segmented.
-
-    Args:
-        results: result of each segmented scan, by name.
-        failures: message for each scan that failed, by name.
-    """
-    earlier = {
-        name: result for name, (result, _) in recorded(folder, key).items() if name not in failures
-    }
-    cases = [result for _, result in sorted((earlier | results).items())]
-    write_label_tables(folder, spec)
-    with (
-        atomic_path(folder / "volumes.csv") as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["case", "class", "value", "voxels", "ml"])
-        for result in cases:
-            amounts = result["ml"] or [""] * spec.num_classes
-            classes = zip(
-                spec.class_names, spec.predicted_values, result["voxels"], amounts, strict=True
-            )
-            writer.writerows([result["case"], *row] for row in classes)
-    content = {
-        "cases": cases,
-        "failed": failures,
-        "spec": spec.to_json(),
-        **settings,
-    }
-    write_json(folder / "predictions.json", content)
-    logging.info("%d segmentations in %s", len(results), folder)

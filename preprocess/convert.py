@@ -14,8 +14,9 @@ from common.files import atomic_path, write_json
 from datasets.digests import slice_digests
 from datasets.intensity import to_unit, with_channels
 from datasets.resampling import resize_images, resize_labels
-from datasets.scans.files import read_scan
+from datasets.scans.files import DICOM, ScanFile, read_scan
 from datasets.scans.orientation import orientation_of, reorient
+from datasets.scans.series_header import MODALITY, series_tags
 from datasets.scans.volumes import Geometry
 from preprocess.jobs import Job, label_on_image_grid
 from preprocess.labels import map_labels, read_label
@@ -58,6 +59,8 @@ def convert_case(job: Job) -> dict[str, Any]:
         "slices": len(unit),
         "shape": list(labels.shape),
         **(asdict(geometry) if geometry else {}),
+        "range": [float(image.min()), float(image.max())],
+        "modality": _modality(job.case.image),
         "limits": [low, high],
         "clipped": clipped,
         "digests": slice_digests(image),
@@ -75,6 +78,11 @@ def digests_of(job: Job) -> list[str]:
     """Return the digests that `convert_case` records for a case."""
     image, *_ = _read_case(job)
     return slice_digests(image)
+
+
+def _modality(scan: ScanFile) -> str | None:
+    """Return the DICOM modality of a series, e.g. CT; None if it is not known."""
+    return series_tags(scan.path).get(MODALITY) if scan.suffix == DICOM else None
 
 
 def _read_case(job: Job) -> tuple[np.ndarray, np.ndarray, Geometry | None]:

@@ -33,7 +33,7 @@ from common.errors import (
     warn,
 )
 from common.files import make_folder, write_json
-from datasets.registry import SPEC_FILE, SUMMARY_FILE
+from datasets.registry import SPEC_FILE, SUMMARY_FILE, DatasetSpec
 from preprocess.convert import digests_of, try_convert
 from preprocess.flags import build_parser, check_flags
 from preprocess.jobs import LISTS, RECORDS, SLICES, VOLUMES, Job, check_headers, turned
@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         leaks = find_leaks(cases)
         write_summary(args, spec, cases, leaks)
         geometries = [geometry for _, geometry in headers]
-        write_json(args.output / SPEC_FILE, with_common_orientation(spec, geometries).to_json())
+        described = with_facts(with_common_orientation(spec, geometries), cases)
+        write_json(args.output / SPEC_FILE, described.to_json())
     print_table(spec, cases, kept)
     warn_of_labels(args, spec, cases)
     for leak in leaks:
@@ -129,6 +130,23 @@ def plan_jobs(args: argparse.Namespace) -> list[Job]:
     if not jobs:
         raise InputError("--train_cases and --test_cases name no case, expected at least one")
     return jobs
+
+
+def with_facts(spec: DatasetSpec, cases: Sequence[dict[str, Any]]) -> DatasetSpec:
+    """Return the spec with range and modality of the training scans, if all cases record them.
+
+    `predict.py` compares other scans with them.
+    """
+    cases = [case for case in cases if TRAIN in case["roles"]]
+    ranges = [case["range"] for case in cases if "range" in case]
+    modalities = {case.get("modality") for case in cases}
+    if not ranges or len(ranges) < len(cases):  # an earlier version has converted some of them
+        return spec
+    return replace(
+        spec,
+        raw_range=(min(low for low, _ in ranges), max(high for _, high in ranges)),
+        modality=modalities.pop() if len(modalities) == 1 else None,
+    )
 
 
 def refuse_input_folders(output: Path, jobs: Sequence[Job]) -> None:

@@ -49,7 +49,7 @@ def test_series_below_a_series_are_reported(tmp_path: Path, capsys: pytest.Captu
     top = write_dicom(tmp_path / "series", volume(), placed("LPS"))
     write_dicom(top / "old" / "b", volume(), placed("LPS"))
     assert [scan.name for scan in find_scans(top)] == ["series"]
-    assert "series below it are left out: old/b" in capsys.readouterr().err
+    assert "1 below the folder of a DICOM series (old/)" in capsys.readouterr().err
 
 
 def test_files_in_folders_below_are_not_searched(tmp_path: Path):
@@ -87,7 +87,8 @@ def test_files_without_read_permission(tmp_path: Path):
     write_dicom(tmp_path / "b" / "series", volume(), placed("LPS"))
     (tmp_path / "lost+found").mkdir(mode=0)
     name, series, told = found(tmp_path)
-    assert (name, series) == ("a", "b_series") and "lost+found (Permission denied)" in told
+    assert (name, series) == ("a", "b_series")
+    assert "1 cannot be read (Permission denied) (lost+found/)" in told
     for path, folder in (
         (tmp_path / "b" / "series" / "000.dcm", tmp_path / "b"),
         (tmp_path / "a.nii.gz", tmp_path / "a.nii.gz"),

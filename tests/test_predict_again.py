@@ -156,13 +156,14 @@ def test_slices_in_another_plane_are_reported(
     letters: str,
     spacing: tuple[float, ...],
     told: bool,
+    capfd: pytest.CaptureFixture[str],
 ):
     where = placed(letters, oblique=False)
     geometry = Geometry(spacing, where.origin, where.direction)
     write_volume(tmp_path / "a.nii.gz", marked((20, 21, 22))[0], geometry)
     assert run(tmp_path / "a.nii.gz", tmp_path / "out", adapter) == 0
-    log = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")
-    assert ("a: its slices were taken in another plane" in log) == told
+    said = capfd.readouterr().err
+    assert ("a: its slices were taken in another plane" in said) == told
 
 
 def peak_memory(source: str, output: str, adapter: str, answer: Connection) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections import defaultdict
@@ -18,7 +17,21 @@ from common.errors import InputError, MissingFileError, first_few, warn
 from common.files import safe_name
 from datasets.scans.dicom import holds_dicom, read_dicom, read_dicom_header
 from datasets.scans.errors import reporting_os_errors, utf8_path
+from datasets.scans.identity import names_patient, short_name
 from datasets.scans.pictures import opened_picture, read_picture
+from datasets.scans.series_header import is_image, series_tags
+from datasets.scans.unused import (
+    BELOW_SERIES,
+    BESIDE_SERIES,
+    BROKEN,
+    HIDDEN,
+    NO_IMAGE,
+    SEEN,
+    SUBFOLDER,
+    UNKNOWN,
+    Unused,
+    counted,
+)
 from datasets.scans.volumes import Geometry, read_header, read_volume
 
 SCANS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
@@ -42,10 +55,25 @@ class ScanFile:
 
 
 def find_scans(path: str | Path) -> list[ScanFile]:
+    """Find the scans at a path as `search` does, and warn about the files that are left out."""
+    scans, unused = search(path)
+    warn_of_unused(unused, path)
+    return scans
+
+
+def search(path: str | Path, *, keep_names: bool = True) -> tuple[list[ScanFile], list[Unused]]:
     """Find the scans at a path: a file, a DICOM series, or a folder of files and series.
 
     DICOM series are found at any depth, because archives export patient/study/series. Their name
     is their path below the folder.
+
+    Args:
+        keep_names: False: a series whose folder names the patient is called `series_` and a part
+            of the hash of its UID.
+
+    Returns:
+        The scans, and the files and folders that are none of them. Files in the folder of a
+        series are not looked at; see `unused_in_series`.
 
     Raises:
         MissingFileError: the path does not exist.
@@ -54,71 +82,153 @@ def find_scans(path: str | Path) -> list[ScanFile]:
     path = Path(path)
     with reporting_os_errors(path):
         if path.is_file():
-            suffix = suffix_of(path)
-            if suffix is None:
-                raise InputError(
-                    f"{path} is not a scan or picture by its suffix, expected {EXPECTED}"
-                )
-            return [scan_file(path, suffix)]
+            return [_single_file(path)], []
         if not path.is_dir():
             raise MissingFileError(f"{path} does not exist, expected {EXPECTED}")
-        inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
-        found = [scan_file(p, suffix) for p in inside if p.is_file() and (suffix := suffix_of(p))]
-        series = _series_below(path)
-        if holds_dicom(inside):
-            return [_one_series(path, found, series)]
-    found += series
+        inside = sorted(path.iterdir())
+        visible = [p for p in inside if not p.name.startswith(".")]
+        found = [scan_file(p, suffix) for p in visible if p.is_file() and (suffix := suffix_of(p))]
+        series, unused = _series_below(path)
+        if holds_dicom(visible):
+            _refuse_beside_series(path, found)
+            below = [p for p in visible if p.is_dir() and any(p.iterdir())]
+            found, unused = [scan_file(path.resolve(), DICOM)], []
+            unused = [Unused(f"{p.name}/", BELOW_SERIES) for p in below]
+        else:
+            data = {file for scan in found for file in _data_files(scan.path)}
+            rest = [p for p in inside if p not in data and not p.is_dir()]
+            unused += [Unused(p.name, reason) for p in rest if (reason := _reason(p))]
+            found += series
+        if not keep_names:
+            found = [_without_patient(scan, path) for scan in found]
     if not found:
+        held = f" (it holds files that are not read: {counted(unused)})" if unused else ""
         raise InputError(
             f"{path} holds no scan, expected {EXPECTED}; in subfolders only DICOM is looked for, "
-            "so pass the folder that holds the files"
+            f"so pass the folder that holds the files{held}"
         )
+    _refuse_equal_names(found, path)
+    return found, sorted(unused, key=lambda one: one.path)
+
+
+def warn_of_unused(unused: Sequence[Unused], source: str | Path, listed_in: str = "") -> None:
+    """Warn about files that are left out, unless all of them are notes, as README.txt.
+
+    Args:
+        source: the folder that was searched.
+        listed_in: file with the whole list, for the message.
+    """
+    if any(not one.is_note for one in unused):
+        where = f"; {listed_in} lists all of them" if listed_in else ""
+        warn(f"not everything in {source} is used: {counted(unused)}{where}")
+
+
+def _single_file(path: Path) -> ScanFile:
+    suffix = suffix_of(path)
+    if suffix is None and holds_dicom([path]):
+        raise InputError(
+            f"{path} is one file of a DICOM series; pass the folder that holds the slices of the "
+            "series and nothing else"
+        )
+    if suffix is None:
+        raise InputError(f"{path} is not a scan or picture by its suffix, expected {EXPECTED}")
+    return scan_file(path, suffix)
+
+
+def _reason(path: Path) -> str | None:
+    """Return why a file of a folder without DICOM slices is not read; None: it is read."""
+    if path.name.startswith("."):
+        return HIDDEN
+    if not path.is_file():
+        return BROKEN
+    return None if suffix_of(path) else UNKNOWN
+
+
+def _refuse_equal_names(scans: Sequence[ScanFile], source: Path) -> None:
     names: dict[str, list[str]] = defaultdict(list)
-    for scan in found:
-        names[scan.name].append(scan.path.name)
+    for scan in scans:
+        names[scan.name].append(str(scan.path.relative_to(source)))
     repeated = [" and ".join(files) for files in names.values() if len(files) > 1]
     if repeated:
         raise InputError(
-            f"{path} holds {first_few(repeated)}, whose results would have the same name; rename "
-            "them"
+            f"{source} holds {first_few(repeated)}, whose results would have the same name; rename "
+            "or move them (two folders with copies of one series: remove one)"
         )
-    return found
 
 
-def _one_series(path: Path, beside: list[ScanFile], below: list[ScanFile]) -> ScanFile:
-    """Return a folder that holds DICOM slices directly as one series.
+def _without_patient(scan: ScanFile, source: Path) -> ScanFile:
+    """Return a series under a name that does not tell who the patient is; say so if it changes."""
+    if scan.suffix != DICOM:
+        return scan
+    tags = series_tags(scan.path)
+    if not names_patient(scan.name, tags):
+        return scan
+    name = short_name(scan.name, tags)
+    folder = scan.path if scan.path == source.resolve() else scan.path.relative_to(source)
+    warn(
+        f"{folder} is called {name} in the results, because the name of the folder tells who the "
+        "patient is; --keep_names keeps it"
+    )
+    return replace(scan, name=name)
 
-    Args:
-        beside: other scans in the folder; they are refused.
-        below: series in subfolders; they are left out with a warning.
-    """
+
+def _refuse_beside_series(path: Path, beside: Sequence[ScanFile]) -> None:
+    """Raise an `InputError` if a folder holds scans beside the slices of a DICOM series."""
     if beside:
         others = first_few([scan.path.name for scan in beside])
         raise InputError(
             f"{path} holds DICOM slices beside {others}; put the slices into a separate folder"
         )
-    if below:
-        others = first_few([str(scan.path.relative_to(path)) for scan in below])
-        warn(f"{path} is read as one DICOM series; the series below it are left out: {others}")
-    return scan_file(path.resolve(), DICOM)
 
 
-def _series_below(path: Path) -> list[ScanFile]:
-    """Find DICOM series in visible subfolders at any depth; warn about unreadable folders."""
+def _series_below(path: Path) -> tuple[list[ScanFile], list[Unused]]:
+    """Find DICOM series in visible subfolders at any depth, and the files that are in none.
 
-    def warn_of_unreadable(error: OSError) -> None:
-        warn(f"cannot read {error.filename} ({error.strerror}); its content is left out")
+    Links to folders are followed, each folder once.
+    """
+    series, unused = [], []
 
-    found = []
-    for folder, names, _ in os.walk(path, onerror=warn_of_unreadable):
-        names[:] = [name for name in names if not name.startswith(".")]
-        for below in (Path(folder, name) for name in names):
-            with contextlib.suppress(OSError):  # `os.walk` will report this folder
-                if holds_dicom(below.iterdir()):
-                    name = "_".join(below.relative_to(path).parts)
-                    below = Path(utf8_path(below))
-                    found.append(ScanFile(safe_name(name, source=path), below, DICOM))
-    return sorted(found, key=lambda scan: scan.path)
+    def left_out(place: Path, reason: str) -> None:
+        folder = "/" if place.is_dir() else ""
+        unused.append(Unused(f"{place.relative_to(path).as_posix()}{folder}", reason))
+
+    def unreadable(error: OSError) -> None:
+        left_out(Path(error.filename), f"cannot be read ({error.strerror})")
+
+    seen = {path.resolve()}
+    for place, names, files in os.walk(path, onerror=unreadable, followlinks=True):
+        folder = Path(place)
+        for name in sorted(names):
+            target = (folder / name).resolve()
+            if name.startswith(".") or target in seen:
+                names.remove(name)
+                left_out(folder / name, HIDDEN if name.startswith(".") else SEEN)
+            seen.add(target)
+        if folder == path:
+            continue
+        inside = [folder / name for name in files]
+        if holds_dicom(inside):
+            name = "_".join(folder.relative_to(path).parts)
+            series.append(ScanFile(safe_name(name, source=path), Path(utf8_path(folder)), DICOM))
+            continue
+        for file in inside:
+            left_out(file, _reason(file) or SUBFOLDER)
+    return sorted(series, key=lambda scan: scan.path), unused
+
+
+def unused_in_series(scan: ScanFile) -> list[Unused]:
+    """Return the files in the folder of a DICOM series that are not its slices, by their names."""
+    unused = []
+    for file in sorted(scan.path.iterdir()):
+        if file.is_dir():
+            continue  # `search` looks into it
+        if file.name.startswith("."):
+            unused.append(Unused(file.name, HIDDEN))
+        elif not holds_dicom([file]):
+            unused.append(Unused(file.name, BESIDE_SERIES))
+        elif not is_image(file):
+            unused.append(Unused(file.name, NO_IMAGE))
+    return unused
 
 
 def select_channel(scans: Sequence[ScanFile], channel: int | None) -> list[ScanFile]:

@@ -22,13 +22,13 @@ from config.flags import predict_parser
 from config.settings import dataset_spec, parse_args, prediction_key, recorded_values
 from datasets.registry import DatasetSpec
 from datasets.scans.files import DICOM, ScanFile, search, select_channel, warn_of_unused
-from datasets.scans.unused import OTHER_CHANNEL, Unused
+from datasets.scans.unused import OTHER_CHANNEL, Unused, path_below
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
 from evaluation.cpu_speed import pack_encoder
 from evaluation.predict_volume import predict_volume
 from evaluation.records import finished, refuse_foreign, remove_earlier
-from evaluation.scan_results import Case, path_below, read_case, scratch_array, write_case
+from evaluation.scan_results import Case, read_case, scratch_array, write_case
 from evaluation.scan_summary import volume_table, what_to_open, write_summary
 from utils import (
     allow_tf32,

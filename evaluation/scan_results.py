@@ -23,7 +23,7 @@ from datasets.scans.labels import label_suffix, write_labels, write_like
 from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
 from datasets.scans.planes import has_oblong_pixels
 from datasets.scans.series_header import MODALITY, series_tags
-from datasets.scans.unused import Unused
+from datasets.scans.unused import Unused, path_below
 from datasets.scans.volumes import Geometry
 from datasets.scans.voxel_size import voxel_size_is_known
 from evaluation.figures import draw_overlays
@@ -167,13 +167,6 @@ def write_case(
     }
     write_record(folder, key, case.source, result)
     return result
-
-
-def path_below(path: Path, source: Path) -> str:
-    """Return the path of a scan below `--input`; for `--input` itself, its name."""
-    path, source = path.absolute(), source.absolute()
-    inside = path.is_relative_to(source) and path != source
-    return path.relative_to(source).as_posix() if inside else path.name
 
 
 def cut_classes(labels: np.ndarray) -> set[int]:

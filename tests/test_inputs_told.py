@@ -169,7 +169,10 @@ def test_a_name_that_tells_the_patient_is_recognised(name: str):
 
 
 def test_a_patients_name_is_not_in_the_results(
-    tmp_path: Path, adapter: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ):
     patient = {"0010|0010": "Meier^Anna", "0010|0020": "77"}
     array = marked((3, 20, 20))[0]
@@ -186,11 +189,16 @@ def test_a_patients_name_is_not_in_the_results(
     assert not any("meier" in file.lower() for file in files)
     assert "Meier" not in (tmp_path / "out" / "volumes.csv").read_text("utf-8")
     # The name depends on the series alone, also where its folder is the input.
-    assert run(tmp_path / "in" / "Meier" / "s1", tmp_path / "s1", adapter) == 0
+    monkeypatch.chdir(tmp_path / "in" / "Meier")
+    Path("s1").rename("Anna")
+    for source in (Path("Anna"), tmp_path / "in" / "Meier" / "Anna"):
+        assert run(source, tmp_path / "one", adapter) == 0
+        assert f"Anna is called {short} in the results" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "one").glob("*.mha")] == [f"{short}.mha"]
     (tmp_path / "in" / "ward3").rename(tmp_path / "in" / "anna")
     assert run(tmp_path / "in", tmp_path / "kept", adapter, "--keep_names") == 0
     assert {path.name for path in (tmp_path / "kept").glob("*.mha")} == {
-        "Meier_s1.mha",
+        "Meier_Anna.mha",
         "anna_s2.mha",
     }
 

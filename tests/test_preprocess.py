@@ -133,7 +133,8 @@ def test_geometry_and_summary(raw: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert first["limits"] == [-125, 275] and summary["flags"]["label_values"] == "raw"
     spec = stored_spec(tmp_path / "out")
     # All scans have the same orientation and keep it; later scans must have it too.
-    assert spec == replace(SYNAPSE, size=None, orientation=orientation_of(stored))
+    known = {"size": None, "orientation": orientation_of(stored), "raw_range": (-1024.0, 3000.0)}
+    assert spec == replace(SYNAPSE, **known)
     assert sum(first["voxels"].values()) == np.prod(SHAPE)
     assert first["voxels"]["pancreas"] == (scan(1)[1] == 11).sum()
     printed = capsys.readouterr().out

@@ -31,6 +31,7 @@ from datasets.scans.unused import (
     UNKNOWN,
     Unused,
     counted,
+    path_below,
 )
 from datasets.scans.volumes import Geometry, read_header, read_volume
 
@@ -147,12 +148,12 @@ def _reason(path: Path) -> str | None:
 def _refuse_equal_names(scans: Sequence[ScanFile], source: Path) -> None:
     names: dict[str, list[str]] = defaultdict(list)
     for scan in scans:
-        names[scan.name].append(str(scan.path.relative_to(source)))
+        names[scan.name].append(path_below(scan.path, source))
     repeated = [" and ".join(files) for files in names.values() if len(files) > 1]
     if repeated:
         raise InputError(
             f"{source} holds {first_few(repeated)}, whose results would have the same name; rename "
-            "or move them (two folders with copies of one series: remove one)"
+            "them, or remove one of two copies"
         )
 
 
@@ -164,10 +165,9 @@ def _without_patient(scan: ScanFile, source: Path) -> ScanFile:
     if not names_patient(scan.name, tags):
         return scan
     name = short_name(scan.name, tags)
-    folder = scan.path if scan.path == source.resolve() else scan.path.relative_to(source)
     warn(
-        f"{folder} is called {name} in the results, because the name of the folder tells who the "
-        "patient is; --keep_names keeps it"
+        f"{path_below(scan.path, source)} is called {name} in the results, because the name of the "
+        "folder tells who the patient is; --keep_names keeps it"
     )
     return replace(scan, name=name)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from common.errors import first_few
 
@@ -52,3 +52,11 @@ def counted(unused: Sequence[Unused]) -> str:
     return "; ".join(
         f"{len(paths)} {reason} ({first_few(paths, 3)})" for reason, paths in by_reason.items()
     )
+
+
+def path_below(path: Path, source: Path) -> str:
+    """Return a path below the input folder; of the input itself, and outside of it, the name."""
+    inside = path.resolve() != source.resolve() and path.absolute().is_relative_to(
+        source.absolute()
+    )
+    return path.absolute().relative_to(source.absolute()).as_posix() if inside else path.name

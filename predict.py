@@ -21,7 +21,7 @@ from common.files import make_folder
 from config.flags import predict_parser
 from config.settings import dataset_spec, parse_args, prediction_key, recorded_values
 from datasets.registry import DatasetSpec
-from datasets.scans.files import DICOM, ScanFile, search, select_channel, warn_of_unused
+from datasets.scans.files import ScanFile, search, select_channel, warn_of_unused
 from datasets.scans.unused import OTHER_CHANNEL, Unused, path_below
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
@@ -252,7 +252,7 @@ def refuse_folder_of(scans: Sequence[ScanFile], source: Path, folder: Path) -> N
     taken = {source.resolve()}
     for scan in scans:
         path = scan.path.resolve()
-        taken.add(path if scan.suffix == DICOM else path.parent)
+        taken.add(path if path.is_dir() else path.parent)
     if folder.resolve() in taken:
         raise InputError(
             f"--output {folder} is a folder of scans that are read; choose another folder"

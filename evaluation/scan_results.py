@@ -18,11 +18,12 @@ from common.errors import cannot_write, warn
 from common.files import atomic_path
 from datasets.intensity import WINDOW, to_unit, with_channels
 from datasets.registry import DatasetSpec
+from datasets.scans.dicom_tags import MODALITY
 from datasets.scans.files import DICOM, ScanFile, read_scan, stamp, unused_in_series
 from datasets.scans.labels import label_suffix, write_labels, write_like
 from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
 from datasets.scans.planes import has_oblong_pixels
-from datasets.scans.series_header import MODALITY, series_tags
+from datasets.scans.series_header import series_tags
 from datasets.scans.unused import Unused, path_below
 from datasets.scans.volumes import Geometry
 from datasets.scans.voxel_size import voxel_size_is_known
@@ -77,7 +78,7 @@ def read_case(spec: DatasetSpec, scan: ScanFile) -> Case:
     tags = series_tags(scan.path) if scan.suffix == DICOM else {}
     warnings = [*_doubts_of_kind(spec, scan, tags), *spec.intensity.doubts(array, spec.raw_range)]
     voxel_ml = None
-    if voxel_size_is_known(scan, len(array), geometry, tags):
+    if voxel_size_is_known(scan, len(array), geometry):
         voxel_ml = float(np.prod(geometry.spacing)) / 1000
     elif geometry is not None:
         warnings.append("the file does not state the size of its voxels, so volumes have no ml")
@@ -101,7 +102,7 @@ def read_case(spec: DatasetSpec, scan: ScanFile) -> Case:
     return Case(scan, slices, geometry, place, letters, source, voxel_ml, warnings, unused)
 
 
-def _doubts_of_kind(spec: DatasetSpec, scan: ScanFile, tags: Mapping[str, str]) -> list[str]:
+def _doubts_of_kind(spec: DatasetSpec, scan: ScanFile, tags: Mapping[int, str]) -> list[str]:
     """Say whether a scan is for another kind of network: pictures, or another modality."""
     if scan.is_picture != spec.is_pictures:
         kinds = ("a picture", "scans") if scan.is_picture else ("a scan", "pictures")

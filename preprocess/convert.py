@@ -14,9 +14,10 @@ from common.files import atomic_path, write_json
 from datasets.digests import slice_digests
 from datasets.intensity import to_unit, with_channels
 from datasets.resampling import resize_images, resize_labels
+from datasets.scans.dicom_tags import MODALITY
 from datasets.scans.files import DICOM, ScanFile, read_scan
 from datasets.scans.orientation import orientation_of, reorient
-from datasets.scans.series_header import MODALITY, series_tags
+from datasets.scans.series_header import series_tags
 from datasets.scans.volumes import Geometry
 from preprocess.jobs import Job, label_on_image_grid
 from preprocess.labels import map_labels, read_label

@@ -15,7 +15,7 @@ from test_predict import SPEC, make_adapter, marked, run
 from test_scans import placed, volume, write_dicom, write_slice
 
 from common.errors import InputError
-from datasets.scans.files import find_scans, search
+from datasets.scans.files import find_scans, read_scan, search
 from datasets.scans.identity import names_patient
 from datasets.scans.series_header import BIRTH_DATE, IDENTITY_REMOVED, PATIENT_ID, PATIENT_NAME
 from datasets.scans.unused import Unused
@@ -23,7 +23,7 @@ from datasets.scans.volumes import write_volume
 from evaluation.scan_results import cut_classes, read_case
 from evaluation.scan_summary import shown_ml
 
-UNKNOWN = "not a scan or picture by the suffix"
+UNKNOWN = "of an unknown suffix, and not DICOM"
 SUBFOLDER = "in a subfolder, where only DICOM is looked for"
 
 
@@ -140,9 +140,57 @@ def test_a_folder_without_scans_says_what_it_holds(tmp_path: Path):
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(InputError, match=rf"2 {UNKNOWN} \(p1/a.ima, p2/a.ima\); 1 {SUBFOLDER}"):
         find_scans(tmp_path)
-    file = sorted(write_dicom(tmp_path / "s", volume(), placed("LPS")).iterdir())[0]
-    with pytest.raises(InputError, match="is one file of a DICOM series; pass the folder"):
-        find_scans(file.rename(file.with_suffix("")))
+
+
+def test_one_file_of_a_series(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = write_dicom(tmp_path / "s", volume(), placed("LPS"))
+    first, *others = sorted(folder.iterdir())
+    for name, expected in (("000.dcm", "000"), ("IM1.5", "IM1.5")):
+        file = first = first.rename(folder / name)
+        assert [(scan.name, scan.path) for scan in find_scans(file)] == [(expected, file)]
+        assert f"only {file} is read; pass its folder" in capsys.readouterr().err
+    array, _ = read_scan(find_scans(folder / "IM1.5")[0])
+    assert np.array_equal(array, volume()[:1])
+    for file in others:
+        file.unlink()
+    capsys.readouterr()
+    assert len(find_scans(folder / "IM1.5")) == 1 and not capsys.readouterr().err
+
+
+def test_dicom_without_an_image_is_named(
+    tmp_path: Path, adapter: Path, capfd: pytest.CaptureFixture[str]
+):
+    head = bytes(128) + b"DICM"
+    structures = head + b"".join(
+        tag + b"UI" + len(value).to_bytes(2, "little") + value
+        for tag, value in (
+            (b"\x02\x00\x10\x00", b"1.2.840.10008.1.2.1\0"),
+            (b"\x08\x00\x16\x00", b"1.2.840.10008.5.1.4.1.1.481.3\0"),
+        )
+    )
+    series = write_dicom(tmp_path / "in" / "p", marked((3, 20, 20))[0], placed("LPS"))
+    (tmp_path / "in" / "rt").mkdir()
+    for file in (series / "rt.dcm", tmp_path / "in" / "rt" / "1", tmp_path / "in" / "2.dcm"):
+        file.write_bytes(structures)
+    assert run(tmp_path / "in", tmp_path / "out", adapter) == 0
+    cases, unused = told_of(tmp_path / "out")
+    assert [case["case"] for case in cases] == ["p"]
+    no_image = "DICOM without an image of a scan"
+    assert unused == {"2.dcm": no_image, "p/rt.dcm": no_image, "rt/1": no_image}
+    assert f"2 {no_image} (2.dcm, rt/1)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["", "0018|0050", "0028|0030"])
+def test_one_slice_of_dicom_states_its_size_or_has_no_ml(tmp_path: Path, missing: str):
+    folder = write_dicom(tmp_path / "s", marked((1, 20, 20))[0], placed("LPS"))
+    file = next(folder.iterdir())
+    if missing:
+        group, element = (int(part, 16).to_bytes(2, "little") for part in missing.split("|"))
+        content = file.read_bytes()
+        assert content.count(group + element) == 1
+        file.write_bytes(content.replace(group + element, group + b"\xfe\xff"))
+    expected = None if missing else pytest.approx(0.83 * 1.27 * 3.1 / 1000)
+    assert read_case(SPEC, find_scans(folder)[0]).voxel_ml == expected
 
 
 NAMES = {

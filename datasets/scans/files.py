@@ -16,10 +16,11 @@ import numpy as np
 from common.errors import InputError, MissingFileError, first_few, warn
 from common.files import safe_name
 from datasets.scans.dicom import holds_dicom, read_dicom, read_dicom_header
+from datasets.scans.dicom_tags import is_dicom
 from datasets.scans.errors import reporting_os_errors, utf8_path
 from datasets.scans.identity import names_patient, short_name
 from datasets.scans.pictures import opened_picture, read_picture
-from datasets.scans.series_header import is_image, series_tags
+from datasets.scans.series_header import series_tags
 from datasets.scans.unused import (
     BELOW_SERIES,
     BESIDE_SERIES,
@@ -38,6 +39,7 @@ from datasets.scans.volumes import Geometry, read_header, read_volume
 SCANS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 DICOM = "dicom"
+DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 EXPECTED = f"{', '.join(SCANS + PICTURES)} or a folder of DICOM files"
 
 
@@ -126,14 +128,14 @@ def warn_of_unused(unused: Sequence[Unused], source: str | Path, listed_in: str 
 
 def _single_file(path: Path) -> ScanFile:
     suffix = suffix_of(path)
-    if suffix is None and holds_dicom([path]):
-        raise InputError(
-            f"{path} is one file of a DICOM series; pass the folder that holds the slices of the "
-            "series and nothing else"
-        )
-    if suffix is None:
+    if suffix is not None:
+        return scan_file(path, suffix)
+    if not holds_dicom([path]):
         raise InputError(f"{path} is not a scan or picture by its suffix, expected {EXPECTED}")
-    return scan_file(path, suffix)
+    if len([file for file in path.parent.iterdir() if holds_dicom([file])]) > 1:
+        warn(f"only {path} is read; pass its folder to read the whole DICOM series")
+    name = path.stem if path.suffix.lower() in DICOM_SUFFIXES else path.name
+    return ScanFile(safe_name(name, source=path.parent), Path(utf8_path(path)), DICOM)
 
 
 def _reason(path: Path) -> str | None:
@@ -142,7 +144,9 @@ def _reason(path: Path) -> str | None:
         return HIDDEN
     if not path.is_file():
         return BROKEN
-    return None if suffix_of(path) else UNKNOWN
+    if suffix_of(path):
+        return None
+    return NO_IMAGE if is_dicom(path) else UNKNOWN
 
 
 def _refuse_equal_names(scans: Sequence[ScanFile], source: Path) -> None:
@@ -219,14 +223,14 @@ def _series_below(path: Path) -> tuple[list[ScanFile], list[Unused]]:
 def unused_in_series(scan: ScanFile) -> list[Unused]:
     """Return the files in the folder of a DICOM series that are not its slices, by their names."""
     unused = []
-    for file in sorted(scan.path.iterdir()):
+    for file in sorted(scan.path.iterdir()) if scan.path.is_dir() else []:
         if file.is_dir():
             continue  # `search` looks into it
         if file.name.startswith("."):
             unused.append(Unused(file.name, HIDDEN))
-        elif not holds_dicom([file]):
+        elif not is_dicom(file):
             unused.append(Unused(file.name, BESIDE_SERIES))
-        elif not is_image(file):
+        elif not holds_dicom([file]):
             unused.append(Unused(file.name, NO_IMAGE))
     return unused
 

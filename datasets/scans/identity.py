@@ -11,13 +11,8 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
-from datasets.scans.series_header import (
-    BIRTH_DATE,
-    IDENTITY_REMOVED,
-    PATIENT_ID,
-    PATIENT_NAME,
-    SERIES_UID,
-)
+from datasets.scans.dicom_tags import SERIES
+from datasets.scans.series_header import BIRTH_DATE, IDENTITY_REMOVED, PATIENT_ID, PATIENT_NAME
 
 SHORTEST = 3  # letters and digits of a part of a name that can be recognised
 # Words, with a number or without, that stand in the tags of scans without identity.
@@ -28,7 +23,7 @@ NOBODY = re.compile(
 SPELLED = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue"})
 
 
-def names_patient(name: str, tags: Mapping[str, str]) -> bool:
+def names_patient(name: str, tags: Mapping[int, str]) -> bool:
     """Return whether a name holds a part of the patient's name, the ID or the date of birth.
 
     Case, accents and separators do not matter.
@@ -50,13 +45,13 @@ def names_patient(name: str, tags: Mapping[str, str]) -> bool:
     return any(word in text for word in telling for text in joined)
 
 
-def short_name(name: str, tags: Mapping[str, str]) -> str:
+def short_name(name: str, tags: Mapping[int, str]) -> str:
     """Return `series_` and 8 hexadecimal digits, which depend only on the series.
 
     Args:
         name: stands for the series if its UID is missing.
     """
-    uid = tags.get(SERIES_UID) or name
+    uid = tags.get(SERIES) or name
     return f"series_{hashlib.sha256(uid.encode()).hexdigest()[-8:]}"
 
 

@@ -1,47 +1,39 @@
-"""A few texts of a DICOM header: what was scanned, how, and whom."""
+"""A few texts of a DICOM header: what was scanned, and whom."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import SimpleITK as sitk
-
 from datasets.scans.dicom import holds_dicom
-from datasets.scans.errors import utf8_path, without_itk_warnings
+from datasets.scans.dicom_tags import MODALITY, SERIES, DicomFile, NotDicomError, read_tags
 
-PATIENT_NAME, PATIENT_ID, BIRTH_DATE = "0010|0010", "0010|0020", "0010|0030"
-IDENTITY_REMOVED = "0012|0062"  # YES: whoever exported the scan has removed the identity
-SERIES_UID, MODALITY = "0020|000e", "0008|0060"
-PIXEL_SPACING, THICKNESS, SLICE_DISTANCE = "0028|0030", "0018|0050", "0018|0088"
-
-
-def series_tags(folder: Path) -> dict[str, str]:
-    """Return the texts of the first readable slice of a folder by `group|element`; {} for none."""
-    for file in sorted(folder.iterdir()):
-        if holds_dicom([file]) and (tags := _texts(file)):
-            return tags
-    return {}
+PATIENT_NAME, PATIENT_ID, BIRTH_DATE = 0x00100010, 0x00100020, 0x00100030
+IDENTITY_REMOVED = 0x00120062  # YES: whoever exported the scan has removed the identity
+TEXTS = (PATIENT_NAME, PATIENT_ID, BIRTH_DATE, IDENTITY_REMOVED, SERIES, MODALITY)
 
 
-def is_image(file: Path) -> bool:
-    """Return whether a DICOM file holds an image; reports, plans and contours do not."""
-    return bool(_texts(file))
+def series_tags(path: Path) -> dict[int, str]:
+    """Return texts of a DICOM file or of the first image in a folder, by tag; {} without one."""
+    found = first_image(path)
+    if found is None:
+        return {}
+    raw = {tag: found.tags.get(tag) for tag in TEXTS}
+    return {tag: _decoded(value) for tag, value in raw.items() if isinstance(value, bytes)}
 
 
-def _texts(file: Path) -> dict[str, str]:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(utf8_path(file))
-    try:
-        with without_itk_warnings():
-            reader.ReadImageInformation()
-    except RuntimeError:
-        return {}  # no image, or damaged; reading the series tells more
-    return {key: _decoded(reader.GetMetaData(key)) for key in reader.GetMetaDataKeys()}
+def first_image(path: Path) -> DicomFile | None:
+    """Return the tags of a DICOM file, or of the first image in a folder, if it is readable."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if holds_dicom([file]):
+            try:
+                return read_tags(file)
+            except NotDicomError:
+                continue  # it is damaged; reading the series tells
+    return None
 
 
-def _decoded(text: str) -> str:
+def _decoded(raw: bytes) -> str:
     """Return a text without padding; bytes that are not UTF-8 are read as Latin-1."""
-    raw = text.encode("utf-8", "surrogateescape")
     try:
         return raw.decode("utf-8").strip(" \0")
     except UnicodeDecodeError:

@@ -9,14 +9,14 @@ from pathlib import Path, PurePosixPath
 
 from common.errors import first_few
 
-UNKNOWN = "not a scan or picture by the suffix"
+UNKNOWN = "of an unknown suffix, and not DICOM"
 SUBFOLDER = "in a subfolder, where only DICOM is looked for"
 HIDDEN = "hidden"
 BROKEN = "a link to nothing, or not a file"
 SEEN = "a link to a folder that is searched already"
 BELOW_SERIES = "below the folder of a DICOM series"
 BESIDE_SERIES = "not DICOM, beside DICOM slices"
-NO_IMAGE = "DICOM, but no slice of the series"
+NO_IMAGE = "DICOM without an image of a scan"
 OTHER_CHANNEL = "of another channel"
 # Notes, tables and what operating systems leave behind are expected beside scans.
 NOTES = (

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from nibabel import Nifti1Header, Nifti2Header
 
+from datasets.scans.dicom_slices import slices_of
 from datasets.scans.files import DICOM, ScanFile
-from datasets.scans.series_header import PIXEL_SPACING, SLICE_DISTANCE, THICKNESS
+from datasets.scans.series_header import first_image
 from datasets.scans.volumes import NIFTI_HEADER_SIZES, Geometry, unpacked
 
 HEADER = 1 << 16  # bytes
@@ -22,22 +21,17 @@ STATED = {
 STATED |= {".nhdr": STATED[".nrrd"], ".mhd": STATED[".mha"]}
 
 
-def voxel_size_is_known(
-    scan: ScanFile, slices: int, geometry: Geometry | None, tags: Mapping[str, str]
-) -> bool:
+def voxel_size_is_known(scan: ScanFile, slices: int, geometry: Geometry | None) -> bool:
     """Return whether the file of a scan states the size of its voxels along all three axes.
 
     Args:
         slices: number of slices of the scan.
         geometry: as it was read; None: a picture.
-        tags: of a DICOM series, see `series_tags`.
     """
     if geometry is None:
         return False
-    if scan.suffix == DICOM:  # a single slice may not state its thickness
-        stated = [tags.get(tag, "") for tag in (SLICE_DISTANCE, THICKNESS)]
-        thick = slices > 1 or any(_is_number(text, geometry.spacing[2]) for text in stated)
-        return PIXEL_SPACING in tags and thick
+    if scan.suffix == DICOM:  # several slices are refused without it
+        return slices > 1 or _known_in_slice(scan.path)
     if scan.suffix in STATED:
         with scan.path.open("rb") as file:
             head = re.split(rb"\n\r?\n|ElementDataFile", file.read(HEADER), maxsplit=1)[0]
@@ -45,11 +39,11 @@ def voxel_size_is_known(
     return _known_in_nifti(scan.path)
 
 
-def _is_number(text: str, value: float) -> bool:
-    try:
-        return math.isclose(abs(float(text)), value, rel_tol=1e-3)
-    except ValueError:
-        return False
+def _known_in_slice(path: Path) -> bool:
+    """Return whether a single DICOM slice states its pixels and its thickness."""
+    found = first_image(path)
+    slices = slices_of(found) if found else []
+    return bool(slices) and None not in (slices[0].spacing, slices[0].thickness)
 
 
 def _known_in_nifti(path: Path) -> bool:

@@ -71,10 +71,11 @@ class Intensity:
         low, high = raw_range or (0.0, np.inf)
         trained = f" (values from {low:g} to {high:g})" if raw_range else ""
         kind = "do not use the result unless the scan is of the kind that the network knows"
-        if self.rule == PERCENTILES and low > AIR and air_share(image) >= SOME_AIR:
+        dark = self.rule == PERCENTILES and smallest <= AIR < low
+        if dark and air_share(image) >= SOME_AIR:
+            known = "was not trained on CT" if raw_range else "scales scans as is usual for MR"
             return [
-                f"{held} look like CT in Hounsfield units, but the network was trained on MR or "
-                f"other scans that are not CT{trained}; {kind}"
+                f"{held} look like CT in Hounsfield units, but the network {known}{trained}; {kind}"
             ]
         if raw_range is None:
             return []

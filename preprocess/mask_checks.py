@@ -1,4 +1,4 @@
-"""Whether the values of label files can be classes: grey edges, heat maps, mixed encodings.
+"""Whether the values of label files can be classes: grey edges, mixed encodings, counted objects.
 
 A class has an interior: somewhere in the data set, a block of 3 × 3 pixels holds only its value.
 Smooth drawing, scaling and lossy compression make values that have none: they occur where a lower
@@ -17,8 +17,7 @@ from common.errors import InputError, first_few, warn
 # So many values without interior are accepted in a picture that is too small or too rough to have
 # an interior anywhere.
 MOST_OF_ROUGH = 8
-MOST_NUMBERED = 20
-MOST_IN_SLICE = 64  # values of a single slice; more are a heat map, or numbers of objects
+MOST_COUNTED = 20  # classes of which each file may hold the first few; more are counted objects
 WIDE = 64  # from this largest value on, values are a grey scale and no numbers of classes
 CLOSE = 8  # a value this close to a class in a grey scale is a trace of compression
 NAME_THEM = "or, if every value is a class, name each of them by --class_names"
@@ -33,7 +32,6 @@ class LabelFile:
     # Those of them that have both lower and higher values around.
     between: dict[int, int] = field(default_factory=dict)
     solid: set[int] = field(default_factory=set)  # values that fill 3 × 3 pixels somewhere
-    most: int = 0  # values in one slice, without 0
     palette: list[str] | None = None  # colours by index
 
     @property
@@ -45,7 +43,6 @@ class LabelFile:
         """Look at one slice (H, W) of whole numbers 0…65535."""
         counts = np.bincount(plane.ravel())
         seen = np.flatnonzero(counts)
-        self.most = max(self.most, len(seen) - (seen[0] == 0))
         for value in seen.tolist():
             self.counts[value] = self.counts.get(value, 0) + int(counts[value])
         lowest, highest = _around(plane, np.minimum), _around(plane, np.maximum)
@@ -70,7 +67,10 @@ class LabelFile:
             return close or 2 * self.between.get(value, 0) >= self.counts[value]
 
         found = [value for value in sorted(self.values) if is_grey(value)]
-        usual = max(len(self.values & solid), 1) - wide if self.solid else MOST_OF_ROUGH
+        rare = 4 * sum(self.counts[v] for v in found) < sum(self.counts[v] for v in self.values)
+        usual = max(len(self.values & solid), 1) - (wide and rare)
+        if not self.solid:
+            usual = MOST_OF_ROUGH
         return found if len(found) > usual else []
 
 
@@ -85,26 +85,18 @@ def check_values(files: Sequence[LabelFile]) -> None:
     """Refuse values that cannot all be classes.
 
     Raises:
-        InputError: a file holds grey edges, a heat map or numbered objects, or the files encode
-            their classes in different ways.
+        InputError: a file holds grey edges or a heat map, the files encode their classes in
+            different ways, or objects are numbered one by one.
     """
     _refuse_grey(files)
-    crowded = [file for file in files if file.most > MOST_IN_SLICE]
-    if crowded:
-        raise InputError(
-            f"{crowded[0].name} holds {crowded[0].most} values in one slice, as a heat map, a "
-            "photograph, or objects that are numbered one by one do, so they are no classes; "
-            "pass --label_threshold N to make one class of the values from N (1 for numbered "
-            f"objects), {NAME_THEM}"
-        )
     _refuse_mixed_encodings(files)
-    highest = [max(file.values) for file in files if file.values]
-    numbered = all(len(file.values) == max(file.values, default=0) for file in files)
-    if numbered and len(set(highest)) > 1 and max(highest) > MOST_NUMBERED:
-        warn(
-            f"each label holds the values from 1 to another number (up to {max(highest)}), as if "
-            "objects were numbered one by one; each value becomes a class (--label_threshold 1 "
-            "makes one class of all)"
+    highest = [max(file.values, default=0) for file in files]
+    counted = all(len(file.values) == top for file, top in zip(files, highest, strict=True))
+    if counted and len(set(highest)) > 1 and max(highest) > MOST_COUNTED:
+        raise InputError(
+            f"every label holds the values from 1 to another number, up to {max(highest)} in "
+            f"{files[int(np.argmax(highest))].name}, as if objects (instances) were counted; "
+            f"pass --label_threshold 1 to make one class of all objects, {NAME_THEM}"
         )
 
 
@@ -117,7 +109,7 @@ def _refuse_grey(files: Sequence[LabelFile]) -> None:
     top = max(max(file.values) for file in files if file.name in grey)
     others = f" (and {len(grey) - 1} other files)" if len(grey) > 1 else ""
     middle = (top + 1) // 2
-    one_class = all(not top / 4 < value < top * 3 / 4 for value in solid)
+    one_class = all(not top / 8 < value < top * 7 / 8 for value in solid)
     remedy = (
         f"pass --label_threshold {middle} to make one class of the values from {middle}, or export "
         "the masks again without smoothing"

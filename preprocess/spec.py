@@ -14,7 +14,7 @@ from datasets.intensity import CT, MR, PICTURE, RANGE, RULES, Intensity, choose_
 from datasets.registry import DatasetSpec, plain_name
 from datasets.scans.files import ScanFile, read_scan
 from datasets.scans.orientation import CANONICAL
-from datasets.scans.pictures import read_picture
+from datasets.scans.pictures import is_turned, read_picture
 
 AIR = -200  # HU; without a description, a scan with lower values is read as CT
 SMALL_PART = 0.25  # of the range of 16 bits; pictures with lower values only are dark
@@ -92,15 +92,19 @@ def _picture_kind(images: Sequence[ScanFile], args: argparse.Namespace) -> tuple
         array = read_picture(image.path)
         channels = max(channels, array.shape[1] if array.ndim == 4 else 1)
         bits = 8 * array.dtype.itemsize if array.dtype in (np.uint8, np.uint16) else 0
-        names[bits].append(image.path.name)
+        what = "fractions" if array.dtype.kind == "f" else "values"
+        span = f": {what} {array.min():g}…{array.max():g}" if not bits else ""
+        names[bits].append(f"{image.path.name}{span}")
         largest = max(largest, int(array.max()))
     folder = images[0].path.parent
+    _warn_of_turned(images)
     if RULES.get(args.intensity, PICTURE) != PICTURE:  # the other rules accept every type
         return channels, PICTURE
     if names[0]:
         raise InputError(
             f"{folder} holds pictures of neither 8 nor 16 bits ({first_few(names[0])}); export "
-            "them with 8 or 16 bits, or pass --intensity mr to scale each picture by its values"
+            "them with 8 or 16 bits, or pass --intensity mr to scale each picture by its values "
+            "(ct if they are Hounsfield units)"
         )
     if names[8] and names[16]:
         raise InputError(
@@ -116,3 +120,14 @@ def _picture_kind(images: Sequence[ScanFile], args: argparse.Namespace) -> tuple
     if names[16]:
         return channels, Intensity(rule=RANGE, low=0.0, high=65535.0)
     return channels, PICTURE
+
+
+def _warn_of_turned(images: Sequence[ScanFile]) -> None:
+    """Warn of pictures that are stored turned: the masks may have been drawn without turning."""
+    turned = [image.path.name for image in images if is_turned(image.path)]
+    if turned:
+        warn(
+            f"{first_few(turned)} {'are' if len(turned) > 1 else 'is'} stored turned or mirrored "
+            "(EXIF) and read as displayed; check that the labels were drawn on the displayed "
+            "pictures"
+        )

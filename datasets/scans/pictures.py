@@ -37,8 +37,8 @@ SIGNATURES = {
     b"PK": "a zip archive",
     b"\x93NUMPY": "a NumPy array",
     b"\0\0\0\x0cjP": "a JPEG 2000 picture",
-    b"II": "a TIFF of a rare kind",
-    b"MM": "a TIFF of a rare kind",
+    b"II": "a TIFF of a rare kind, e.g. of 64 bits",
+    b"MM": "a TIFF of a rare kind, e.g. of 64 bits",
 }
 WHITE_IS_ZERO = 0  # of the TIFF tag PhotometricInterpretation
 UNSIGNED, SIGNED = 1, 2  # of the TIFF tag SampleFormat
@@ -127,6 +127,12 @@ def used_palette(path: Path) -> list[str] | None:
     return [f"#{bytes(colours[start : start + 3]).hex()}" for start in range(0, len(colours), 3)]
 
 
+def is_turned(path: Path) -> bool:
+    """Return whether a readable picture is stored in another orientation than it is displayed."""
+    with Image.open(path, formats=FORMATS) as picture:
+        return picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+
+
 @contextlib.contextmanager
 def opened_picture(path: Path) -> Iterator[Image.Image]:
     """Open and decode a picture, turned as it is displayed.
@@ -143,19 +149,23 @@ def opened_picture(path: Path) -> Iterator[Image.Image]:
             picture = stack.enter_context(Image.open(path, formats=FORMATS))
             _select_page(picture, path)
             if picture.format == "TIFF" and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4:
-                raise ValueError("a TIFF stored on its side, which Pillow 13 reads incorrectly")
+                raise ValueError(
+                    "a TIFF stored on its side, which is read incorrectly; expected one stored upright"
+                )
             picture.load()
             ImageOps.exif_transpose(picture, in_place=True)  # the orientation in which it is shown
         except InputError:
             raise
         except UnidentifiedImageError:
             raise InputError(
-                f"{path} is not a readable picture ({_content(head)}); expected PNG, JPEG, BMP, "
-                "TIFF, GIF or WebP, so save it as one of them or take it out of the folder"
+                f"{path} is not a readable picture ({_content(head)}); save it as PNG, or as TIFF "
+                "of 8 or 16 bits, or take it out of the folder"
             ) from None
         except Exception as error:  # on damaged bytes the decoders raise nearly anything
+            huge = isinstance(error, Image.DecompressionBombError)
+            remedy = "cut it into tiles" if huge else "export it again"
             raise InputError(
-                f"{path} is not a readable picture ({str(error)[:160]}); export it again"
+                f"{path} is not a readable picture ({str(error)[:160]}); {remedy}"
             ) from None
         yield picture
 
@@ -195,8 +205,6 @@ def _by_simpleitk(picture: Image.Image, path: Path, bits: int) -> np.ndarray:  #
     if getattr(picture, "n_frames", 1) == 1 and picture.mode != "CMYK":
         with contextlib.suppress(InputError), reporting_itk_errors(path):
             array = sitk.GetArrayFromImage(sitk.ReadImage(utf8_path(path)))
-    with Image.open(path, formats=FORMATS) as stored:
-        turned = stored.getexif().get(ExifTags.Base.Orientation, 1) != 1
     if (
         array is None
         or turned

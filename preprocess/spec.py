@@ -86,15 +86,16 @@ def _picture_kind(images: Sequence[ScanFile], args: argparse.Namespace) -> tuple
     Raises:
         InputError: the pictures have both 8 and 16 bits, or hold fractions.
     """
-    channels, largest = 1, 0
+    channels, largest, odd = 1, 0, ""
     names: dict[int, list[str]] = {8: [], 16: [], 0: []}  # by bits; 0: neither 8 nor 16
     for image in tqdm(images, desc="reading pictures", unit="case", leave=False, disable=None):
         array = read_picture(image.path)
         channels = max(channels, array.shape[1] if array.ndim == 4 else 1)
         bits = 8 * array.dtype.itemsize if array.dtype in (np.uint8, np.uint16) else 0
-        what = "fractions" if array.dtype.kind == "f" else "values"
-        span = f": {what} {array.min():g}…{array.max():g}" if not bits else ""
-        names[bits].append(f"{image.path.name}{span}")
+        names[bits].append(image.path.name)
+        if not bits and not odd:
+            what = "fractions" if array.dtype.kind == "f" else "values"
+            odd = f"{what} {array.min():g}…{array.max():g} in the first"
         largest = max(largest, int(array.max()))
     folder = images[0].path.parent
     _warn_of_turned(images)
@@ -102,9 +103,9 @@ def _picture_kind(images: Sequence[ScanFile], args: argparse.Namespace) -> tuple
         return channels, PICTURE
     if names[0]:
         raise InputError(
-            f"{folder} holds pictures of neither 8 nor 16 bits ({first_few(names[0])}); export "
-            "them with 8 or 16 bits, or pass --intensity mr to scale each picture by its values "
-            "(ct if they are Hounsfield units)"
+            f"{folder} holds pictures of neither 8 nor 16 bits ({first_few(names[0])}: {odd}); "
+            "export them with 8 or 16 bits, or pass --intensity mr to scale each picture by its "
+            "values (ct if they are Hounsfield units)"
         )
     if names[8] and names[16]:
         raise InputError(

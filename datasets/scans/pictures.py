@@ -150,7 +150,7 @@ def opened_picture(path: Path) -> Iterator[Image.Image]:
             _select_page(picture, path)
             if picture.format == "TIFF" and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4:
                 raise ValueError(
-                    "a TIFF stored on its side, which is read incorrectly; expected one stored upright"
+                    "a TIFF stored on its side, which is read incorrectly; expected upright"
                 )
             picture.load()
             ImageOps.exif_transpose(picture, in_place=True)  # the orientation in which it is shown
@@ -207,7 +207,7 @@ def _by_simpleitk(picture: Image.Image, path: Path, bits: int) -> np.ndarray:  #
             array = sitk.GetArrayFromImage(sitk.ReadImage(utf8_path(path)))
     if (
         array is None
-        or turned
+        or is_turned(path)
         or 8 * array.itemsize != bits
         or array.shape[:2] != picture.size[::-1]
     ):

@@ -78,13 +78,13 @@ def _slices_in(names: Iterable[str]) -> tuple[dict[str, tuple[str, str]], list[s
     sure = {name: (match[1], match[2]) for name in names if (match := SLICE.fullmatch(name))}
     known = {scan for scan, _ in sure.values()}
     maybe: dict[str, tuple[str, str]] = {}
-    words: dict[str, str] = {}  # name -> a beginning without a number and without a mark like -s
+    words: dict[str, str] = {}  # name -> a beginning that is a word, without a mark like -s
     for name in names:
         match = None if name in sure else NUMBERED.fullmatch(name)
         if match:
             scan = match["scan"]
             maybe[name] = (scan, match["number"] or match["counted"])
-            if not (match["mark"] or scan in known or re.search(r"\d", scan)):
+            if not (match["mark"] or scan in known or len(scan) == 1 or re.search(r"\d", scan)):
                 words[name] = scan
     doubts = []
     if words and len(set(words.values())) < MANY_WORDS:

@@ -71,9 +71,6 @@ def group_cases(cases: dict[str, RawCase], rule: str) -> dict[str, RawCase]:
             f"{len(grouped)} {what} of {len(sizes)} {kind} were found (--group {rule}): {shown}; "
             "a random split keeps each together"
         )
-        alone = [group for group, count in sizes.items() if count == 1]
-        if alone and rule == AUTO:
-            print(f"alone: {first_few(alone)}")
     elif pictures:
         print(f"each of {len(grouped)} pictures is a case of its own (--group {rule})")
     return grouped
@@ -84,6 +81,12 @@ def _grouped_by_name(cases: dict[str, RawCase], pictures: bool) -> dict[str, Raw
     found = group_names(list(cases), slices=pictures)
     for doubt in found.doubts:
         warn(f"{doubt}; {REMEDY}")
+    alone = [name for name in cases if name not in found.slices] if found.slices else []
+    if alone:
+        warn(
+            f"{len(alone)} pictures have no number at the end of their name, so each is a case: "
+            f"{first_few(alone)}"
+        )
     renamed: dict[str, RawCase] = {}
     taken: dict[str, RawCase] = {}
     for name, case in cases.items():

@@ -222,7 +222,7 @@ def test_pictures(tmp_path: Path):
     assert read(index).shape == (1, 3, 6, 7)  # an index picture read as an image has colours
     assert np.array_equal(read_index_picture(tmp_path / "a.png"), (grey % 5)[None])
     Image.fromarray(colour).save(tmp_path / "b.png")
-    with pytest.raises(InputError, match="42 colours .* expected class indices"):
+    with pytest.raises(InputError, match=r"42 colours .* expected class indices"):
         read_index_picture(tmp_path / "b.png")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from common.arguments import ArgumentParser
 from common.errors import InputError, exit_on_bad_input
 from common.files import atomic_path
 from utils import choose_device, environment
@@ -34,9 +35,9 @@ NEEDS = {  # row: peers that it cannot do without; the others are imported by th
 EXIT_DISAGREEMENT, EXIT_SLOW = 3, 4
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Build the parser of `python -m benchmarks`."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m benchmarks",
         description="Check that this project and its peers give the same results, time them in\n"
         "turns, and write benchmarks/results/DEVICE.json and the tables in docs/benchmarks.md.\n"

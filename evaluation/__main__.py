@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.arguments import ArgumentParser
 from common.errors import exit_on_bad_input
 from evaluation.page import write_page
 from evaluation.tables import read_json
@@ -13,7 +14,7 @@ from evaluation.tables import read_json
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the results of one or more test runs and write their page."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m evaluation",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Write test runs as one HTML page that needs no network and no other file.\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from common.arguments import ArgumentParser
 from common.errors import InputError
 from datasets.intensity import RULES
 from datasets.registry import DATASETS
@@ -28,9 +29,9 @@ DESCRIPTION = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Return the parser of `python -m preprocess.prepare`."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m preprocess.prepare",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=DESCRIPTION,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.arguments import ArgumentParser
 from common.errors import InputError, exit_on_bad_input
 from common.files import make_folder, write_json
 from datasets.registry import SPEC_FILE, SYNAPSE
@@ -24,9 +25,9 @@ NUMBERS = [*range(1, 11), *range(21, 41)]
 PHANTOM = replace(SYNAPSE, name="Phantom", train_cases=(), test_cases=())
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Return the parser of `python -m preprocess.phantom`."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m preprocess.phantom",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Make phantom CT volumes of the abdomen, each with a different anatomy:\n"

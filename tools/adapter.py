@@ -32,7 +32,7 @@ from utils import build_model
 
 SUFFIXES = (".pth", SAFETENSORS)
 # Settings that `show` sums up instead of printing them.
-LONG_SETTINGS = ("updates", "code")
+LONG_SETTINGS = ("updates", "code", "trained_on")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"written: {args.output} (SHA-256 {digest})")
 
 
-def build_parsers() -> tuple[argparse.ArgumentParser, Parser]:
+def build_parsers() -> tuple[Parser, Parser]:
     """Return the parser of the program, and that of its command `merge`."""
     parser = Parser(
         prog="python -m tools.adapter",

@@ -8,6 +8,8 @@ import torch
 
 # Entries of a training checkpoint that hold the weights.
 CONTAINERS = ("model", "state_dict", "model_state_dict")
+# Checkpoints inside a checkpoint, at most.
+DEEPEST = 3
 # What DataParallel, torch.compile and classes around a network put before every name.
 PREFIXES = ("module.", "_orig_mod.", "model.", "sam.")
 
@@ -18,30 +20,26 @@ def unwrapped(content: Any) -> Any:
     Weights under an entry of `CONTAINERS` are taken out. A prefix of `PREFIXES` is cut off where
     all tensors have it. Anything else is returned as it is, for the caller to check.
     """
-    while isinstance(content, dict):
-        inner = next((content[key] for key in CONTAINERS if _is_state(content.get(key))), None)
-        if inner is None:
-            break
-        content = inner
-    if not _is_state(content):
+    state = content
+    for _ in range(DEEPEST):
+        inside = (state.get(key) for key in CONTAINERS) if isinstance(state, dict) else ()
+        state = next((inner for inner in inside if isinstance(inner, dict)), state)
+    if not isinstance(state, dict) or not _tensor_names(state):
         return content
-    while prefix := _common_prefix(content):
-        content = {
+    while prefix := _common_prefix(state):
+        state = {
             key.removeprefix(prefix) if isinstance(key, str) else key: value
-            for key, value in content.items()
+            for key, value in state.items()
         }
-    return content
+    return state
 
 
-def _is_state(content: Any) -> bool:
-    return isinstance(content, dict) and (
-        any(isinstance(value, torch.Tensor) for value in content.values())
-        or any(_is_state(content.get(key)) for key in CONTAINERS)
-    )
+def _tensor_names(state: dict[Any, Any]) -> list[Any]:
+    return [key for key, value in state.items() if isinstance(value, torch.Tensor)]
 
 
 def _common_prefix(state: dict[Any, Any]) -> str | None:
-    names = [key for key, value in state.items() if isinstance(value, torch.Tensor)]
-    if not names or not all(isinstance(name, str) for name in names):
+    names = _tensor_names(state)
+    if not all(isinstance(name, str) for name in names):
         return None
     return next((p for p in PREFIXES if all(name.startswith(p) for name in names)), None)

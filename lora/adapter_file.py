@@ -130,8 +130,8 @@ def with_classes(
 ) -> tuple[dict[str, torch.Tensor], list[str], list[str]]:
     """Convert an adapter to other classes: heads move to classes of the same name.
 
-    The heads of all other classes start fresh. Case, `_` and spaces do not matter in names.
-    The background head always moves.
+    The heads of all other classes start as in a network without the adapter. Case, `_` and spaces
+    do not matter in names. The background head always moves.
 
     Args:
         state: tensors of the adapter.

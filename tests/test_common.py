@@ -13,6 +13,7 @@ import torch
 
 from common.errors import InputError, exit_on_bad_input
 from common.files import atomic_path, load_arrays, safe_name
+from common.state_dicts import unwrapped
 from datasets.dataset_synapse import Synapse_dataset
 from lora.adapter_file import read_adapter
 
@@ -106,3 +107,26 @@ def test_a_refusal_of_the_system_becomes_an_error_line(capsys: pytest.CaptureFix
     # This error does not come from the user's files.
     with pytest.raises(ConnectionError), exit_on_bad_input():
         raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+
+
+def test_a_state_dict_is_found_inside_a_checkpoint():
+    weights = {"a.weight": torch.zeros(1), "b.bias": torch.ones(1)}
+    for content in (
+        weights,
+        {"model": weights, "optimizer": {"state": {}}},
+        {"state_dict": {f"module.{key}": value for key, value in weights.items()}},
+        {"model": {"model_state_dict": {f"model.module.{k}": v for k, v in weights.items()}}},
+        {f"_orig_mod.{key}": value for key, value in weights.items()} | {"note": "plain"},
+    ):
+        found = unwrapped(content)
+        assert {key: found[key] for key in weights} == weights
+    one_without = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
+    assert unwrapped(one_without) == one_without
+
+
+def test_content_without_weights_is_left_alone():
+    endless: dict = {}
+    endless["model"] = endless
+    for content in (None, [1], "text", {}, {"model": {"lr": 1}}, {"model": 3}, {1: 2}):
+        assert unwrapped(content) == content
+    assert unwrapped(endless) is endless

@@ -34,10 +34,15 @@ def reporting_itk_errors(path: str | Path) -> Iterator[None]:
         with without_itk_warnings():
             yield
     except RuntimeError as error:
-        raise InputError(
-            f"{path} is not a readable scan ({short_reason(error)}); it may be damaged or cut "
-            "short: fetch or export it again"
-        ) from None
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: str | Path, error: RuntimeError) -> InputError:
+    """Return the error for a file that SimpleITK cannot read."""
+    return InputError(
+        f"{path} is not a readable scan ({short_reason(error)}); it may be damaged or cut short: "
+        "fetch or export it again"
+    )
 
 
 @contextlib.contextmanager

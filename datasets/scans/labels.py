@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from nibabel import Nifti1Header
 from PIL import Image
 
 from common.errors import InputError
@@ -21,7 +20,8 @@ from common.files import atomic_path
 from datasets.colours import label_colours
 from datasets.registry import DatasetSpec
 from datasets.scans.files import DICOM, ScanFile
-from datasets.scans.volumes import Geometry, read_header, unpacked, write_volume
+from datasets.scans.nifti import nifti_header
+from datasets.scans.volumes import Geometry, read_header, write_volume
 
 NIFTI = (".nii.gz", ".nii")
 # The format of the label file where it is not the format of the scan. A DICOM series does not
@@ -138,15 +138,14 @@ def _write_nifti_like(path: Path, array: np.ndarray, source: Path) -> None:
 
     The other header fields are not copied, because their texts may identify the patient.
     """
-    with unpacked(source) as stream:
-        start = stream.read(Nifti1Header.sizeof_hdr)  # always NIfTI-1: SimpleITK reads no NIfTI-2
-    given = Nifti1Header(start, check=False)  # a check would change signs
-    header = Nifti1Header(endianness="<")
+    given = nifti_header(source)  # NIfTI-1 or NIfTI-2, and so is the label
+    header = type(given)(endianness="<")
     header.set_data_dtype(array.dtype)
-    header.set_data_shape(array.shape[::-1])
+    is_flat = given["dim"][0] == 2  # one slice, read from a 2-D file
+    header.set_data_shape(array.shape[:0:-1] if is_flat else array.shape[::-1])
     for field in NIFTI_GEOMETRY:
         header[field] = given[field]
-    header["vox_offset"] = Nifti1Header.single_vox_offset
+    header["vox_offset"] = header.single_vox_offset
     voxels = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("wb"))

@@ -6,34 +6,40 @@ of `SimpleITK.GetArrayFromImage` and `GetSpacing`.
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import SimpleITK as sitk
+from nibabel import Nifti1Header
 
-from common.errors import InputError
+from common.errors import InputError, warn
 from common.files import atomic_path, require_file
 from datasets.scans.errors import (
     reporting_itk_errors,
     reporting_os_errors,
     short_reason,
+    unreadable,
     utf8_path,
     without_itk_warnings,
+)
+from datasets.scans.nifti import (
+    SKEWED,
+    STRAIGHTEN,
+    nifti_affines,
+    nifti_header,
+    read_with_nibabel,
+    refuse_bad_slices,
+    refuse_hidden_faults,
+    skew,
+    straightened,
 )
 
 SPACING_TOLERANCE = 1e-3  # relative
 ORIGIN_TOLERANCE = 1e-2  # mm
 DIRECTION_TOLERANCE = 1e-3  # of each cosine
-GZIP_MAGIC = b"\x1f\x8b"
-NIFTI_FLOATS = {16: "f4", 64: "f8"}  # `datatype` in the header -> numpy type
-# First number in the header of NIfTI-1 and NIfTI-2; it shows the byte order.
-NIFTI_HEADER_SIZES = (348, 540)
 
 
 @dataclass(frozen=True)
@@ -86,34 +92,38 @@ class Geometry:
 def read_volume(
     path: str | Path, channel: int | None = None
 ) -> tuple[np.ndarray, Geometry]:  # (D, H, W), dtype of the file
-    """Read a scan with one value per voxel, in any format that SimpleITK knows.
+    """Read a scan with one value per voxel, in any format that SimpleITK knows, or NIfTI-2.
+
+    A 2-D file is read as one slice.
 
     Args:
-        channel: index of the volume to read from a 4-D file; None: the file must be 3-D.
+        channel: index of the volume to read from a 4-D file; None: the file must be 3-D or 2-D.
 
     Raises:
         MissingFileError: the file does not exist.
-        InputError: the file is unreadable, cut short, not 3-D, has several values per voxel, or
-            holds NaN or infinite values.
+        InputError: the file is unreadable, cut short, not 3-D, has several values per voxel, holds
+            NaN or infinite values, or does not tell where its voxels lie.
     """
     path = Path(path)
-    reader = _open(path, channel)
-    _check_nifti(path, reader)
-    with reporting_itk_errors(path):
-        image = reader.Execute()
+    source = image = _open(path, channel)
+    if isinstance(source, sitk.ImageFileReader):
+        refuse_hidden_faults(path, source)
+        with reporting_itk_errors(path):
+            image = source.Execute()
     array = sitk.GetArrayFromImage(image)
+    array = array[None] if array.ndim == 2 else array
     if array.dtype.kind == "f":
         bad = [index for index, plane in enumerate(array) if not np.isfinite(plane).all()]
-        _refuse_bad_slices(path, bad, len(array))
-    return array, geometry_of(image)
+        refuse_bad_slices(path, bad, len(array))
+    return array, _place(path, image, tell=True)
 
 
 def read_header(
     path: str | Path, channel: int | None = None
 ) -> tuple[tuple[int, ...], Geometry]:  # (D, H, W)
     """Read shape and geometry of a scan without its voxels; raises as `read_volume` does."""
-    reader = _open(path, channel)
-    return tuple(reader.GetSize()[2::-1]), geometry_of(reader)
+    source = _open(path, channel)
+    return (1, *source.GetSize()[2::-1])[-3:], _place(Path(path), source)
 
 
 def write_volume(
@@ -158,80 +168,110 @@ def write_volume(
         ) from None
 
 
-def _open(path: str | Path, channel: int | None = None) -> sitk.ImageFileReader:
-    """Read the header, and set the reader to one 3-D volume of one real number per voxel."""
+def _open(path: str | Path, channel: int | None = None) -> sitk.ImageFileReader | sitk.Image:
+    """Read the header, and set the reader to one volume of one real number per voxel.
+
+    Returns:
+        The reader; for a NIfTI file that SimpleITK cannot read, the volume.
+    """
     with reporting_os_errors(path):
         path = require_file(path, what="scan", remedy="check the path")
         path.open("rb").close()  # SimpleITK would not report why it cannot open the file
     reader = sitk.ImageFileReader()
     reader.SetFileName(utf8_path(path))
-    with reporting_itk_errors(path):
-        reader.ReadImageInformation()
+    header = nifti_header(path)
+    if header is not None:
+        nifti_affines(path, header)  # raises the true cause where SimpleITK has another
+    try:
+        with without_itk_warnings():
+            reader.ReadImageInformation()
+    except RuntimeError as error:
+        if header is not None and str(path).endswith((".nii", ".nii.gz")):
+            return _by_nibabel(path, header, channel)
+        raise unreadable(path, error) from None
     if channel is not None and reader.GetDimension() == 4:
         *size, count = reader.GetSize()
-        if channel >= count:
-            raise InputError(
-                f"{path} holds {count} channels, numbered 0…{count - 1}, but channel {channel} is "
-                "needed; pass another --channel"
-            )
+        _refuse_missing_channel(path, channel, count)
         reader.SetExtractSize((*size, 0))
         reader.SetExtractIndex((0, 0, 0, channel))
-    elif reader.GetDimension() != 3:
-        raise InputError(
-            f"{path} has {reader.GetDimension()} dimensions of size {reader.GetSize()[::-1]}, "
-            "expected 3 (slice, row, column); save one scan per file"
-        )
+    elif reader.GetDimension() not in (2, 3):
+        raise _too_many_dimensions(path, reader.GetSize()[::-1])
     kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
     if reader.GetNumberOfComponents() != 1 or "complex" in kind:
         raise InputError(f"{path} holds voxels of {kind}, expected one real number per voxel")
     return reader
 
 
-def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
-    """Refuse faults of a NIfTI file that SimpleITK hides.
-
-    SimpleITK reads missing voxels at the end, NaN and infinite values of NIfTI files as 0. In
-    other formats it reports missing voxels and keeps NaN. Only NIfTI has a `vox_offset`.
-    """
-    if not reader.HasMetaDataKey("vox_offset") or path.suffix in (".hdr", ".img"):
-        return
-    columns, rows, *stack = reader.GetSize()
-    slices = math.prod(stack)  # of all channels
-    plane_bytes = rows * columns * int(reader.GetMetaData("bitpix")) // 8
-    kind = NIFTI_FLOATS.get(int(reader.GetMetaData("datatype")))
-    bad = []
-    try:
-        with unpacked(path) as stream:
-            order = "<" if int.from_bytes(stream.read(4), "little") in NIFTI_HEADER_SIZES else ">"
-            stream.seek(int(float(reader.GetMetaData("vox_offset"))))
-            for index in range(slices):
-                plane = stream.read(plane_bytes)
-                if len(plane) < plane_bytes:
-                    raise EOFError(f"the file ends in slice {index} of {slices}")
-                if kind and not np.isfinite(np.frombuffer(plane, order + kind)).all():
-                    bad.append(index)
-            while stream.read(1 << 20):  # gzip verifies its checksum at the end
-                pass
-    except (EOFError, OSError, zlib.error) as error:
+def _by_nibabel(path: Path, header: Nifti1Header, channel: int | None) -> sitk.Image:
+    """Read a volume that SimpleITK cannot read: NIfTI-2, or axes with an angle of rounding."""
+    array = read_with_nibabel(path, header)
+    if channel is not None and array.ndim == 4:
+        _refuse_missing_channel(path, channel, len(array))
+        array = array[channel]
+    if array.ndim != 3:
+        raise _too_many_dimensions(path, array.shape)
+    if array.dtype.kind not in "biuf":
         raise InputError(
-            f"{path} is damaged or cut short ({short_reason(error)}); fetch it again"
-        ) from None
-    _refuse_bad_slices(path, bad, slices)
-
-
-def unpacked(path: Path) -> IO[bytes]:
-    """Open a file for reading, through gzip if its content is packed, whatever its suffix is."""
-    with path.open("rb") as file:
-        packed = file.read(2) == GZIP_MAGIC
-    return gzip.open(path) if packed else path.open("rb")
-
-
-def _refuse_bad_slices(path: Path, bad: list[int], slices: int) -> None:
-    if bad:
-        raise InputError(
-            f"{path} holds NaN or infinite values in {len(bad)} of {slices} slices, first in "
-            f"slice {bad[0]}; export the scan again"
+            f"{path} holds voxels of {array.dtype}, expected one real number per voxel"
         )
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
+    affines = nifti_affines(path, header)
+    if affines:
+        geometry = _from_affine(affines[0])
+        image.SetSpacing(geometry.spacing)
+        image.SetOrigin(geometry.origin)
+        image.SetDirection(geometry.direction)
+    else:
+        image.SetSpacing([abs(float(size)) or 1.0 for size in header["pixdim"][1:4]])
+    return image
+
+
+def _refuse_missing_channel(path: Path, channel: int, count: int) -> None:
+    if channel >= count:
+        raise InputError(
+            f"{path} holds {count} channels, numbered 0…{count - 1}, but channel {channel} is "
+            "needed; pass another --channel"
+        )
+
+
+def _too_many_dimensions(path: Path, shape: tuple[int, ...]) -> InputError:
+    return InputError(
+        f"{path} has {len(shape)} dimensions of size {shape}, expected 3 (slice, row, column) or "
+        "2; save one scan per file"
+    )
+
+
+def _place(
+    path: Path, source: sitk.Image | sitk.ImageFileReader, *, tell: bool = False
+) -> Geometry:
+    """Return where the voxels lie, as SimpleITK has it, unless a NIfTI header says otherwise.
+
+    Args:
+        tell: warn of a header that says two things.
+
+    Raises:
+        InputError: the axes are not at right angles.
+    """
+    found = geometry_of(source)
+    header = nifti_header(path)
+    if header is not None:
+        given = [_from_affine(affine) for affine in nifti_affines(path, header)]
+        used = next((one for one in given if one.matches(found)), None)
+        if tell and len(given) == 2 and (differences := given[0].differences(given[1])):
+            name = "qform" if used is given[1] else "sform"
+            warn(f"{path} has an sform and a qform of other {'; '.join(differences)}: {name} used")
+        return given[0] if given and used is None else found
+    axes = np.reshape(found.direction, (3, 3))
+    if skew(axes) > SKEWED or np.abs(np.linalg.norm(axes, axis=0) - 1).max() > SKEWED:
+        raise InputError(
+            f"{path} has axes that are not at right angles or not of length 1; {STRAIGHTEN}"
+        )
+    return found
+
+
+def _from_affine(affine: np.ndarray) -> Geometry:
+    spacing, origin, axes = straightened(affine)
+    return Geometry(tuple(spacing.tolist()), tuple(origin.tolist()), tuple(axes.ravel().tolist()))
 
 
 def geometry_of(source: sitk.Image | sitk.ImageFileReader) -> Geometry:
@@ -240,14 +280,17 @@ def geometry_of(source: sitk.Image | sitk.ImageFileReader) -> Geometry:
     Some headers hold a negative spacing. It becomes a positive spacing along the opposite axis,
     because SimpleITK reads the voxels in that way.
     """
-    dimension = source.GetDimension()
-    spacing = np.array(source.GetSpacing()[:3])
+    dimension = min(source.GetDimension(), 3)  # 2 for a single slice
+    spacing, origin, axes = np.ones(3), np.zeros(3), np.eye(3)
+    spacing[:dimension] = source.GetSpacing()[:3]
+    origin[:dimension] = source.GetOrigin()[:3]
+    full = np.reshape(source.GetDirection(), (source.GetDimension(),) * 2)
+    axes[:dimension, :dimension] = full[:3, :3]
     signs = np.where(spacing < 0, -1.0, 1.0)
-    axes = np.reshape(source.GetDirection(), (dimension, dimension))[:3, :3] * signs
     return Geometry(
         spacing=tuple((spacing * signs).tolist()),
-        origin=source.GetOrigin()[:3],
-        direction=tuple(axes.ravel().tolist()),
+        origin=tuple(origin.tolist()),
+        direction=tuple((axes * signs).ravel().tolist()),
     )
 
 

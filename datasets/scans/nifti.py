@@ -1,0 +1,199 @@
+"""What a NIfTI header says of where its voxels lie; SimpleITK hides some of it.
+
+SimpleITK takes the size of voxels from `pixdim` alone, reads a size of 0 or NaN as 1 mm, reads no
+NIfTI-2, and refuses an sform that is at right angles up to rounding.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import SimpleITK as sitk
+from nibabel import Nifti1Header, Nifti1Image, Nifti2Header, Nifti2Image
+
+from common.errors import InputError
+from datasets.scans.errors import short_reason
+
+GZIP_MAGIC = b"\x1f\x8b"
+NIFTI_FLOATS = {16: "f4", 64: "f8"}  # `datatype` in the header -> numpy type
+# First number in the header of NIfTI-1 and NIfTI-2; it shows the byte order.
+NIFTI_HEADER_SIZES = (348, 540)
+MAGIC_1, MAGIC_2 = slice(344, 348), slice(4, 8)  # of the header's bytes
+MILLIMETRES = {1: 1000.0, 3: 1e-3}  # `xyzt_units` -> mm; all others are taken for mm
+SKEWED = 1e-3  # largest product of two axes of length 1 that are at right angles up to rounding
+TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+STRAIGHTEN = (
+    "resample the scan and its label onto straight axes, e.g. with "
+    "nibabel.processing.resample_to_output (order=0 for the label) or 3D Slicer"
+)
+
+
+def unpacked(path: Path) -> IO[bytes]:
+    """Open a file for reading, through gzip if its content is packed, whatever its suffix is."""
+    with path.open("rb") as file:
+        packed = file.read(2) == GZIP_MAGIC
+    return gzip.open(path) if packed else path.open("rb")
+
+
+def nifti_header(path: Path) -> Nifti1Header | None:
+    """Return the header of a NIfTI-1 or NIfTI-2 file, as it is; None for other files."""
+    try:
+        with unpacked(path) as stream:
+            start = stream.read(Nifti2Header.sizeof_hdr)
+    except (OSError, EOFError):
+        return None  # SimpleITK will tell why
+    if start[MAGIC_1] in (b"n+1\0", b"ni1\0"):
+        return Nifti1Header(start[: Nifti1Header.sizeof_hdr], check=False)
+    if start[MAGIC_2] in (b"n+2\0", b"ni2\0"):
+        return Nifti2Header(start, check=False)
+    return None
+
+
+def nifti_affines(path: Path, header: Nifti1Header) -> list[np.ndarray]:  # of (4, 4)
+    """Return the affine matrices to LPS in mm that a header gives: of the sform, then the qform.
+
+    Raises:
+        InputError: the header gives no size of the voxels, two sizes, or axes that are not at right
+            angles.
+    """
+    unit = MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
+    counts, given = np.ones(3), header["dim"][1 : int(header["dim"][0]) + 1][:3]
+    counts[: len(given)] = given
+    pixdim = np.abs(header["pixdim"][1:4].astype(float)) * unit
+    known = np.isfinite(pixdim) & (pixdim > 0)
+    size = np.where(known, pixdim, 1.0)
+    sized = bool((known | (counts == 1)).all())  # a single slice may have no thickness
+
+    sform = qform = None
+    if header["sform_code"] > 0:
+        sform = _in_mm(header.get_sform(), unit)
+        if not np.isfinite(sform).all() or abs(np.linalg.det(sform[:3, :3])) < 1e-12:
+            sform = None
+    if header["qform_code"] > 0 and sized:
+        straight = header.copy()
+        straight["pixdim"][1:4] = size / unit
+        qform = _in_mm(straight.get_qform(), unit)
+    if sform is None and not sized:
+        axes = ", ".join(axis for axis, good in zip("xyz", known, strict=True) if not good)
+        raise InputError(
+            f"{path} gives no size of its voxels along {axes} (pixdim {header['pixdim'][1:4]}); "
+            "write the real size into the header, e.g. with nibabel's header.set_zooms"
+        )
+    if sform is None and header["sform_code"] > 0 and qform is None:
+        raise InputError(
+            f"{path} has an sform that gives no place to its voxels ({sform_text(header)}); export "
+            "it again from the program that made it, or set the sform code to 0 to use no place"
+        )
+    if sform is not None and skew(sform[:3, :3]) > SKEWED:
+        if qform is None or _largest_shift(sform, qform, counts) > 0.5 * size.min():
+            raise InputError(
+                f"{path} has an sform whose axes are not at right angles (off by "
+                f"{np.degrees(np.arcsin(min(skew(sform[:3, :3]), 1.0))):.2g}°: gantry tilt or "
+                f"registration); {STRAIGHTEN}"
+            )
+        sform = None
+    if sform is not None and sized:
+        by_sform = np.linalg.norm(sform[:3, :3], axis=0)
+        if not np.allclose(by_sform[counts > 1], size[counts > 1], rtol=5e-3, atol=0):
+            raise InputError(
+                f"{path} gives two sizes of its voxels, {by_sform.round(5)} mm by the sform and "
+                f"{size.round(5)} mm by pixdim; correct the header, e.g. save it again "
+                "with nibabel from the affine that is right"
+            )
+    return [affine for affine in (sform, qform) if affine is not None]
+
+
+def sform_text(header: Nifti1Header) -> str:
+    """Return the rows of the sform as one line."""
+    return "; ".join(str(header[f"srow_{axis}"]) for axis in "xyz")
+
+
+def skew(axes: np.ndarray) -> float:
+    """Return the largest product of two of the columns, each made to a length of 1."""
+    axes = axes / np.linalg.norm(axes, axis=0)
+    return float(np.abs(axes.T @ axes - np.eye(len(axes))).max())
+
+
+def straightened(affine: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return spacing (3,), origin (3,) and the nearest axes at right angles (3, 3)."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    left, _, right = np.linalg.svd(affine[:3, :3] / spacing)
+    return spacing, affine[:3, 3], left @ right
+
+
+def read_with_nibabel(path: Path, header: Nifti1Header) -> np.ndarray:
+    """Return the voxels (…, z, y, x) of a file that SimpleITK cannot read, without axes of size 1.
+
+    Raises:
+        InputError: the file is damaged or cut short.
+    """
+    kind = Nifti2Image if isinstance(header, Nifti2Header) else Nifti1Image
+    try:
+        with unpacked(path) as stream:
+            array = np.asanyarray(kind.from_stream(stream).dataobj)
+            while stream.read(1 << 20):  # gzip verifies its checksum at the end
+                pass
+    except Exception as error:  # on damaged bytes nibabel raises nearly anything
+        raise InputError(
+            f"{path} is damaged or cut short ({short_reason(error)}); fetch it again"
+        ) from None
+    shape = list(array.shape) + [1] * (3 - array.ndim)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape.pop()
+    return array.reshape(shape).transpose()
+
+
+def _in_mm(affine: np.ndarray, unit: float) -> np.ndarray:
+    return TO_LPS @ np.diag([unit, unit, unit, 1.0]) @ affine
+
+
+def _largest_shift(first: np.ndarray, second: np.ndarray, counts: np.ndarray) -> float:
+    """Return how far two affine matrices place the corners of a volume from each other, mm."""
+    corners = np.stack(np.meshgrid(*[(0, count - 1) for count in counts]), -1).reshape(-1, 3)
+    shifts = (first - second) @ np.column_stack([corners, np.ones(len(corners))]).T
+    return float(np.linalg.norm(shifts[:3], axis=0).max())
+
+
+def refuse_hidden_faults(path: Path, reader: sitk.ImageFileReader) -> None:
+    """Refuse faults of a NIfTI file that SimpleITK hides.
+
+    SimpleITK reads missing voxels at the end, NaN and infinite values of NIfTI files as 0. In
+    other formats it reports missing voxels and keeps NaN. Only NIfTI has a `vox_offset`.
+    """
+    if not reader.HasMetaDataKey("vox_offset") or path.suffix in (".hdr", ".img"):
+        return
+    columns, rows, *stack = reader.GetSize()
+    slices = math.prod(stack)  # of all channels
+    plane_bytes = rows * columns * int(reader.GetMetaData("bitpix")) // 8
+    kind = NIFTI_FLOATS.get(int(reader.GetMetaData("datatype")))
+    bad = []
+    try:
+        with unpacked(path) as stream:
+            order = "<" if int.from_bytes(stream.read(4), "little") in NIFTI_HEADER_SIZES else ">"
+            stream.seek(int(float(reader.GetMetaData("vox_offset"))))
+            for index in range(slices):
+                plane = stream.read(plane_bytes)
+                if len(plane) < plane_bytes:
+                    raise EOFError(f"the file ends in slice {index} of {slices}")
+                if kind and not np.isfinite(np.frombuffer(plane, order + kind)).all():
+                    bad.append(index)
+            while stream.read(1 << 20):  # gzip verifies its checksum at the end
+                pass
+    except (EOFError, OSError, zlib.error) as error:
+        raise InputError(
+            f"{path} is damaged or cut short ({short_reason(error)}); fetch it again"
+        ) from None
+    refuse_bad_slices(path, bad, slices)
+
+
+def refuse_bad_slices(path: Path, bad: list[int], slices: int) -> None:
+    if bad:
+        raise InputError(
+            f"{path} holds NaN or infinite values in {len(bad)} of {slices} slices, first in "
+            f"slice {bad[0]}; export the scan again"
+        )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.errors import InputError, first_few
+from common.errors import InputError, first_few, warn
 from datasets.registry import DatasetSpec, check_class_names
 from datasets.scans.files import ScanFile, read_scan
 from datasets.scans.pictures import read_index_picture, used_palette
@@ -30,13 +30,18 @@ def read_label(
     Raises:
         InputError: the file is faulty, or holds fractions.
     """
-    if label.is_picture:
-        values, geometry = read_index_picture(label.path, lossy=threshold is not None), None
-    else:
-        values, geometry = read_scan(label)
+    values, geometry = _stored_values(label, threshold)
     if threshold is not None:
         return (values >= threshold).astype(np.uint8), geometry
     return whole_values(values, label.path), geometry
+
+
+def _stored_values(
+    label: ScanFile, threshold: float | None
+) -> tuple[np.ndarray, Geometry | None]:  # (D, H, W)
+    if label.is_picture:
+        return read_index_picture(label.path, thresholded=threshold is not None), None
+    return read_scan(label)
 
 
 def whole_values(values: np.ndarray, path: Path) -> np.ndarray:
@@ -86,17 +91,12 @@ def class_values_in(
     check_class_names(names or [], "--class_names")
     files = []
     for label in tqdm(labels, desc="reading labels", unit="case", leave=False, disable=None):
-        files.append(_looked_at(label, threshold))
+        files.append(_looked_at(label) if threshold is None else _thresholded(label, threshold))
     values = sorted(set().union(*(file.values for file in files)))
     if not values and threshold is None:
         raise InputError(f"the labels in {labels[0].path.parent} hold only 0, {EXPECTED}")
-    if threshold is not None and any(not any(value in f.counts for f in files) for value in (0, 1)):
-        side = "below" if values else "from"
-        raise InputError(
-            f"the labels in {labels[0].path.parent} hold no value {side} --label_threshold "
-            f"{threshold:g} on, so there is only {'one class' if values else 'background'}; pass "
-            "a threshold between the values of background and class"
-        )
+    if threshold is not None:
+        _check_threshold(files, threshold, labels[0].path.parent)
     if names is None or len(names) != len(values):  # names confirm that each value is a class
         check_values(files)
     check_palettes(files)
@@ -109,18 +109,45 @@ def class_values_in(
     return dict(zip(names, values, strict=True))
 
 
-def _looked_at(label: ScanFile, threshold: float | None) -> LabelFile:
+def _looked_at(label: ScanFile) -> LabelFile:
     """Read a label slice by slice, and return what its values look like."""
-    values, _ = read_label(label, threshold)
+    values, _ = read_label(label)
     if not 0 <= values.min() <= values.max() < 65536:
         wrong = [f"{v:g}" for v in distinct_values(values) if not 0 <= v < 65536]
         raise InputError(f"{label.path} holds the values {first_few(wrong)}, {EXPECTED}")
-    file = LabelFile(label.path.name)
-    if label.is_picture and threshold is None:
-        file.palette = used_palette(label.path)
+    palette = used_palette(label.path) if label.is_picture else None
+    file = LabelFile(label.path.name, palette=palette)
     for plane in values:
         file.add(plane.astype(np.uint16, copy=False))
     return file
+
+
+def _thresholded(label: ScanFile, threshold: float) -> LabelFile:
+    """Read a label, and return its counts of 0 and 1 and its largest stored value."""
+    values, _ = _stored_values(label, threshold)
+    ones = int(np.count_nonzero(values >= threshold))
+    counts = {value: n for value, n in ((0, values.size - ones), (1, ones)) if n}
+    return LabelFile(label.path.name, counts, largest=float(values.max()))
+
+
+def _check_threshold(files: Sequence[LabelFile], threshold: float, folder: Path) -> None:
+    """Refuse a threshold that leaves only background or only the class; warn of lost files."""
+    for value, side in ((0, "below"), (1, "from")):
+        if not any(value in file.counts for file in files):
+            raise InputError(
+                f"the labels in {folder} hold no value {side} --label_threshold {threshold:g}; "
+                "their largest value is "
+                f"{max(file.largest for file in files):g}, so pass a threshold between background "
+                "and class"
+            )
+    empty = [
+        f"{file.name} (up to {file.largest:g})" for file in files if 0 < file.largest < threshold
+    ]
+    if empty:
+        warn(
+            f"{first_few(empty)} hold values, but none from --label_threshold {threshold:g} on, "
+            "and become background; if they are masks in another encoding, lower the threshold"
+        )
 
 
 def map_labels(

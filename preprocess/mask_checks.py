@@ -1,12 +1,13 @@
 """Whether the values of label files can be classes: grey edges, mixed encodings, counted objects.
 
-A class has an interior: somewhere in the data set, a block of 3 × 3 pixels holds only its value.
+A class has an interior: now and then, a block of 3 × 3 pixels holds only its value.
 Smooth drawing, scaling and lossy compression make values that have none: they occur where a lower
 value meets a higher one.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -31,8 +32,9 @@ class LabelFile:
     counts: dict[int, int] = field(default_factory=dict)  # pixels of each value
     # Those of them that have both lower and higher values around.
     between: dict[int, int] = field(default_factory=dict)
-    solid: set[int] = field(default_factory=set)  # values that fill 3 × 3 pixels somewhere
+    interior: dict[int, int] = field(default_factory=dict)  # in 3 × 3 pixels of their value
     palette: list[str] | None = None  # colours by index
+    largest: float = 0.0  # value before a threshold was applied
 
     @property
     def values(self) -> set[int]:
@@ -41,16 +43,12 @@ class LabelFile:
 
     def add(self, plane: np.ndarray) -> None:
         """Look at one slice (H, W) of whole numbers 0…65535."""
-        counts = np.bincount(plane.ravel())
-        seen = np.flatnonzero(counts)
-        for value in seen.tolist():
-            self.counts[value] = self.counts.get(value, 0) + int(counts[value])
+        seen = _add(self.counts, plane.ravel())
         lowest, highest = _around(plane, np.minimum), _around(plane, np.maximum)
-        self.solid.update(np.unique(plane[1:-1, 1:-1][(lowest == highest)[1:-1, 1:-1]]).tolist())
+        inside = plane[1:-1, 1:-1][(lowest == highest)[1:-1, 1:-1]]
+        _add(self.interior, inside)
         if len(seen) > 2:
-            between = np.bincount(plane[(lowest < plane) & (plane < highest)])
-            for value in np.flatnonzero(between).tolist():
-                self.between[value] = self.between.get(value, 0) + int(between[value])
+            _add(self.between, plane[(lowest < plane) & (plane < highest)])
 
     def grey(self, solid: set[int]) -> list[int]:
         """Return the values that are edges and no classes, if they are too many to be classes.
@@ -69,9 +67,27 @@ class LabelFile:
         found = [value for value in sorted(self.values) if is_grey(value)]
         rare = 4 * sum(self.counts[v] for v in found) < sum(self.counts[v] for v in self.values)
         usual = max(len(self.values & solid), 1) - (wide and rare)
-        if not self.solid:
+        if not self.interior:
             usual = MOST_OF_ROUGH
         return found if len(found) > usual else []
+
+
+def _add(totals: dict[int, int], values: np.ndarray) -> list[int]:
+    """Add the counts of values (N,) to `totals`, and return the different values."""
+    counts = np.bincount(values)
+    seen = np.flatnonzero(counts).tolist()
+    for value in seen:
+        totals[value] = totals.get(value, 0) + int(counts[value])
+    return seen
+
+
+def _solid_values(files: Sequence[LabelFile]) -> set[int]:
+    """Return the values with an interior: a pixel in a hundred has only its value around it."""
+    counts, interior = Counter(), Counter()
+    for file in files:
+        counts.update(file.counts)
+        interior.update(file.interior)
+    return {value for value, inside in interior.items() if 100 * inside >= counts[value]}
 
 
 def _around(plane: np.ndarray, choose: np.ufunc) -> np.ndarray:  # (H, W) -> (H, W)
@@ -101,7 +117,7 @@ def check_values(files: Sequence[LabelFile]) -> None:
 
 
 def _refuse_grey(files: Sequence[LabelFile]) -> None:
-    solid = set().union(*(file.solid for file in files))
+    solid = _solid_values(files)
     grey = {file.name: values for file in files if (values := file.grey(solid))}
     if not grey:
         return

@@ -81,13 +81,14 @@ def read_picture(path: Path) -> np.ndarray:
     return np.ascontiguousarray(array[None])
 
 
-def read_index_picture(path: Path, *, lossy: bool = False) -> np.ndarray:  # (1, H, W)
+def read_index_picture(path: Path, *, thresholded: bool = False) -> np.ndarray:  # (1, H, W)
     """Read the palette index or grey value of each pixel of a label picture, as it is stored.
 
     Grey that is stored as colour (R = G = B, opaque) is read as grey.
 
     Args:
-        lossy: accept formats that change values, because the values meet a threshold.
+        thresholded: the values meet a threshold, so formats that change them are accepted, and
+            white of 1 bit is 255 as in other masks.
 
     Raises:
         InputError: the picture is damaged, in a format that changes values, or in colours that
@@ -95,7 +96,7 @@ def read_index_picture(path: Path, *, lossy: bool = False) -> np.ndarray:  # (1,
     """
     with opened_picture(path) as picture:
         packed = picture.format in LOSSY or picture.info.get("compression") == "jpeg"
-        if packed and not lossy:
+        if packed and not thresholded:
             kind = {"WEBP": "a WebP picture"}.get(picture.format, "a JPEG")
             raise InputError(
                 f"label {path} is {kind} by its content, whose compression changes label values; "
@@ -112,7 +113,7 @@ def read_index_picture(path: Path, *, lossy: bool = False) -> np.ndarray:  # (1,
     if array.ndim == 3:
         return _opaque_grey(array, path)[None]
     if array.dtype == bool:
-        array = array.astype(np.uint8)
+        array = array.astype(np.uint8) * (255 if thresholded else 1)
     elif bits < 8 and picture.mode == "L" and picture.format in ("PNG", "TIFF"):
         array = array // (255 // (2**bits - 1))  # Pillow spreads 2 or 4 bits of grey over 0…255
     return np.ascontiguousarray(array[None])

@@ -127,8 +127,8 @@ def _refuse_grey(files: Sequence[LabelFile]) -> None:
     middle = (top + 1) // 2
     one_class = all(not top / 8 < value < top * 7 / 8 for value in solid)
     remedy = (
-        f"pass --label_threshold {middle} to make one class of the values from {middle}, or export "
-        "the masks again without smoothing"
+        f"if it shows one class, pass --label_threshold {middle} to make it of the values from "
+        f"{middle}, or export the masks again without smoothing"
         if one_class
         else "export the masks again without smoothing, and scale them by nearest neighbour"
     )

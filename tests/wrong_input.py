@@ -276,6 +276,30 @@ def jpeg_labels(folder: Path) -> None:
         path.unlink()
 
 
+def grey_edges(folder: Path) -> None:
+    """Scale the masks so that their edges become grey."""
+    for path in (folder / "pictures" / "labels").iterdir():
+        mask = Image.new("L", (40, 40))
+        mask.paste(255, (9, 9, 27, 22))
+        mask.resize((14, 12), Image.Resampling.BILINEAR).save(path)
+
+
+def two_encodings(folder: Path) -> None:
+    """Write the class as 1 in one mask and as 255 in the others."""
+    for path in (folder / "pictures" / "labels").iterdir():
+        mask = np.zeros((12, 14), np.uint8)
+        mask[3:8, 3:8] = 1 if path.stem == "p0" else 255
+        Image.fromarray(mask).save(path)
+
+
+def stack(folder: Path) -> None:
+    """Write a TIFF of three pages among the pictures."""
+    path = folder / "pictures" / "images" / "p0.png"
+    pages = [Image.open(path).copy() for _ in range(3)]
+    path.unlink()
+    pages[0].save(path.with_suffix(".tif"), save_all=True, append_images=pages[1:])
+
+
 def fractions(folder: Path) -> None:
     """Save the pictures with floating-point values."""
     for path in list((folder / "pictures" / "images").iterdir()):
@@ -360,6 +384,17 @@ ROWS = [
           ("--input", "pictures")),
     Wrong(P, "another number of class names", nothing, "--class_names has 1",
           ("--input", "pictures", "--class_names", "a")),
+    Wrong(P, "masks with grey edges", grey_edges, "grey values between 0 and 255",
+          ("--input", "pictures")),
+    Wrong(P, "masks of 0/1 and of 0/255", two_encodings, "hold values that never meet in one file",
+          ("--input", "pictures")),
+    Wrong(P, "a threshold that no value reaches", nothing, "hold no value from --label_threshold",
+          ("--input", "pictures", "--label_threshold", "9")),
+    Wrong(P, "a stack of slices as a picture", stack, "is a stack of 3 pictures",
+          ("--input", "pictures")),
+    Wrong(P, "a file named .png that is a page",
+          lambda f: (f / "pictures/images/p0.png").write_text("<html>log in</html>"),
+          "a text page", ("--input", "pictures")),
     Wrong(P, "labels as JPEG", jpeg_labels, "is a JPEG", ("--input", "pictures")),
     Wrong(P, "pictures of 8 and of 16 bits", mixed_bits,
           "convert all of them to 8 bits or to 16 bits", ("--input", "pictures")),

@@ -22,7 +22,7 @@ from datasets.scans.dicom_tags import MODALITY
 from datasets.scans.files import DICOM, ScanFile, read_scan, stamp, unused_in_series
 from datasets.scans.labels import label_suffix, write_labels, write_like
 from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
-from datasets.scans.planes import has_oblong_pixels
+from datasets.scans.planes import is_cut_across
 from datasets.scans.series_header import series_tags
 from datasets.scans.unused import Unused, path_below
 from datasets.scans.volumes import Geometry
@@ -87,7 +87,7 @@ def read_case(spec: DatasetSpec, scan: ScanFile) -> Case:
         letters = (orientation_of(geometry), spec.orientation)
         place = reorient_geometry(geometry, array.shape, spec.orientation)
         array = reorient(array, *letters)
-    if place is not None and has_oblong_pixels(array.shape, place):
+    if place is not None and is_cut_across(array.shape, place):
         _, *pixel = place.voxel_spacing
         warnings.append(
             "its slices were taken in another plane than the training slices, so the network sees "

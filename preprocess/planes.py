@@ -8,7 +8,7 @@ from dataclasses import replace
 from common.errors import InputError, first_few, warn
 from datasets.registry import DatasetSpec
 from datasets.scans.orientation import orientation_of
-from datasets.scans.planes import PLANES, has_oblong_pixels, plane_across, taken_plane
+from datasets.scans.planes import PLANES, is_cut_across, plane_across, taken_plane
 from datasets.scans.volumes import Geometry
 from preprocess.jobs import Job, turned
 
@@ -71,7 +71,7 @@ def _tell(jobs: Sequence[Job], headers: Sequence[Header]) -> None:
     for job, (shape, geometry) in zip(jobs, headers, strict=True):
         shape, place = turned(shape, geometry, orientation)
         _, rows, columns = shape
-        if place and has_oblong_pixels(shape, place):
+        if place and is_cut_across(shape, place):
             _, *pixel = place.voxel_spacing
             oblong.append(f"{job.name} {pixel[0]:.3g} × {pixel[1]:.3g} mm")
         elif max(rows, columns) > OBLONG_SLICE * min(rows, columns):

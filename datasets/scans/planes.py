@@ -12,6 +12,7 @@ from datasets.scans.volumes import Geometry
 # A scan is taken along an axis with this many times the spacing of every other axis. Below it, as
 # in 3-D MR of 1 × 1 × 1.2 mm, the pixels of slices across any axis are nearly square.
 THICK = 1.5
+OBLONG = 2.0  # A larger ratio of pixel sides shows a wrong plane if two axes are alike and thick.
 # Orientations whose slices radiologists see as usual: the patient's right or front at the left, the
 # front or head at the top.
 PLANES = {"axial": CANONICAL, "coronal": "LIP", "sagittal": "PIR"}
@@ -46,10 +47,11 @@ def taken_plane(shape: tuple[int, ...], geometry: Geometry) -> str | None:
     return None if axis is None else plane_across(orientation_of(geometry)[axis])
 
 
-def has_oblong_pixels(shape: tuple[int, ...], geometry: Geometry) -> bool:
-    """Return whether the slices across z have pixels that no scanner takes.
+def is_cut_across(shape: tuple[int, ...], geometry: Geometry) -> bool:
+    """Return whether the slices across z lie in another plane than the one the scan was taken in.
 
-    Their sides differ by `THICK` or more, or a slice has a single row or column.
+    A scan of no plane counts too if the sides of its pixels differ by more than `OBLONG`.
     """
+    axis = slice_axis(shape, geometry)
     _, *pixel = geometry.voxel_spacing
-    return 1 in shape[1:] or max(pixel) >= THICK * min(pixel)
+    return axis in (0, 1) or (axis is None and max(pixel) > OBLONG * min(pixel))

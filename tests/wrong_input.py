@@ -32,7 +32,7 @@ import predict  # noqa: E402
 import test as test_program  # noqa: E402
 import train  # noqa: E402
 from common.errors import exit_on_bad_input  # noqa: E402
-from datasets.scans.volumes import Geometry, write_volume  # noqa: E402
+from datasets.scans.volumes import Geometry, read_volume, write_volume  # noqa: E402
 from evaluation import __main__ as report  # noqa: E402
 from evaluation.metrics import compare_volume  # noqa: E402
 from evaluation.tables import CaseResult, write_json  # noqa: E402
@@ -308,6 +308,18 @@ def fractions(folder: Path) -> None:
         path.unlink()
 
 
+def another_plane(folder: Path) -> None:
+    """Store scan s0 as a sagittal stack beside the axial ones."""
+    for kind, name in (("imagesTr", "s0_0000"), ("labelsTr", "s0")):
+        path = folder / "raw" / kind / f"{name}.nii.gz"
+        write_volume(path, read_volume(path)[0], placed("PIR"))
+
+
+def table_without_a_picture(folder: Path) -> None:
+    """Write a table of groups that lacks picture p2."""
+    (folder / "groups.csv").write_text("file,group\np0.png,a\np1.png,b\n")
+
+
 def one_name_for_two(folder: Path) -> None:
     """Name pictures a_1 (slice 1 of scan a) and a_slice1, which get the same name."""
     for kind in ("images", "labels"):
@@ -401,6 +413,16 @@ ROWS = [
     Wrong(P, "pictures of fractions", fractions, "neither 8 nor 16 bits", ("--input", "pictures")),
     Wrong(P, "two pictures that would have one name", one_name_for_two, "would both become",
           ("--input", "pictures")),
+    Wrong(P, "a group that is no pattern", nothing, "is not a regular expression",
+          ("--group", "(p")),
+    Wrong(P, "a pattern of no scan", nothing, "0 parts in parentheses", ("--group", "s.")),
+    Wrong(P, "a pattern that misses names", nothing, "finds no scan in 1 of 3 names",
+          ("--group", "s([01])")),
+    Wrong(P, "a table without a file", table_without_a_picture, "gives no group for 1 of 3 files",
+          ("--input", "pictures", "--group", "groups.csv")),
+    Wrong(P, "a scan of another plane", another_plane, "taken in different planes"),
+    Wrong(P, "pictures in another plane", nothing, "pictures have no other plane",
+          ("--input", "pictures", "--plane", "axial")),
     Wrong(P, "several files a picture", two_channels, "pass --channel", ("--input", "pictures")),
     Wrong(P, "channels that have no number", described(channel_names={"CT": "0"}),
           'expected the numbers "0", "1"'),

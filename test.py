@@ -18,14 +18,16 @@ from tqdm import tqdm
 from common.errors import exit_on_bad_input, warn
 from common.files import make_folder
 from config.flags import test_parser
-from config.settings import class_names, parse_args, recorded_values
+from config.settings import class_names, dataset_spec, parse_args, recorded_values
 from datasets.dataset_synapse import Synapse_dataset
+from datasets.registry import stored_spec
 from datasets.trained_on import TrainedOn, check_test_data
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
 from evaluation.cpu_speed import pack_encoder
 from evaluation.figures import write_pages
 from evaluation.groups import with_groups
+from evaluation.held_out import held_out_warning, trained_cases
 from evaluation.medpy_check import (
     EXIT_MEDPY_DIFFERS,
     CheckedPair,
@@ -149,19 +151,40 @@ def report(
     """Write the tables, pictures and page of all cases."""
     names = class_names(args)
     tested = {"tested": f"{datetime.now():%Y-%m-%d %H:%M}"}
-    settings = {"flags": recorded_values(args), "environment": tested | environment()}
+    seen = trained_cases([result.case for result in results], training_cases(args))
+    settings = {
+        "trained_on_cases": seen,
+        "flags": recorded_values(args),
+        "environment": tested | environment(),
+    }
     write_csv(folder / "results.csv", results, names)
     write_json(folder / "results.json", results, names, settings, args.nsd_tolerance)
     pages = write_pages(folder, panels, results, names)
     write_page(folder / "report.html", [read_json(folder / "results.json")])
     logging.info("\n%s", format_table(results, names))
-    caveat = nsd_caveat(results, args.nsd_tolerance)
-    if caveat:
-        logging.warning("%s", caveat)
+    for caveat in (
+        nsd_caveat(results, args.nsd_tolerance),
+        held_out_warning(seen, len(results)),
+    ):
+        if caveat:
+            logging.warning("warning: %s", caveat)
     written = ", ".join(
         ["report.html", "results.csv", "results.json", *(page.name for page in pages)]
     )
     logging.info("written in %s: %s", folder, written)
+
+
+def training_cases(args: argparse.Namespace) -> Sequence[str] | None:
+    """Return the cases that the adapter was trained on; None if they are unknown.
+
+    The published adapters record none; they were trained on the published cases of Synapse.
+    """
+    trained = dataset_spec(args)
+    tested = stored_spec(args.volume_path)
+    if tested is not None and tested.name != trained.name:
+        return None  # Other data may use the same names for other cases.
+    recorded = getattr(args, "trained_on", None)
+    return recorded["cases"] if recorded else trained.train_cases or None
 
 
 def test_cases(

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.arguments import ArgumentParser
 from common.errors import exit_on_bad_input
 from evaluation.page import write_page
-from evaluation.tables import read_json
+from evaluation.tables import TestRun, read_json
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,12 +28,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="RUN",
         help="a tested run folder, a folder written by test.py, or its results.json",
     )
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="page to write (default: report.html beside the results of a single run, else "
+        "comparison.html beside the folder of the first run)",
+    )
     args = parser.parse_args(argv)
     with exit_on_bad_input():
         runs = [read_json(results_file(run)) for run in args.runs]
-        write_page(args.output, runs)
-    print(f"written: {args.output}")
+        output = args.output or default_page(runs)
+        write_page(output, runs)
+    print(f"written: {output}")
+
+
+def default_page(runs: Sequence[TestRun]) -> Path:
+    """Return where the page goes: beside its run, or beside the folder of the first of several."""
+    folder = runs[0].path.parent
+    if len(runs) == 1:
+        return folder / "report.html"
+    run = folder.parent if folder.name == "test" else folder  # test.py writes RUN/test/
+    return run.parent / "comparison.html"
 
 
 def results_file(run: Path) -> Path:

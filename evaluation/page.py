@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from markupsafe import Markup, escape
 from common.errors import InputError
 from common.files import atomic_path
 from datasets.colours import label_colours
+from datasets.intensity import Intensity
 from evaluation.charts import as_data, draw_boxes, draw_differences
 from evaluation.compare import FEWEST_GROUPS, compare, overview
+from evaluation.held_out import held_out_warning
 from evaluation.overlays import WORST_A_CASE
 from evaluation.tables import (
     COLUMNS,
@@ -30,6 +33,7 @@ from evaluation.tables import (
     outcome_counts,
     total_means,
 )
+from evaluation.views import slice_title, window_text
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_SLICES = 12  # worst slices shown
@@ -116,6 +120,8 @@ def describe(run: TestRun, name: str) -> dict[str, Any]:
         "groups": len({result.independent for result in run.results}),
         "spacing": spacing_range(run.results),
         "caveat": nsd_caveat(run.results, run.tolerance),
+        "warning": held_out_warning(run.trained_on, len(run.results)),
+        "pictures": sum(result.slices == 1 for result in run.results),
         "definitions": {
             key: text for key, text in run.definitions.items() if key not in COLUMNS or key in shown
         },
@@ -125,7 +131,10 @@ def describe(run: TestRun, name: str) -> dict[str, Any]:
             if len(run.results) > 1  # one case has no spread
         ],
         "worst": worst(run),
-        "sides": [SIDES[sides] for sides in SIDES if sides in {r.sides for r in run.results}],
+        "sides": [
+            SIDES[pair] for pair in SIDES if any(pair in (r.sides or "") for r in run.results)
+        ],
+        "window": window(spec),
         "numbered": any(result.slices != 1 for result in run.results),
         "confusion": confused(run),
         "settings": run.settings,
@@ -135,7 +144,8 @@ def describe(run: TestRun, name: str) -> dict[str, Any]:
 def described(comparison: dict[str, Any], first: str, second: str) -> dict[str, Any]:
     """Return a comparison with the names of both runs and a chart."""
     heading, factor, _ = COLUMNS["dsc"]
-    unit = f"difference in {heading}: {second} − {first}"
+    # The names of the runs stand above the chart; long ones would not fit below it.
+    unit = f"difference in {heading}, second − first"
     chart = draw_differences(comparison["rows"], "dsc", unit, factor)
     return {"first": first, "second": second, "chart": as_data(chart), **comparison}
 
@@ -158,11 +168,18 @@ def spacing_range(results: Sequence[CaseResult]) -> str | None:
 
 
 def worst(run: TestRun) -> list[dict[str, Any]]:
-    """Return the slices with the most wrong voxels in all cases, their pictures as data URLs."""
+    """Return the worst slices of all cases, their pictures as data URLs.
+
+    A scan whose slices are cases of their own shows no more slices than another scan.
+    """
     slices = [(worst_slice, result) for result in run.results for worst_slice in result.worst]
-    slices.sort(key=lambda pair: -pair[0].wrong)
-    shown = []
-    for worst_slice, result in slices[:MOST_SLICES]:
+    slices.sort(key=lambda pair: -pair[0].rank)
+    scans: Counter[str] = Counter()
+    shown: list[dict[str, Any]] = []
+    for worst_slice, result in slices:
+        scans[result.independent] += 1
+        if len(shown) == MOST_SLICES or scans[result.independent] > WORST_A_CASE:
+            continue
         try:
             picture = (run.path.parent / worst_slice.picture).read_bytes()
         except OSError as error:
@@ -173,8 +190,21 @@ def worst(run: TestRun) -> list[dict[str, Any]]:
         data = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
         # Older versions drew truth and prediction without the image, and stored no `slices`.
         kinds = ("image", "truth", "prediction")[result.slices is None :]
-        shown.append({"case": result, "slice": worst_slice, "data": data, "kinds": kinds})
+        title = slice_title(worst_slice.index, result.slices or 0, worst_slice.place)
+        if result.slices is None:
+            title = f"slice {worst_slice.index + 1}"
+        shown.append(
+            {"case": result, "slice": worst_slice, "title": title, "data": data, "kinds": kinds}
+        )
     return shown
+
+
+def window(spec: Any) -> str | None:
+    """Return which values the pictures show black and white; None if a run does not record it."""
+    try:
+        return window_text(Intensity(**spec["intensity"]))
+    except (KeyError, TypeError):
+        return None
 
 
 def confused(run: TestRun) -> list[list[float | None]] | None:

@@ -235,6 +235,7 @@ class TestRun:
     definitions: dict[str, str]
     settings: dict[str, Any]  # flags and environment
     tolerance: float | None  # tolerance of NSD, mm; None: unknown
+    trained_on: list[str] | None = None  # test cases that were trained on; None: unknown
 
 
 def read_json(path: Path) -> TestRun:
@@ -254,6 +255,9 @@ def read_json(path: Path) -> TestRun:
         tolerance = content.get("nsd_tolerance")
         if tolerance is not None:
             tolerance = float(tolerance)
+        seen = content.get("trained_on_cases")
+        if seen is not None:
+            seen = [str(name) for name in list(seen)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path} is not a results.json that test.py wrote ({type(error).__name__}: "
@@ -261,7 +265,7 @@ def read_json(path: Path) -> TestRun:
         ) from None
     if not results or not names:
         raise InputError(f"{path} holds no case; run test.py again")
-    return TestRun(path, names, results, definitions, settings, tolerance)
+    return TestRun(path, names, results, definitions, settings, tolerance, seen)
 
 
 def _case_result(row: dict[str, Any], names: Sequence[str]) -> CaseResult:

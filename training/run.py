@@ -28,6 +28,7 @@ from training.validation import Validation, note_validation
 
 SAVE_EVERY = 20  # epochs; epoch_159.pth is the published adapter
 PICTURES_EVERY = 200  # steps
+NEWS_EVERY = 60  # seconds between lines of progress where no bar is shown
 
 
 class TrainingRun:
@@ -84,6 +85,8 @@ class TrainingRun:
             self.bar = opened.enter_context(self._progress_bar())
             opened.enter_context(logging_redirect_tqdm())
             self.opened = opened.pop_all()
+        self.first_step, self.started = self.progress.step, time.perf_counter()
+        self.last_news = self.started
         self.checkpoint = Checkpoint(
             self.folder,
             self.args,
@@ -157,6 +160,9 @@ class TrainingRun:
         self.last_time = now
         self.bar.update()
         self.bar.set_postfix(epoch=progress.epoch, loss=f"{self.log.last_loss:.4f}", refresh=False)
+        if self.bar.disable and self.ranks.first and now - self.last_news >= NEWS_EVERY:
+            self.last_news = now
+            self._tell_progress(now)
         self.checkpoint.after_step(self.interruption)
 
     def end_epoch(self, epoch: int) -> None:
@@ -224,8 +230,22 @@ class TrainingRun:
             initial=self.progress.step,
             desc="training",
             unit="step",
-            # None: no bar where the output is no terminal; the log has a line per epoch.
+            # None: no bar where the output is no terminal; `end_step` logs the progress there.
             disable=None if self.ranks.first else True,
+        )
+
+    def _tell_progress(self, now: float) -> None:
+        """Log step, loss and the time left, at the mean speed since the start of the program."""
+        step = self.progress.step
+        left = (now - self.started) / (step - self.first_step) * (self.last_step - step)
+        minutes = math.ceil(left / 60)
+        logging.info(
+            "step %d of %d, epoch %d: loss %.4f, about %s left",
+            step,
+            self.last_step,
+            self.progress.epoch,
+            self.log.last_loss,
+            f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min",
         )
 
     def _slice_names(self, facts: dict[str, Any]) -> list[str]:

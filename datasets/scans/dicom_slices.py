@@ -73,7 +73,10 @@ def slices_of(file: DicomFile) -> list[Slice]:
     Raises:
         InputError: a tag is no number, or two places in the file give different values.
     """
-    count = int((file.floats(FRAMES, 1) or (1,))[0])
+    number = file.text(FRAMES)
+    if number and not number.isdigit():
+        raise InputError(f"{file.path} has {number!r} frames, expected a whole number")
+    count = int(number or 1)
     shared, frames = file.items(SHARED), file.items(PER_FRAME)
     found = []
     for frame in range(count):
@@ -97,7 +100,9 @@ def slices_of(file: DicomFile) -> list[Slice]:
                 position=read(POSITION),
                 axes=axes,
                 spacing=None if spacing is None else tuple(spacing.tolist()),
-                thickness=float(thickness[0]) if thickness is not None else None,
+                thickness=float(thickness[0])
+                if thickness is not None and thickness[0] > 0
+                else None,
                 slope=1.0 if slope is None else float(slope[0]),
                 intercept=0.0 if intercept is None else float(intercept[0]),
             )

@@ -36,6 +36,7 @@ from datasets.scans.nifti import (
     skew,
     straightened,
 )
+from datasets.scans.text_headers import refuse_other_sizes
 
 SPACING_TOLERANCE = 1e-3  # relative
 ORIGIN_TOLERANCE = 1e-2  # mm
@@ -180,8 +181,10 @@ def _open(path: str | Path, channel: int | None = None) -> sitk.ImageFileReader 
     reader = sitk.ImageFileReader()
     reader.SetFileName(utf8_path(path))
     header = nifti_header(path)
+    # These raise the true cause where SimpleITK has another, or none.
     if header is not None:
-        nifti_affines(path, header)  # raises the true cause where SimpleITK has another
+        nifti_affines(path, header)
+    refuse_other_sizes(path)
     try:
         with without_itk_warnings():
             reader.ReadImageInformation()

@@ -239,12 +239,13 @@ class TrainingRun:
         step = self.progress.step
         left = (now - self.started) / (step - self.first_step) * (self.last_step - step)
         minutes = math.ceil(left / 60)
+        loss = self.log.last_loss  # NaN until the log fetches the first losses from the device
         logging.info(
-            "step %d of %d, epoch %d: loss %.4f, about %s left",
+            "step %d of %d, epoch %d: %sabout %s left",
             step,
             self.last_step,
             self.progress.epoch,
-            self.log.last_loss,
+            f"loss {loss:.4f}, " if math.isfinite(loss) else "",
             f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min",
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +65,21 @@ def test_other_units_of_metaimage_are_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("size", ["0 0.6 3", "nan 0.6 3", "0.5 x 3"])
 def test_sizes_of_metaimage_that_are_none_are_refused(size: str, tmp_path: Path):
-    path = written(tmp_path / "a.mha", lambda head: head.replace("0.5 0.6 3", size))
+    path = written(tmp_path / "a.mha", lambda head: re.sub(r"(?<=ElementSpacing = ).*", size, head))
     with pytest.raises(InputError, match="as a size of its voxels"):
         read_header(path)
+
+
+def test_a_nrrd_with_a_spacing_that_is_none_is_refused(tmp_path: Path):
+    head = "NRRD0004\ntype: short\ndimension: 3\nsizes: 4 3 2\nspacings: 2 2 {}\nencoding: raw\n"
+    for value, fits in (("5", True), ("nan", False)):
+        path = tmp_path / "a.nrrd"
+        path.write_bytes(f"{head.format(value)}endian: little\n\n".encode() + VALUES.tobytes())
+        if fits:
+            assert read_volume(path)[1].spacing == (2.0, 2.0, 5.0)
+            continue
+        with pytest.raises(InputError, match="gives nan as a size of its voxels"):
+            read_volume(path)
 
 
 @pytest.mark.parametrize("axis", ["(0,0,0)", "(nan,0,0)"])

@@ -116,6 +116,7 @@ def test_data(
     args = test_parser().parse_args(
         ["--num_classes", str(num_classes), "--input_size", "224", *flags]
     )
+    args.spec = SYNAPSE.of_plain_classes(num_classes).to_json()
     return args, Synapse_dataset(folder, None, "test_vol", num_classes=num_classes)
 
 

@@ -38,8 +38,8 @@ quickstart: .venv/installed
 	@touch quickstart/phantoms_made
 	$(PY) -m preprocess.prepare --input quickstart/raw --output quickstart/data --test_share 0.4
 	$(PY) train.py --root_path quickstart/data --output quickstart/runs --resume auto $(TINY)
-	$(PY) test.py --config "$$(ls -td quickstart/runs/*/ | head -1)" \
-		--volume_path quickstart/data --output_dir quickstart/result --is_savenii
+	$(PY) test.py --config quickstart/runs --volume_path quickstart/data \
+		--output_dir quickstart/result --is_savenii
 	@echo "Open quickstart/result/report.html: scores, worst slices and what they mean."
 	@echo "Pictures of all cases: quickstart/result/overlays_1.png and overlays_2.png"
 

@@ -288,7 +288,7 @@ def test_digests_are_those_of_the_pixels():
 
 def test_the_check_before_training_finds_the_same_leaks(tmp_path: Path):
     data = write_slices(tmp_path, count=3, cases=2)
-    train = Synapse_dataset(data, None, "train")
+    train = Synapse_dataset(data, None, "train", num_classes=8)
     sample = train.read(0)
     other = np.random.default_rng(5).random((2, 40, 40), dtype=np.float32)
     image = np.stack([other[0], sample["image"], np.zeros_like(other[0])])
@@ -296,7 +296,7 @@ def test_the_check_before_training_finds_the_same_leaks(tmp_path: Path):
         with h5py.File(write_volume_h5(data, name), "w") as file:
             file["image"], file["label"] = image, np.stack([sample["label"]] * 3)
     (data / "lists" / "test_vol.txt").write_text("other\ncase0005\n")
-    facts = train.check(), Synapse_dataset(data, None, "test_vol").check()
+    facts = train.check(), Synapse_dataset(data, None, "test_vol", num_classes=8).check()
     page = check_page(*facts, [f"class {i}" for i in range(1, 9)], {"": 1.0}, folder=data)
     told = " ".join(page.warnings)
     assert "1 case(s) are trained on and tested: case0005" in told

@@ -16,7 +16,7 @@ from test_scans import placed, write_dicom
 
 from common.files import load_arrays
 from datasets.dataset_synapse import Synapse_dataset
-from datasets.registry import stored_spec
+from datasets.registry import SYNAPSE, stored_spec
 from datasets.scans.files import find_scans
 from datasets.scans.planes import PLANES, taken_plane
 from datasets.scans.volumes import Geometry, read_volume, write_volume
@@ -205,8 +205,8 @@ def test_predict_cuts_and_turns_back_exactly(
     if kind == "nifti":
         assert np.array_equal(slices, expected_slices(source, plane))
     labels = np.digitize(slices, MARKS).astype(np.uint8)
-    args = Namespace(output=str(tmp_path / "out"), format=".nii.gz")
-    monkeypatch.setattr(scan_results, "save", lambda *_: None)  # the picture
+    args = Namespace(input=str(tmp_path), output=str(tmp_path / "out"), format=".nii.gz")
+    monkeypatch.setattr(scan_results, "save_picture", lambda *_: None)
     result = scan_results.write_case(args, spec, case, labels, None, key={})
     written, there = read_volume(tmp_path / "out" / result["file"])
     array, where = scan_results.read_scan(scan)
@@ -235,7 +235,8 @@ def test_distances_are_in_mm_of_the_scan_and_files_lie_on_its_grid(tmp_path: Pat
     moved[3, 6, 4] = 1
     write_volume(tmp_path / "moved.nii.gz", moved, geometry)
     prediction = np.ascontiguousarray(expected_slices(tmp_path / "moved.nii.gz", plane), np.uint8)
-    args = Namespace(num_classes=1, nsd_tolerance=2.0)
+    spec = SYNAPSE.of_plain_classes(1).to_json()
+    args = Namespace(num_classes=1, nsd_tolerance=2.0, spec=spec)
     result, _ = volume_results.score_case(case, prediction, args, tmp_path, None)
     places = []  # mm
     for path in (file, tmp_path / "moved.nii.gz"):

@@ -208,3 +208,10 @@ def test_axes_of_other_formats(tmp_path: Path, suffix: str):
             continue  # the format stores the product of spacing and direction
         with pytest.raises(InputError, match="not at right angles or not of length 1"):
             read_volume(path)
+
+
+@pytest.mark.parametrize("handedness", [0.0, 1.0])
+def test_a_handedness_of_0_means_1(tmp_path: Path, handedness: float):
+    pixdim = {0: handedness}
+    affine = np.diag([0.7, 0.9, 2.5, 1.0])
+    read(save(tmp_path / "a.nii", sform=None, qform=affine, pixdim=pixdim), affine)

@@ -328,7 +328,7 @@ def test_an_adapter_without_class_names(
     monkeypatch.setattr(predict, "pack_encoder", lambda model: None)
     write_volume(tmp_path / "scan.nii.gz", marked((3, 20, 20))[0], placed("LPS"))
     flags = ["--num_classes", str(classes), "--vit_name", "vit_tiny", "--img_size", "64"]
-    flags += ["--batch_size", "1", "--probabilities"]
+    flags += ["--batch_size", "1", "--probabilities", "--intensity", "ct"]
     assert run(tmp_path / "scan.nii.gz", tmp_path / "out", tmp_path / "plain.pth", *flags) == 0
     with (tmp_path / "out" / "volumes.csv").open() as file:
         rows = list(csv.DictReader(file))

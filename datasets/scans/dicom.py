@@ -240,4 +240,4 @@ def _warn_of_unknown_size(one: Slice) -> None:
         taken = "that of the detector is" if at_detector else "1 mm is"
         warn(f"{one.file.path} gives no pixel spacing in the patient; {taken} used for distances")
     if one.thickness is None:
-        warn(f"{one.file.path} gives no slice thickness; 1 mm is used for volumes")
+        warn(f"{one.file.path} gives no slice thickness, so volumes are not known")

@@ -15,6 +15,7 @@ from typing import IO
 import numpy as np
 import SimpleITK as sitk
 from nibabel import Nifti1Header, Nifti1Image, Nifti2Header, Nifti2Image
+from nibabel.spatialimages import HeaderDataError
 
 from common.errors import InputError
 from datasets.scans.errors import short_reason
@@ -45,7 +46,7 @@ def nifti_header(path: Path) -> Nifti1Header | None:
     try:
         with unpacked(path) as stream:
             start = stream.read(Nifti2Header.sizeof_hdr)
-    except (OSError, EOFError):
+    except (OSError, EOFError, zlib.error):
         return None  # SimpleITK will tell why
     if start[MAGIC_1] in (b"n+1\0", b"ni1\0"):
         return Nifti1Header(start[: Nifti1Header.sizeof_hdr], check=False)
@@ -76,8 +77,14 @@ def nifti_affines(path: Path, header: Nifti1Header) -> list[np.ndarray]:  # of (
             sform = None
     if header["qform_code"] > 0 and sized:
         straight = header.copy()
-        straight["pixdim"][1:4] = size / unit
-        qform = _in_mm(straight.get_qform(), unit)
+        # A handedness of 0 means 1, by the standard.
+        straight["pixdim"][:4] = [-1 if header["pixdim"][0] < 0 else 1, *size / unit]
+        try:
+            qform = _in_mm(straight.get_qform(), unit)
+        except (HeaderDataError, ValueError) as error:
+            raise InputError(
+                f"{path} has an unreadable qform ({short_reason(error)}); export the scan again"
+            ) from None
     if sform is None and not sized:
         axes = ", ".join(axis for axis, good in zip("xyz", known, strict=True) if not good)
         raise InputError(

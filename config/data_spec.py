@@ -57,14 +57,18 @@ def choose_spec(
 
 
 def _undescribed_data(args: argparse.Namespace) -> DatasetSpec:
-    """Return what is known of training slices without a description: the names of their cases."""
+    """Return what is known of training slices without a description: the names of their cases.
+
+    Slices of another number of classes are not the published ones, whatever their names are.
+    """
     try:
         dataset = Synapse_dataset(args.root_path, args.list_dir, "train", num_classes=255)
     except (InputError, TypeError):  # Reading the data will explain it.
         return SYNAPSE
     folder = dataset.data_dir.resolve()
     name = folder.name if dataset.data_dir == Path(args.root_path) else folder.parent.name
-    return undescribed(name, map(case_of, dataset.sample_list))
+    is_published = args.num_classes in (None, SYNAPSE.num_classes)
+    return undescribed(name, map(case_of, dataset.sample_list) if is_published else [name])
 
 
 def _preparation_differences(data: DatasetSpec, trained: DatasetSpec) -> list[str]:

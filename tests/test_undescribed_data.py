@@ -93,6 +93,12 @@ def test_published_names_are_synapse_at_the_size_that_they_have(tmp_path: Path):
     assert undescribed("own", SYNAPSE.train_cases) == SYNAPSE  # and 224 as published
 
 
+def test_published_names_with_other_classes_are_not_synapse(tmp_path: Path):
+    data = write_data(tmp_path / "own", side=64, cases=("case0005", "case0006"))
+    args = parse_args(parser_of_test(), ["--config", str(trained(data, "--num_classes", "1"))])
+    assert args.spec["name"] == "own" and args.spec["intensity"]["rule"] == "unknown"
+
+
 def test_predict_needs_to_be_told_how_unknown_intensities_were_scaled(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ):

@@ -65,6 +65,14 @@ def test_ancillary_chunks_change_no_value(tmp_path: Path):
         assert np.array_equal(read_picture(path), shown(array))
 
 
+@pytest.mark.parametrize("kind", [RGB, RGBA])
+def test_the_count_of_significant_bits_shifts_no_value(tmp_path: Path, kind: int):
+    array = values("u2", 3 if kind == RGB else 4) >> 4  # as a camera of 12 bits writes them
+    significant = chunk(b"sBIT", bytes([12] * array.shape[-1]))
+    path = write_png(tmp_path / "a.png", array, 16, kind, significant)
+    assert np.array_equal(read_picture(path), shown(array))
+
+
 def test_grey_with_opacity_of_16_bits_is_refused(tmp_path: Path):
     path = write_png(tmp_path / "a.png", values("u2", 2), 16, GREY_ALPHA)
     with pytest.raises(InputError, match=r"16 bits per channel .* without opacity"):

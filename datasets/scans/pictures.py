@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shlex
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,7 @@ SIGNATURES = {
     b"II": "a TIFF of a rare kind, e.g. of 64 bits",
     b"MM": "a TIFF of a rare kind, e.g. of 64 bits",
 }
+PNG_START = b"\x89PNG\r\n\x1a\n"
 WHITE_IS_ZERO = 0  # of the TIFF tag PhotometricInterpretation
 UNSIGNED, SIGNED = 1, 2  # of the TIFF tag SampleFormat
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
@@ -204,8 +206,12 @@ def _by_simpleitk(picture: Image.Image, path: Path, bits: int) -> np.ndarray:  #
     """Read a picture by SimpleITK, or refuse it if that would lose depth as well."""
     array = None
     if getattr(picture, "n_frames", 1) == 1 and picture.mode != "CMYK":
-        with contextlib.suppress(InputError), reporting_itk_errors(path):
-            array = sitk.GetArrayFromImage(sitk.ReadImage(utf8_path(path)))
+        with (
+            contextlib.suppress(InputError),
+            _without_significant_bits(path) as plain,
+            reporting_itk_errors(path),
+        ):
+            array = sitk.GetArrayFromImage(sitk.ReadImage(utf8_path(plain)))
     if (
         array is None
         or is_turned(path)
@@ -218,6 +224,26 @@ def _by_simpleitk(picture: Image.Image, path: Path, bits: int) -> np.ndarray:  #
             "opacity"
         )
     return array
+
+
+@contextlib.contextmanager
+def _without_significant_bits(path: Path) -> Iterator[Path]:
+    """Yield a PNG without the chunk sBIT, by which SimpleITK would shift the values down."""
+    content = path.read_bytes()
+    start, kept = len(PNG_START), [PNG_START]
+    while content.startswith(PNG_START) and start < len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        if content[start + 4 : start + 8] != b"sBIT":
+            kept.append(content[start:end])
+        start = end
+    plain = b"".join(kept)
+    if len(kept) == 1 or len(plain) == len(content):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy.png"
+        copy.write_bytes(plain)
+        yield copy
 
 
 def _bits(picture: Image.Image, path: Path) -> int:

@@ -11,6 +11,8 @@ from common.errors import first_few
 
 # SCAN_slice012, also SCAN_slice_12, SCAN-Slice12 and SCAN_slice012_TAIL: surely a slice.
 SLICE = re.compile(r"(.+?)[ _.-]*(?:slice|slc)[ _.-]?(\d+(?:[ _.-].*)?)", re.IGNORECASE)
+# slice012_SCAN: also surely a slice.
+SLICE_FIRST = re.compile(r"(?:slice|slc)[ _.-]?(\d+)[ _.-]+(.+)", re.IGNORECASE)
 # SCAN_12, SCAN-s12, SCAN_z012, SCAN.12, SCAN_img_12, SCAN (12): a slice, or a counted picture.
 NUMBERED = re.compile(
     r"(?P<scan>.+?)(?:[ _.-]+(?:(?P<mark>sl|s|z|f|fr|frame)|im|img|image)?[ _.-]?(?P<number>\d+)"
@@ -76,6 +78,7 @@ def group_names(names: Sequence[str], *, slices: bool) -> Grouping:
 def _slices_in(names: Iterable[str]) -> tuple[dict[str, tuple[str, str]], list[str]]:
     """Return scan and number (with any tail) of each name that is a slice, and doubts."""
     sure = {name: (match[1], match[2]) for name in names if (match := SLICE.fullmatch(name))}
+    sure |= {n: (m[2], m[1]) for n in names if n not in sure and (m := SLICE_FIRST.fullmatch(n))}
     known = {scan for scan, _ in sure.values()}
     maybe: dict[str, tuple[str, str]] = {}
     words: dict[str, str] = {}  # name -> a beginning that is a word, without a mark like -s
@@ -105,6 +108,12 @@ def _slices_in(names: Iterable[str]) -> tuple[dict[str, tuple[str, str]], list[s
     maybe |= {n: (n, "") for n in names if n in begun and n not in sure and n not in maybe}
     scans = [scan for scan, _ in maybe.values()]
     if not are_slices([*scans, *(scan for scan, _ in sure.values())]) and not known & set(scans):
+        if len(set(scans)) == 1 < len(scans) and scans[0] not in words.values():
+            doubts.append(
+                f"{len(maybe)} names like {min(maybe)} all begin with {scans[0]} and count as "
+                "separate cases; if they are slices or frames of one scan, neighbours train and "
+                "are tested"
+            )
         maybe = {}
     elif maybe and len(begun) < FEW:
         doubts.append(

@@ -138,6 +138,7 @@ def test_words_are_classes_and_not_scans(
         ([f"ISIC_{n:07d}" for n in range(9)], ""),
         ([f"frame_{n:06d}" for n in range(9)], "names like frame_000000 name no scan"),
         ([f"slice_{n}" for n in range(9)], "names like slice_0 name no scan"),
+        ([f"video1_frame{n}" for n in range(9)], "all begin with video1 and count as separate"),
     ],
 )
 def test_counted_pictures_are_cases(names: list[str], told: str):
@@ -158,6 +159,11 @@ def test_pictures_and_scans_of_a_patient_stay_together(pattern: str, slices: boo
     assert all(
         len({found[n] for n, p in names.items() if p == patient}) == 1 for patient in range(5)
     )
+
+
+def test_the_number_of_the_slice_may_come_first():
+    names = {f"slice{n:03d}_patient{p}": f"patient{p}" for p in range(4) for n in range(3)}
+    assert group_names(list(names), slices=True).groups == names
 
 
 def test_few_groups_are_doubted():

@@ -19,6 +19,7 @@ from common.errors import InputError, first_few, warn
 # an interior anywhere.
 MOST_OF_ROUGH = 8
 MOST_COUNTED = 20  # classes of which each file may hold the first few; more are counted objects
+FEW_COUNTED, COUNTS = 5, 3  # from so many on, in so many different numbers, they may be objects
 WIDE = 64  # from this largest value on, values are a grey scale and no numbers of classes
 CLOSE = 8  # a value this close to a class in a grey scale is a trace of compression
 NAME_THEM = "or, if every value is a class, name each of them by --class_names"
@@ -98,7 +99,7 @@ def _around(plane: np.ndarray, choose: np.ufunc) -> np.ndarray:  # (H, W) -> (H,
 
 
 def check_values(files: Sequence[LabelFile]) -> None:
-    """Refuse values that cannot all be classes.
+    """Refuse values that cannot all be classes, and warn of values that may be none.
 
     Raises:
         InputError: a file holds grey edges or a heat map, the files encode their classes in
@@ -106,6 +107,7 @@ def check_values(files: Sequence[LabelFile]) -> None:
     """
     _refuse_grey(files)
     _refuse_mixed_encodings(files)
+    _warn_of_thin(files)
     highest = [max(file.values, default=0) for file in files]
     counted = all(len(file.values) == top for file, top in zip(files, highest, strict=True))
     if counted and len(set(highest)) > 1 and max(highest) > MOST_COUNTED:
@@ -113,6 +115,25 @@ def check_values(files: Sequence[LabelFile]) -> None:
             f"every label holds the values from 1 to another number, up to {max(highest)} in "
             f"{files[int(np.argmax(highest))].name}, as if objects (instances) were counted; "
             f"pass --label_threshold 1 to make one class of all objects, {NAME_THEM}"
+        )
+    if counted and len(set(highest)) >= COUNTS and max(highest) >= FEW_COUNTED:
+        warn(
+            f"every label holds the values from 1 to another number, up to {max(highest)}; if they "
+            "count objects (instances), pass --label_threshold 1 to make one class of all objects"
+        )
+
+
+def _warn_of_thin(files: Sequence[LabelFile]) -> None:
+    """Warn of values that have no interior in any file, beside others that have one."""
+    solid = _solid_values(files)
+    thin = {value: file.name for file in reversed(files) for value in file.values - solid}
+    if thin and solid - {0}:
+        shown = [f"{value} in {thin[value]}" for value in sorted(thin)]
+        warn(
+            f"{len(thin)} of the label values occur only at edges or in thin lines "
+            f"({first_few(shown)}), as in labels that were smoothed, compressed or scaled with "
+            "interpolation, or with a drawn border; if they are no classes, export the labels "
+            f"without these, by nearest neighbour, {NAME_THEM}"
         )
 
 

@@ -147,3 +147,24 @@ def test_what_compression_and_scaling_do_is_refused(kind: str, side: int):
         with pytest.raises(InputError, match="grey value"):
             check_values(seen(*labels))
             pytest.fail(name)
+
+
+def test_values_at_edges_alone_are_warned_of(capsys: pytest.CaptureFixture[str]):
+    ring = np.hypot(*(np.mgrid[:60, :60] - 30))[None]
+    organs = np.where(ring < 10, 4, np.where(ring < 20, 2, 0))
+    check_values(seen(organs))
+    assert not capsys.readouterr().err
+    scaled = np.rint(ndimage.zoom(organs[:, ::2, ::2], (1, 2, 2), order=1))  # 1 and 3 are between
+    check_values(seen(scaled))
+    assert "2 of the label values occur only at edges" in capsys.readouterr().err
+    border = np.where(abs(ring - 20) < 1, 255, organs)
+    check_values(seen(border))
+    assert "(255 in 0)" in capsys.readouterr().err
+
+
+def test_a_few_counted_objects_are_warned_of(capsys: pytest.CaptureFixture[str]):
+    cells = np.kron(np.arange(1, 10).reshape(1, 3, 3), np.ones((1, 8, 8)))
+    check_values(seen(*(np.where(cells <= count, cells, 0) for count in (3, 5, 7))))
+    assert "up to 7; if they count objects" in capsys.readouterr().err
+    check_values(seen(*(np.where(cells <= count, cells, 0) for count in (1, 2, 3))))
+    assert not capsys.readouterr().err

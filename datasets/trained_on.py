@@ -20,6 +20,7 @@ MOST_SIZES = 20  # recorded
 ODD_SHAPE = 1.25  # a scan of this kind is unusual
 WRONG_SHAPE = 2.0  # no scan of the same kind has such slices
 NARROW_RANGE = 0.25  # of the training data's range of intensities
+EMPTY_RANGE = 0.4  # at one end of that range, if no volume has such intensities
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,14 @@ def check_test_data(
             f"the intensities of {len(narrow)} test volumes differ from those of the training "
             f"slices, {trained.low:.3g}…{trained.high:.3g}: {first_few(narrow)}; prepare both in "
             "the same way"
+        )
+    lowest, highest = min(v.low for v in volumes), max(v.high for v in volumes)
+    room = EMPTY_RANGE * spread
+    if not narrow and (lowest > trained.low + room or highest < trained.high - room):
+        warnings.append(
+            f"the intensities of all test volumes, {lowest:.3g}…{highest:.3g}, leave out one end "
+            f"of those of the training slices, {trained.low:.3g}…{trained.high:.3g}; prepare both "
+            "in the same way"
         )
     tested = [sum(column) for column in zip(*(v.voxels for v in volumes), strict=True)]
     pairs = zip(class_names, tested[1:], trained.voxels[1:], strict=False)

@@ -120,16 +120,30 @@ def _match_pattern(pattern: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def _read_table(path: Path, cases: dict[str, RawCase]) -> dict[str, str]:
-    """Read the group of each case from a CSV file with the columns file and group."""
+    """Read the group of each case from a CSV file with the columns file and group.
+
+    The columns may be divided by semicolons or tabs, as spreadsheets do in some countries.
+    """
     require_file(path, what="--group", remedy="expected a CSV file with the columns file and group")
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.DictReader(file)
+        header = file.readline()
+        divider = next((sign for sign in ",;\t" if sign in header), ",")
+        columns = [name.strip() for name in next(csv.reader([header], delimiter=divider), [])]
+        lowered = [name.lower() if name.lower() in ("file", "group") else name for name in columns]
+        reader = csv.DictReader(file, lowered, delimiter=divider)
         if not {"file", "group"} <= set(reader.fieldnames or ()):
             raise InputError(
                 f"{path} has the columns {first_few(reader.fieldnames or ['none'])}, expected file "
                 "and group"
             )
-        rows = {Path(row["file"] or "").name: (row["group"] or "").strip() for row in reader}
+        rows: dict[str, str] = {}
+        for row in reader:
+            name, group = Path((row["file"] or "").strip()).name, (row["group"] or "").strip()
+            if rows.setdefault(name, group) != group:
+                raise InputError(
+                    f"{path} gives {name} the groups {rows[name]} and {group}; expected one group "
+                    "for each name, so correct a line, or rename files of equal names"
+                )
     found, used = {}, set()
     for name, case in cases.items():
         for known in (case.image.path.name, case.image.name, case.label.path.name, name):

@@ -210,6 +210,12 @@ def test_group_takes_a_pattern_or_a_table(tmp_path: Path, capsys: pytest.Capture
     table.write_text("\n".join(["file,group", *rows[:-2], "x.png,y"]), encoding="utf-8")
     assert prepare(root, tmp_path / "bad", "--group", str(table)) == 2
     assert "gives no group for 2 of 20 files, e.g. ap_z2, pa_z2" in capsys.readouterr().err
+    table.write_text("\n".join(["file,group", *rows, "ap_k1.png,patient q"]), encoding="utf-8")
+    assert prepare(root, tmp_path / "bad", "--group", str(table)) == 2
+    assert "gives ap_k1.png the groups patient k and patient q" in capsys.readouterr().err
+    table.write_text("\n".join(["File; Group", *rows]).replace(",", ";"), encoding="utf-8")
+    assert prepare(root, tmp_path / "semicolons", "--group", str(table)) == 0
+    assert sides(tmp_path / "semicolons") == sides(tmp_path / "1")
 
 
 def test_a_split_that_cuts_a_scan_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

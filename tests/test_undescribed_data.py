@@ -140,6 +140,7 @@ SQUARE = TrainedOn(("a",), ((64, 64),), low=0.0, high=1.0, voxels=(9, 1, 0))
         (facts("v", (6, 128, 80)), "order of their axes"),
         (facts("v", (6, 64, 64), high=1 / 255), "prepare both in the same way"),
         (facts("v", (6, 64, 64), low=-0.9), "prepare both in the same way"),
+        (facts("v", (6, 64, 64), low=0.5), "leave out one end"),  # trained in -1…1, tested in 0…1
         (facts("v", (6, 64, 64), voxels=(9, 1, 3)), "no training slice had stomach"),
     ],
 )

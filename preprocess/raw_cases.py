@@ -96,7 +96,7 @@ def match_files(images: Path, labels: Path, channel: int | None) -> dict[str, Ra
     for label in find_scans(labels):
         image = by_name.get(f"{label.name}_{channel or 0:04d}") or by_name.get(label.name)
         if image is None:
-            lonely.append(label.path.name)
+            lonely.append(label)
             continue
         if channel is None and f"{label.name}_0001" in by_name:
             raise InputError(
@@ -107,9 +107,12 @@ def match_files(images: Path, labels: Path, channel: int | None) -> dict[str, Ra
         _refuse_absent_channel(image)
         cases[label.name] = RawCase(name=label.name, image=image, label=label, group=label.name)
     if lonely:
+        _refuse_loose_slices(images, list(by_name.values()))
+        _refuse_loose_slices(labels, lonely)
+        names = first_few([label.path.name for label in lonely])
         raise MissingFileError(
             f"{len(lonely)} labels in {labels} have no image of the same name in {images}: "
-            f"{first_few(lonely)}; add the images, or remove the labels"
+            f"{names}; add the images, or remove the labels"
         )
     used = {re.sub(r"_\d{4}$", "", c.image.name) for c in cases.values()} | cases.keys()
     unused = [n for n in by_name if n not in used and re.sub(r"_\d{4}$", "", n) not in used]
@@ -118,6 +121,16 @@ def match_files(images: Path, labels: Path, channel: int | None) -> dict[str, Ra
             f"{len(unused)} images in {images} have no label and are left out: {first_few(unused)}"
         )
     return dict(sorted(cases.items()))
+
+
+def _refuse_loose_slices(folder: Path, scans: list[ScanFile]) -> None:
+    """Raise an `InputError` for a folder of cases that was read as one DICOM series."""
+    if len(scans) == 1 and scans[0].path.resolve() == folder.resolve():
+        raise InputError(
+            f"{folder} holds DICOM files without folders of their own, so it is unclear which case "
+            "each belongs to; put the files of each case into a folder of the case's name, in "
+            f"{folder}: a series, or a single picture"
+        )
 
 
 def _refuse_absent_channel(image: ScanFile) -> None:

@@ -191,6 +191,29 @@ def frames(places: list[float], rescales: list[tuple[float, float]], **tags: Any
     return {name: tag for name, tag in (plain | groups | tags).items() if tag is not None}
 
 
+KINDS = ("2", "2.1", "4", "4.1", "4.4", "6.2", "7.3", "12.1.1", "13.1.1", "20", "77.1.5.4", "130")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frames_have_their_own_rescale_in_every_kind(tmp_path: Path, kind: str):
+    rescales = [(2, -1000), (0.5, 0), (1, -1000), (3, 4)]
+    kind = f"1.2.840.10008.5.1.4.1.1.{kind}"
+    tags = frames([0, 2.5, 5, 7.5], rescales, kind=(0x08, 0x16, "UI", kind))
+    write_dicom_file(tmp_path / "a.dcm", tags)
+    expected = [STORED[i] * float(a) + b for i, (a, b) in enumerate(rescales)]
+    assert np.allclose(read_dicom(tmp_path)[0], expected, rtol=0, atol=1e-9)
+
+
+def test_a_detector_is_not_the_place_of_several_frames(tmp_path: Path):
+    detector = [[(0x20, 0x32, "DS", (1, 2, 3)), (0x20, 0x37, "DS", (1, 0, 0, 0, 1, 0))]]
+    tags = {"detector": (0x54, 0x22, "SQ", detector), "kind": (0x08, 0x16, "UI", NM)}
+    one = slice_tags(STORED[0], position=None) | tags
+    write_dicom_file(tmp_path / "one" / "a.dcm", one)
+    assert read_dicom(tmp_path / "one")[1].origin == (1, 2, 3)
+    write_dicom_file(tmp_path / "all" / "a.dcm", slice_tags(STORED, position=None) | tags)
+    refused(tmp_path / "all", "without a position", "dcm2niix")
+
+
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT])
 @pytest.mark.parametrize("places", [[0, 2.5, 5, 7.5], [7.5, 5, 2.5, 0], [2.5, 0, 7.5, 5]])
 def test_a_file_of_several_frames(tmp_path: Path, places: list[float], syntax: str):
@@ -208,7 +231,7 @@ def test_frames_without_places_are_refused(tmp_path: Path):
     write_dicom_file(tmp_path / "a" / "a.dcm", frames([0, 2.5, 5, 7.5], same, own=None))
     refused(tmp_path / "a", "without a position", "dcm2niix")
     write_dicom_file(tmp_path / "b" / "a.dcm", frames([0, 2.5, 0, 2.5], same))
-    refused(tmp_path / "b", "each position is there 2 times")
+    refused(tmp_path / "b", "each position is there 2 times", "file of its own", "dcm2niix")
     own = (0x28, 0x30, "DS", (1, 1))
     write_dicom_file(tmp_path / "c" / "a.dcm", frames([0, 2.5, 5, 7.5], same, spacing=own))
     refused(tmp_path / "c", "(0028,0030) twice")

@@ -142,6 +142,13 @@ def test_a_folder_without_scans_says_what_it_holds(tmp_path: Path):
         find_scans(tmp_path)
 
 
+def test_a_folder_of_unknown_files_says_how_to_convert_them(tmp_path: Path):
+    for name in ("a.hdr", "a.img", "b.mgz"):
+        (tmp_path / name).write_bytes(bytes(400))
+    with pytest.raises(InputError, match=r"convert its files to one of these.*3 of an unknown"):
+        find_scans(tmp_path)
+
+
 def test_one_file_of_a_series(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = write_dicom(tmp_path / "s", volume(), placed("LPS"))
     first, *others = sorted(folder.iterdir())

@@ -13,6 +13,7 @@ import numpy as np
 import processes
 import pytest
 from conftest import TINY_FLAGS
+from dicom_files import slice_tags, write_dicom_file
 from PIL import Image
 from test_scans import placed, write_dicom
 
@@ -172,6 +173,28 @@ def test_dicom_images_with_nifti_labels(tmp_path: Path):
     assert run_prepare(tmp_path / "raw", tmp_path / "data", "--test_cases", "a1") == 0
     with h5py.File(tmp_path / "data" / "test_vol_h5" / "a1.npy.h5") as file:
         assert np.array_equal(file["label"][()], np.searchsorted([0, 1, 5], label))
+
+
+def test_dicom_files_without_folders_of_their_own(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    raw, stored = tmp_path / "raw", np.full((6, 8), 1000, np.uint16)
+    stored[2:4, 2:5] = 1100
+    (raw / "labels").mkdir(parents=True)
+    for number, name in enumerate(("p", "q")):
+        tags = slice_tags(stored, position=None, spacing=None, number=number)
+        tags["series"] = (0x20, 0x0E, "UI", f"1.2.3.{number + 1}")
+        write_dicom_file(raw / "images" / f"{name}.dcm", tags)
+        Image.fromarray((stored > 1000).astype(np.uint8)).save(raw / "labels" / f"{name}.png")
+    flags = ["--input", str(raw), "--output", str(tmp_path / "data")]
+    with pytest.raises(SystemExit):
+        prepare(flags)
+    assert "files of each case into a folder of the case's name" in capfd.readouterr().err
+    for name in ("p", "q"):  # as the message says
+        (raw / "images" / name).mkdir()
+        (raw / "images" / f"{name}.dcm").rename(raw / "images" / name / f"{name}.dcm")
+    prepare(flags)
+    assert len(list((tmp_path / "data" / "test_vol_h5").iterdir())) == 1
 
 
 def test_colour_stays_colour_and_grey_is_repeated(tmp_path: Path):

@@ -14,10 +14,12 @@ from common.errors import InputError, first_few, warn
 from datasets.scans.dicom_slices import (
     COLUMNS,
     IMAGE_TYPE,
+    INTERCEPT,
     MODALITY_LUT,
     PHOTOMETRIC,
     ROWS,
     SAMPLES,
+    SLOPE,
     Slice,
     in_order,
     slices_of,
@@ -43,6 +45,9 @@ from datasets.scans.volumes import Geometry
 NO_SCANS = ("SEG", "RTDOSE")
 SPECTROSCOPY = "1.2.840.10008.5.1.4.1.1.4.2"
 BITS_ALLOCATED, BITS_STORED, HIGH_BIT, SIGNED = 0x00280100, 0x00280101, 0x00280102, 0x00280103
+# Kinds of which GDCM applies the rescale that the frames give; of others, only that of the file.
+FRAME_KINDS = "2.1 2.2 4.1 4.4 13.1.1 13.1.2 13.1.3 13.1.4 13.1.5 66.4 128.1 130"
+RESCALED_BY_FRAME = {f"1.2.840.10008.5.1.4.1.1.{end}" for end in FRAME_KINDS.split()}
 OVERLAY_BIT = 0x0102  # element of the groups 60xx
 NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")  # transfer syntaxes: little endian, as is
 # Start of a transfer syntax that GDCM cannot decode -> name of the compression.
@@ -78,7 +83,7 @@ def read_dicom(folder: Path) -> tuple[np.ndarray, Geometry]:  # (D, H, W)
     for frames in files:
         values = _values(frames)
         for one in frames:
-            planes[one.name] = _rescaled(values[one.frame], frames[0], one)
+            planes[one.name] = _rescaled(values[one.frame], *_applied(frames[0]), one)
     return np.stack([planes[one.name] for one in slices]), geometry
 
 
@@ -227,11 +232,22 @@ def _refuse_lost_bits(file: DicomFile) -> None:
         )
 
 
-def _rescaled(plane: np.ndarray, first: Slice, one: Slice) -> np.ndarray:  # (H, W)
-    """Return values that have the rescale of the first frame with that of another frame."""
-    if (one.slope, one.intercept) == (first.slope, first.intercept):
+def _applied(first: Slice) -> tuple[float, float]:
+    """Return the slope and intercept that GDCM applied to all frames of a file."""
+    if first.file.text(KIND) in RESCALED_BY_FRAME:
+        return first.slope, first.intercept
+    (slope,) = first.file.floats(SLOPE, 1) or (1.0,)
+    (intercept,) = first.file.floats(INTERCEPT, 1) or (0.0,)
+    return slope, intercept
+
+
+def _rescaled(
+    plane: np.ndarray, slope: float, intercept: float, one: Slice
+) -> np.ndarray:  # (H, W)
+    """Return the plane, which has a rescale, with that of its frame instead."""
+    if (one.slope, one.intercept) == (slope, intercept):
         return plane
-    return (plane.astype(np.float64) - first.intercept) / first.slope * one.slope + one.intercept
+    return (plane.astype(np.float64) - intercept) / slope * one.slope + one.intercept
 
 
 def _warn_of_unknown_size(one: Slice) -> None:

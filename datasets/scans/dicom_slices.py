@@ -80,7 +80,7 @@ def slices_of(file: DicomFile) -> list[Slice]:
     shared, frames = file.items(SHARED), file.items(PER_FRAME)
     found = []
     for frame in range(count):
-        groups = [*frames[frame : frame + 1], *shared, *file.items(DETECTORS)]
+        groups = [*frames[frame : frame + 1], *shared]
 
         def read(tag: int, groups: list[Tags] = groups) -> np.ndarray | None:
             return _value(file, tag, groups, alone=count == 1)
@@ -114,12 +114,13 @@ def _value(file: DicomFile, tag: int, groups: Sequence[Tags], *, alone: bool) ->
     """Return the value of a tag for a frame, wherever the file gives it.
 
     Args:
-        alone: the file holds no other frame, so that its own position is the frame's.
+        alone: the file holds no other frame, so that its own position, or that of its detector, is
+            the frame's.
     """
     count = COUNTS[tag]
     places = [item for group in groups for item in [*file.items(GROUPS[tag], group), group]]
     if alone or tag != POSITION:
-        places.append(file.tags)
+        places += [*file.items(DETECTORS), file.tags]
     try:
         values = [value for place in places if (value := file.floats(tag, count, place))]
     except ValueError as error:
@@ -271,9 +272,12 @@ def _refuse_repeated(folder: Path, ordered: Sequence[Slice], along: np.ndarray) 
         )
     if {len(same) for same in places.values()} == {len(pair)}:
         by = _told_apart(pair)
+        apart = "put each of them into a separate folder"
+        if len({one.file.path for one in ordered}) == 1:
+            apart = "write each of them into a file of its own, e.g. with dcm2niix, and pass one"
         raise InputError(
             f"{start}: each position is there {len(pair)} times, as in a series of several "
-            f"phases, echoes or time points{by}; put each of them into a separate folder"
+            f"phases, echoes or time points{by}; {apart}"
         )
     raise InputError(f"{start}: {first_few([one.name for one in pair])}; remove one of each pair")
 

@@ -106,10 +106,10 @@ def search(path: str | Path, *, keep_names: bool = True) -> tuple[list[ScanFile]
             found = [_without_patient(scan, path) for scan in found]
     if not found:
         held = f" (it holds files that are not read: {counted(unused)})" if unused else ""
-        raise InputError(
-            f"{path} holds no scan, expected {EXPECTED}; in subfolders only DICOM is looked for, "
-            f"so pass the folder that holds the files{held}"
-        )
+        remedy = "in subfolders only DICOM is looked for, so pass the folder that holds the files"
+        if unused and all(one.reason == UNKNOWN for one in unused):
+            remedy = "convert its files to one of these, e.g. with 3D Slicer"
+        raise InputError(f"{path} holds no scan, expected {EXPECTED}; {remedy}{held}")
     _refuse_equal_names(found, path)
     return found, sorted(unused, key=lambda one: one.path)
 

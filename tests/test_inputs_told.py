@@ -316,6 +316,30 @@ def test_no_size_is_made_up_for_voxels(
     check_voxel_ml(tmp_path / f"a{name}", expected, capsys)
 
 
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".nii.gz"])
+def test_a_plane_without_a_thickness_has_no_ml(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+):
+    image = sitk.GetImageFromArray(marked((1, 20, 20))[0][0])
+    image.SetSpacing((0.3, 0.4))
+    sitk.WriteImage(image, str(tmp_path / f"a{suffix}"))
+    check_voxel_ml(tmp_path / f"a{suffix}", None, capsys)
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".nii.gz"])
+def test_one_volume_in_four_dimensions_is_a_scan(tmp_path: Path, adapter: Path, suffix: str):
+    image = sitk.GetImageFromArray(marked((3, 20, 20))[0])
+    image.SetSpacing((2, 2, 5))
+    image.SetOrigin((-7, 8, 9))
+    sitk.WriteImage(sitk.JoinSeries([image]), str(tmp_path / f"a{suffix}"))
+    array, geometry = read_scan(find_scans(tmp_path / f"a{suffix}")[0])
+    assert np.array_equal(array, marked((3, 20, 20))[0])
+    assert geometry.spacing == (2, 2, 5) and geometry.origin == (-7, 8, 9)
+    assert run(tmp_path / f"a{suffix}", tmp_path / "out", adapter) == 0
+    label = sitk.ReadImage(str(tmp_path / "out" / f"a{suffix}"))
+    assert label.GetSize() == (20, 20, 3) and label.GetOrigin() == (-7, 8, 9)
+
+
 @pytest.mark.parametrize("in_sform_alone", [False, True])
 def test_the_size_of_nifti_may_stand_in_its_sform(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], in_sform_alone: bool

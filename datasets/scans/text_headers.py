@@ -58,10 +58,15 @@ def refuse_other_sizes(path: Path) -> None:
     text = voxel_size_text(header)
     if text is None:
         return
-    axes = [axis for axis in re.findall(r"\([^)]*\)|[^\s()]+", text) if axis.lower() != "none"]
+    axes = sized_axes(text)
     wrong = [axis for axis in axes if not _is_size(axis)]
     if len(axes) - len(wrong) < min(3, len(axes)):  # a fourth axis, of channels, may have none
         raise InputError(f"{path} gives {wrong[0]} as a size of its voxels; {REMEDY}")
+
+
+def sized_axes(text: str) -> list[str]:
+    """Return the text of each axis that has a size."""
+    return [axis for axis in re.findall(r"\([^)]*\)|[^\s()]+", text) if axis.lower() != "none"]
 
 
 def _is_size(axis: str) -> bool:

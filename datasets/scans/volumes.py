@@ -192,8 +192,9 @@ def _open(path: str | Path, channel: int | None = None) -> sitk.ImageFileReader 
         if header is not None and str(path).endswith((".nii", ".nii.gz")):
             return _by_nibabel(path, header, channel)
         raise unreadable(path, error) from None
-    if channel is not None and reader.GetDimension() == 4:
-        *size, count = reader.GetSize()
+    *size, count = reader.GetSize()
+    if reader.GetDimension() == 4 and (channel is not None or count == 1):
+        channel = channel or 0
         _refuse_missing_channel(path, channel, count)
         reader.SetExtractSize((*size, 0))
         reader.SetExtractIndex((0, 0, 0, channel))

@@ -10,7 +10,7 @@ from datasets.scans.dicom_slices import slices_of
 from datasets.scans.files import DICOM, ScanFile
 from datasets.scans.nifti import nifti_header
 from datasets.scans.series_header import first_image
-from datasets.scans.text_headers import text_header, voxel_size_text
+from datasets.scans.text_headers import sized_axes, text_header, voxel_size_text
 from datasets.scans.volumes import Geometry
 
 
@@ -27,7 +27,8 @@ def voxel_size_is_known(scan: ScanFile, slices: int, geometry: Geometry | None) 
         return slices > 1 or _known_in_slice(scan.path)
     header = nifti_header(scan.path)
     if header is None:
-        return voxel_size_text(text_header(scan.path)) is not None
+        text = voxel_size_text(text_header(scan.path))
+        return text is not None and len(sized_axes(text)) >= 3
     # Without a size along an axis, and without an sform, a file is refused, unless it is one slice.
     sides = header["pixdim"][1:4].astype(float)
     stated = bool(np.isfinite(sides).all() and (sides != 0).all())

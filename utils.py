@@ -50,7 +50,7 @@ __all__ = [
 
 
 def start_logging(path: Path | None) -> None:
-    """Send log lines to the terminal and, with the time, to a file.
+    """Send log lines to the terminal, warnings to stderr, and all with the time to a file.
 
     Args:
         path: the log file; None: only warnings go to the terminal, as on all ranks but the first.
@@ -62,9 +62,12 @@ def start_logging(path: Path | None) -> None:
     logging.raiseExceptions = False
     to_file = logging.FileHandler(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
-    to_terminal = logging.StreamHandler(sys.stdout)
-    to_terminal.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[to_file, to_terminal], force=True)
+    to_stdout, to_stderr = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    to_stdout.addFilter(lambda record: record.levelno < logging.WARNING)
+    to_stderr.setLevel(logging.WARNING)
+    for handler in (to_stdout, to_stderr):
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[to_file, to_stdout, to_stderr], force=True)
 
 
 def seed_everything(seed: int, *, deterministic: bool, compiles: bool = False) -> None:

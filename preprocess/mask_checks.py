@@ -130,7 +130,7 @@ def _warn_of_thin(files: Sequence[LabelFile]) -> None:
     if thin and solid - {0}:
         shown = [f"{value} in {thin[value]}" for value in sorted(thin)]
         warn(
-            f"{len(thin)} of the label values occur only at edges or in thin lines "
+            "some label values occur only at edges or in thin lines "
             f"({first_few(shown)}), as in labels that were smoothed, compressed or scaled with "
             "interpolation, or with a drawn border; if they are no classes, export the labels "
             f"without these, by nearest neighbour, {NAME_THEM}"

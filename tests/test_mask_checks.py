@@ -156,7 +156,7 @@ def test_values_at_edges_alone_are_warned_of(capsys: pytest.CaptureFixture[str])
     assert not capsys.readouterr().err
     scaled = np.rint(ndimage.zoom(organs[:, ::2, ::2], (1, 2, 2), order=1))  # 1 and 3 are between
     check_values(seen(scaled))
-    assert "2 of the label values occur only at edges" in capsys.readouterr().err
+    assert "some label values occur only at edges" in capsys.readouterr().err
     border = np.where(abs(ring - 20) < 1, 255, organs)
     check_values(seen(border))
     assert "(255 in 0)" in capsys.readouterr().err

@@ -136,6 +136,14 @@ def test_a_file_cut_short_and_one_that_cannot_be_decoded(tmp_path: Path):
     refused(tmp_path / "b", "High-Throughput JPEG 2000", "uncompressed")
 
 
+def test_an_empty_slice_makes_no_shorter_scan(tmp_path: Path):
+    folder = write_series(tmp_path, STORED)
+    (folder / "._0.dcm").write_bytes(b"\0\5\x16\7")  # as macOS leaves beside each file
+    assert read_dicom(folder)[0].shape == STORED.shape
+    (folder / "last.dcm").touch()
+    refused(folder, "cannot be read as slices: last.dcm", "fetch or export the series again")
+
+
 def test_a_single_picture(tmp_path: Path, capsys: pytest.CaptureFixture):
     detector = {"kind": XRAY, "modality": "DX", "position": None, "rescale": None}
     chest = slice_tags(

@@ -26,6 +26,7 @@ from datasets.scans.dicom_slices import (
     spacing_at_detector,
 )
 from datasets.scans.dicom_tags import (
+    DICOM_SUFFIXES,
     KIND,
     SERIES,
     DicomFile,
@@ -116,6 +117,15 @@ def _images(folder: Path) -> tuple[list[list[Slice]], list[DicomFile]]:
         kinds = f", only {first_few(sorted({file.modality for file in others}))}" if others else ""
         raise InputError(f"{folder} holds no DICOM image{kinds}; pass the folder of a scan")
     damaged = [file.path.name for file in images if not file.has_pixels or file.pixels.is_cut_short]
+    # An empty file, or other bytes under the suffix of a slice: without it the scan would be short.
+    damaged += [
+        path.name
+        for path in inside
+        if path.suffix.lower() in DICOM_SUFFIXES
+        and not path.name.startswith(".")  # macOS copies such files beside each file
+        and path.is_file()
+        and not is_dicom(path)
+    ]
     if damaged:
         raise InputError(
             f"{folder} has DICOM files that cannot be read as slices: {first_few(damaged)}; they "

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 PREFIX = 132  # bytes: a preamble of 128, then "DICM"
 UNDEFINED = 0xFFFFFFFF  # length of a sequence that an element ends
 ITEM, END_OF_ITEM, END_OF_SEQUENCE = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD

@@ -16,7 +16,7 @@ import numpy as np
 from common.errors import InputError, MissingFileError, first_few, warn
 from common.files import safe_name
 from datasets.scans.dicom import holds_dicom, read_dicom, read_dicom_header
-from datasets.scans.dicom_tags import is_dicom
+from datasets.scans.dicom_tags import DICOM_SUFFIXES, is_dicom
 from datasets.scans.errors import reporting_os_errors, utf8_path
 from datasets.scans.identity import names_patient, short_name
 from datasets.scans.pictures import opened_picture, read_picture
@@ -39,7 +39,6 @@ from datasets.scans.volumes import Geometry, read_header, read_volume
 SCANS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 DICOM = "dicom"
-DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 EXPECTED = f"{', '.join(SCANS + PICTURES)} or a folder of DICOM files"
 
 
@@ -106,7 +105,7 @@ def search(path: str | Path, *, keep_names: bool = True) -> tuple[list[ScanFile]
             found = [_without_patient(scan, path) for scan in found]
     if not found:
         held = f" (it holds files that are not read: {counted(unused)})" if unused else ""
-        remedy = "in subfolders only DICOM is looked for, so pass the folder that holds the files"
+        remedy = "in subfolders only DICOM is looked for; move the files up, or pass their folder"
         if unused and all(one.reason == UNKNOWN for one in unused):
             remedy = "convert its files to one of these, e.g. with 3D Slicer"
         raise InputError(f"{path} holds no scan, expected {EXPECTED}; {remedy}{held}")

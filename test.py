@@ -151,7 +151,7 @@ def report(
     """Write the tables, pictures and page of all cases."""
     names = class_names(args)
     tested = {"tested": f"{datetime.now():%Y-%m-%d %H:%M}"}
-    seen = trained_cases([result.case for result in results], training_cases(args))
+    seen = trained_cases({r.case: r.independent for r in results}, training_cases(args))
     settings = {
         "trained_on_cases": seen,
         "flags": recorded_values(args),

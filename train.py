@@ -27,7 +27,6 @@ from config.run_folder import (
 from config.settings import parse_args
 from config.shared_flags import AUTO, SCRATCH
 from datasets.dataset_synapse import Synapse_dataset
-from datasets.names import case_of
 from distributed.launch import launch, processes_here, was_restarted
 from distributed.ranks import Ranks, joined, local_device
 from lora import LoRAModel
@@ -78,7 +77,7 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     freeze_unreached(model)
     folder = page = None
     if ranks.first:
-        record_training_data(args, facts, {case_of(name) for name in left.sample_list})
+        record_training_data(args, facts, left)
         args.data = fingerprint_data(facts)
         args.weights = fingerprint_weights(model.sam.base_fingerprint, args.lora_ckpt)
         folder = find_run(args) if args.resume else None

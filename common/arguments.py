@@ -37,9 +37,10 @@ class ArgumentParser(argparse.ArgumentParser):
     def _explain(self, unknown: list[str]) -> str:
         flags = [word.split("=")[0][2:] for word in unknown if word.startswith("--")]
         if not flags:
-            return (
-                f"{first_few(unknown)} belongs to no flag; a flag that takes one value got several"
-            )
+            hint = ""
+            if "--config" in self._option_string_actions:
+                hint = "; --config takes one folder, of several runs the one that holds them"
+            return f"{first_few(unknown)} belongs to no flag, or a flag got several values{hint}"
         known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
         words = set(flags[0].split("_"))
         near = [

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from common.errors import InputError, first_few, warn
 from datasets.dataset_synapse import Synapse_dataset
+from datasets.groups import cases_of
 from datasets.intensity import NOT_RECORDED, choose_intensity
 from datasets.names import case_of
 from datasets.prepared_files import SampleFacts
@@ -28,30 +29,62 @@ def choose_spec(
         InputError: the test data have other classes than the adapter, or were prepared in another
             way than the training data.
     """
-    folder = getattr(args, "root_path" if training else "volume_path", None)
-    data = stored_spec(folder) if folder else None
+    folder = getattr(args, "volume_path", None)
     if args.dataset is not None:
         return get_dataset(args.dataset)
     if training:
-        described = next((spec for spec in (data, *trained_on) if spec is not None), None)
-        return described or _undescribed_data(args)
-    if not trained_on and data is not None and args.num_classes == data.num_classes:
-        return data  # The adapter has no class names, but the number of classes fits.
-    is_published = args.num_classes in (None, SYNAPSE.num_classes)
-    unknown = SYNAPSE if is_published else undescribed("unknown data", ["unknown"])
-    chosen = trained_on[0] if trained_on else unknown
+        return described_training_data(args, trained_on)
+    data = stored_spec(folder) if folder else None
+    if not trained_on:
+        return _spec_of_silent_adapter(args, data)
+    chosen = trained_on[0]
     if data is not None and data.class_names != chosen.class_names:
         raise InputError(
             f"{folder} holds the classes {', '.join(data.class_names)}, but {args.lora_ckpt} was "
             f"trained on {', '.join(chosen.class_names)}; pass data and an adapter of the same "
             "classes"
         )
-    differences = _preparation_differences(data, chosen) if data and trained_on else []
+    if data and None not in (data.modality, chosen.modality) and data.modality != chosen.modality:
+        warn(f"{folder} is {data.modality}, but the adapter was trained on {chosen.modality}")
+    differences = _preparation_differences(data, chosen) if data else []
     if differences:
         raise InputError(
             f"{folder} and the training data of {args.lora_ckpt} differ in "
             f"{', '.join(differences)}; prepare the test data as the training data were prepared, "
             "or pass an adapter that fits"
+        )
+    return chosen
+
+
+def described_training_data(args: argparse.Namespace, others: Sequence[DatasetSpec]) -> DatasetSpec:
+    """Return the description of the training data, else the first other one, else what is known."""
+    known = (stored_spec(args.root_path) if args.root_path else None, *others)
+    return next((spec for spec in known if spec is not None), None) or _undescribed_data(args)
+
+
+def _spec_of_silent_adapter(args: argparse.Namespace, data: DatasetSpec | None) -> DatasetSpec:
+    """Return the data set of an adapter that records none, as the original's adapters.
+
+    Their training slices have the published size, unless the test data say another.
+    """
+    is_published = args.num_classes in (None, SYNAPSE.num_classes)
+    if data is not None and args.num_classes == data.num_classes:
+        chosen = data  # The adapter has no class names, but the number of classes fits.
+    elif is_published:
+        chosen = SYNAPSE
+    else:
+        chosen = undescribed("unknown data", ["unknown"])
+    if data is not None and data.class_names != chosen.class_names:
+        raise InputError(
+            f"{args.lora_ckpt} records no classes, so those of Synapse are expected, but the data "
+            f"hold {', '.join(data.class_names)}; pass --num_classes {data.num_classes} if it was "
+            "trained on these, or data and an adapter of the same classes"
+        )
+    chosen = replace(chosen, size=chosen.size or SYNAPSE.size)
+    if chosen != SYNAPSE and getattr(args, "input_size", 0) is None:
+        warn(
+            f"{args.lora_ckpt} does not record the size of its training slices; {chosen.size} "
+            "pixels are taken, as in the original: pass --input_size for another"
         )
     return chosen
 
@@ -100,7 +133,7 @@ def with_chosen_intensity(args: argparse.Namespace, spec: DatasetSpec) -> Datase
 
 
 def record_training_data(
-    args: argparse.Namespace, facts: Sequence[SampleFacts], cases: Iterable[str] | None = None
+    args: argparse.Namespace, facts: Sequence[SampleFacts], dataset: Synapse_dataset
 ) -> None:
     """Record in `args` what the training slices show of themselves.
 
@@ -108,10 +141,12 @@ def record_training_data(
     say it. Of others, it is the size that all slices have.
 
     Args:
-        cases: those that are trained on; None: all.
+        facts: about all slices.
+        dataset: the slices that are trained on. The cases of an adapter to start from count too.
     """
-    trained = TrainedOn.measured(facts, cases)
-    args.trained_on = trained.to_json()
+    trained = TrainedOn.measured(facts, cases_of(dataset.sample_list, dataset.data_dir))
+    before = TrainedOn.from_json(args.trained_on)
+    args.trained_on = trained.with_cases(before.cases if before else ()).to_json()
     spec = args.spec
     is_described = stored_spec(args.root_path) is not None
     if is_described and (spec["size"] is None or spec["size"] == trained.size):

@@ -16,14 +16,14 @@ from typing import Any
 
 from common.errors import InputError, first_few, warn
 from common.files import require_file, sha256_of
-from config.data_spec import choose_spec, with_chosen_intensity
+from config.data_spec import choose_spec, described_training_data, with_chosen_intensity
 from config.flags import train_parser
 from config.inference_flags import PREDICT
 from config.parser import Flag, Parser, by_name, check_limits, that_change_numbers
 from config.run_folder import CONFIG_FILE, newest_adapter, read_config_file
 from config.shared_flags import AUTO, SCRATCH
 from config.source_code import changed_files, fingerprint_code, fingerprint_file
-from datasets.registry import SYNAPSE, DatasetSpec, get_dataset, spec_from_json
+from datasets.registry import DatasetSpec, spec_from_json
 from datasets.trained_on import TrainedOn
 from lora.adapter_file import holds_every_weight, read_adapter
 from segment_anything import ENCODERS
@@ -96,7 +96,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     merged = argparse.Namespace(**(defaults | vars(args)))
     if "spec" not in vars(merged):
         merged.max_iterations = None
-        _fill_in(merged, get_dataset(merged.dataset or SYNAPSE.name))
+        # Such scripts say "Synapse" of all data, so the data themselves are asked.
+        _fill_in(merged, described_training_data(merged, []))
     if "trained_on" not in vars(merged):
         merged.trained_on = None
     if "code" not in vars(merged):
@@ -113,6 +114,8 @@ def config_path(given: str) -> Path:
     path = Path(given)
     if path.is_dir() and not (path / CONFIG_FILE).is_file():
         runs = sorted(path.glob(f"*/{CONFIG_FILE}"), key=lambda file: file.stat().st_mtime_ns)
+        # A run that has just begun has no adapter to test.
+        runs = [file for file in runs if any(file.parent.glob("epoch_*.pth"))] or runs
         if runs:
             print(f"settings of {runs[-1].parent}, the newest of {len(runs)} runs in {path}")
             return runs[-1]

@@ -24,6 +24,13 @@ def groups_of(names: Sequence[str], folder: Path | None, *, slices: bool) -> Gro
     return group_names(names, slices=slices)
 
 
+def cases_of(names: Sequence[str], folder: Path | None) -> set[str]:
+    """Return the cases and groups of slices, by all names that a test volume may have."""
+    groups = groups_of(names, folder, slices=True).groups
+    written = {case_of(name) for name in names if case_of(name) != name}
+    return written | set(groups.values())
+
+
 def recorded_groups(folder: Path) -> dict[str, str]:
     """Return the group of each case as preprocessing recorded it; empty without such a record."""
     for path in (folder / SUMMARY_FILE, folder.parent / SUMMARY_FILE):

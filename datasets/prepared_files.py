@@ -145,6 +145,12 @@ def read_geometry(path: Path) -> dict[str, tuple[float, ...]] | None:
     return geometry
 
 
+def size_is_stated(path: Path) -> bool:
+    """Return whether the spacing of a volume is that of its scan, and not made up by a reader."""
+    with h5py.File(path, "r") as file:
+        return bool(file.attrs.get("size_is_stated", True))
+
+
 def read_orientation(path: Path) -> str | None:
     """Read the directions of a volume's axes, e.g. LPS.
 

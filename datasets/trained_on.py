@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from common.errors import InputError, first_few
-from datasets.names import case_of
 from datasets.prepared_files import SampleFacts
 
 MOST_SIZES = 20  # recorded
@@ -35,18 +34,12 @@ class TrainedOn:
     colour: bool = False
 
     @classmethod
-    def measured(
-        cls, slices: Sequence[SampleFacts], cases: Iterable[str] | None = None
-    ) -> TrainedOn:
-        """Sum up the facts about the training slices.
-
-        Args:
-            cases: those that are trained on; None: all.
-        """
+    def measured(cls, slices: Sequence[SampleFacts], cases: Iterable[str]) -> TrainedOn:
+        """Sum up the facts about the training slices, and name the cases that are trained on."""
         sizes = Counter(tuple(fact.shape) for fact in slices)
         voxels = zip(*(fact.voxels for fact in slices), strict=True)
         return cls(
-            cases=tuple(sorted(cases or {case_of(fact.name) for fact in slices})),
+            cases=tuple(sorted(cases)),
             sizes=tuple(size for size, _ in sizes.most_common(MOST_SIZES)),
             low=min(fact.low for fact in slices),
             high=max(fact.high for fact in slices),
@@ -75,6 +68,10 @@ class TrainedOn:
         """Return plain values."""
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
         return values | {"sizes": [list(size) for size in self.sizes]}
+
+    def with_cases(self, cases: Iterable[str]) -> TrainedOn:
+        """Return the same facts with more cases."""
+        return replace(self, cases=tuple(sorted({*self.cases, *cases})))
 
     @property
     def size(self) -> int | None:
@@ -107,7 +104,9 @@ def check_test_data(
         ratio = max(rows, columns) / min(rows, columns)
         if ratio > WRONG_SHAPE * longest and depth > 1:
             raise InputError(_wrong_shape(volume.name, volume.shape, trained))
-        if ratio > ODD_SHAPE * longest:
+        sizes = trained.sizes if trained else ()
+        turned = (depth, rows) in sizes and (rows, columns) not in sizes
+        if ratio > ODD_SHAPE * longest or turned:
             odd.append(f"{volume.name} {rows}×{columns}")
     warnings = []
     if odd:
@@ -120,6 +119,17 @@ def check_test_data(
         )
     if trained is None:
         return warnings
+    warnings += _other_range(volumes, trained)
+    tested = [sum(column) for column in zip(*(v.voxels for v in volumes), strict=True)]
+    pairs = zip(class_names, tested[1:], trained.voxels[1:], strict=False)
+    unseen = [name for name, test, train in pairs if test and not train]
+    if unseen:
+        warnings.append(f"no training slice had {first_few(unseen)}, which the test labels have")
+    return warnings
+
+
+def _other_range(volumes: Sequence[SampleFacts], trained: TrainedOn) -> list[str]:
+    """Return a warning if the intensities of volumes differ from those of the training slices."""
     spread = trained.high - trained.low
     narrow = [
         f"{volume.name} {volume.low:.3g}…{volume.high:.3g}"
@@ -129,25 +139,20 @@ def check_test_data(
         or volume.low < trained.low - spread / 2
     ]
     if narrow:
-        warnings.append(
+        return [
             f"the intensities of {len(narrow)} test volumes differ from those of the training "
             f"slices, {trained.low:.3g}…{trained.high:.3g}: {first_few(narrow)}; prepare both in "
             "the same way"
-        )
+        ]
     lowest, highest = min(v.low for v in volumes), max(v.high for v in volumes)
     room = EMPTY_RANGE * spread
-    if not narrow and (lowest > trained.low + room or highest < trained.high - room):
-        warnings.append(
+    if lowest > trained.low + room or highest < trained.high - room:
+        return [
             f"the intensities of all test volumes, {lowest:.3g}…{highest:.3g}, leave out one end "
             f"of those of the training slices, {trained.low:.3g}…{trained.high:.3g}; prepare both "
             "in the same way"
-        )
-    tested = [sum(column) for column in zip(*(v.voxels for v in volumes), strict=True)]
-    pairs = zip(class_names, tested[1:], trained.voxels[1:], strict=False)
-    unseen = [name for name, test, train in pairs if test and not train]
-    if unseen:
-        warnings.append(f"no training slice had {first_few(unseen)}, which the test labels have")
-    return warnings
+        ]
+    return []
 
 
 def _wrong_shape(name: str, shape: tuple[int, ...], trained: TrainedOn | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from common.errors import first_few
 from datasets.names import case_of
@@ -10,17 +10,18 @@ from datasets.names import case_of
 LISTED = 12  # names in the warning
 
 
-def trained_cases(tested: Sequence[str], trained: Sequence[str] | None) -> list[str] | None:
+def trained_cases(tested: Mapping[str, str], trained: Sequence[str] | None) -> list[str] | None:
     """Return the test cases that were trained on; None if the training cases are unknown.
 
     Args:
-        tested: names of test cases; a slice that is a case of its own counts as its scan.
-        trained: names of training cases.
+        tested: test case -> the scan or patient it belongs to, or itself. A slice that is a case of
+            its own counts as its scan.
+        trained: names of training cases, and of their scans or patients.
     """
     if trained is None:
         return None
     known = set(trained)
-    return [name for name in tested if name in known or case_of(name) in known]
+    return [name for name, group in tested.items() if {name, group, case_of(name)} & known]
 
 
 def held_out_warning(seen: Sequence[str] | None, count: int) -> str | None:

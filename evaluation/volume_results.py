@@ -11,6 +11,7 @@ import numpy as np
 
 from datasets.colours import label_colours
 from datasets.dataset_synapse import Synapse_dataset
+from datasets.prepared_files import size_is_stated
 from datasets.registry import spec_from_json
 from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
 from datasets.scans.volumes import Geometry, write_volume
@@ -30,6 +31,7 @@ class Case:
     label: np.ndarray  # (D, H, W) uint8
     geometry: Geometry | None  # geometry of these arrays; None: unknown
     scan: tuple[Geometry, str] | None  # geometry of the scan, letters of these arrays; None: equal
+    size_is_stated: bool = True  # else the spacing is no size in mm
 
 
 def read_case(dataset: Synapse_dataset, index: int) -> Case:
@@ -41,12 +43,13 @@ def read_case(dataset: Synapse_dataset, index: int) -> Case:
     if not label.any():
         logging.info("%s: the label has no foreground", name)
     scan = Geometry(**stored) if stored else None
+    stated = size_is_stated(dataset.paths[index])
     if scan is None or letters is None:
-        return Case(name, image, label, geometry=scan, scan=None)
+        return Case(name, image, label, geometry=scan, scan=None, size_is_stated=stated)
     before = orientation_of(scan)
     shape = reorient(label, letters, before).shape
     geometry = reorient_geometry(scan, shape, letters)
-    return Case(name, image, label, geometry=geometry, scan=(scan, letters))
+    return Case(name, image, label, geometry=geometry, scan=(scan, letters), size_is_stated=stated)
 
 
 def score_case(
@@ -57,7 +60,8 @@ def score_case(
     check: MedpyCheck | None,
 ) -> tuple[CaseResult, CasePanel]:
     """Score a prediction (D, H, W), draw the slices that are shown, and write the worst slices."""
-    spacing = case.geometry.voxel_spacing if case.geometry else None
+    known = case.geometry if case.size_is_stated else None
+    spacing = known.voxel_spacing if known else None
     scores, counts = compare_volume(
         prediction, case.label, args.num_classes, spacing, args.nsd_tolerance
     )
@@ -70,10 +74,10 @@ def score_case(
         case.label,
         prediction,
         spec.class_names,
-        geometry=case.geometry,
+        geometry=known,
         window=window_text(spec.intensity),
     )
-    worst = worst_slices(case.name, case.label, prediction, spec.class_names, case.geometry)
+    worst = worst_slices(case.name, case.label, prediction, spec.class_names, known)
     colours = label_colours(spec.class_names)
     for found in worst:
         pictures = [

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, warn
 from common.files import atomic_path, write_json
 from datasets.digests import slice_digests
 from datasets.intensity import to_unit, with_channels
@@ -19,6 +19,7 @@ from datasets.scans.files import DICOM, ScanFile, read_scan
 from datasets.scans.orientation import orientation_of, reorient
 from datasets.scans.series_header import series_tags
 from datasets.scans.volumes import Geometry
+from datasets.scans.voxel_size import distances_are_known
 from preprocess.jobs import Job, label_on_image_grid
 from preprocess.labels import map_labels, read_label
 from preprocess.split import TEST, TRAIN
@@ -133,7 +134,8 @@ def write_test_volume(
 ) -> None:
     """Write image and label of a case, with the geometry of its scan.
 
-    If the array was turned, the attribute `orientation` holds its orientation.
+    If the array was turned, the attribute `orientation` holds its orientation. If the scan does not
+    state the size of its voxels, the attribute `size_is_stated` is False.
     """
     with atomic_path(job.volume_path) as temporary, h5py.File(temporary, "w") as file:
         file["image"], file["label"] = unit, labels
@@ -141,3 +143,9 @@ def write_test_volume(
             file.attrs.update(asdict(geometry))
             if job.spec.orientation:
                 file.attrs["orientation"] = job.spec.orientation
+            if not distances_are_known(job.case.image, len(labels), geometry):
+                warn(
+                    f"{job.case.image.path} does not state the size of its voxels, so test.py "
+                    "gives no distances in mm for it"
+                )
+                file.attrs["size_is_stated"] = False

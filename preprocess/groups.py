@@ -157,7 +157,7 @@ def _read_table(path: Path, cases: dict[str, RawCase]) -> dict[str, str]:
             f"{path} gives no group for {len(absent)} of {len(cases)} files, e.g. "
             f"{first_few(absent)}; add a line for each"
         )
-    unused = [name for name in rows if name not in used]
+    unused = [name for name in rows if name and name not in used]
     if unused:
         warn(f"{path} names {first_few(unused)}, which the data set does not have")
     return found

@@ -59,7 +59,7 @@ def make_spec(
     if pictures:
         channels, rule = _picture_kind(images, args)
     elif modality:
-        rule = CT if re.search(r"(?<![a-z])ct(?![a-z])", modality.lower()) else MR
+        rule = CT if re.search(r"(?<![a-z])(nc|ld|ce|cb)?cta?(?![a-z])", modality.lower()) else MR
     else:
         smallest = float(read_scan(images[0])[0].min())
         rule = CT if smallest < AIR else MR

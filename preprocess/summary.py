@@ -10,7 +10,7 @@ from typing import Any
 from common.errors import first_few, warn
 from common.files import atomic_path, write_json
 from datasets.digests import leak_warnings
-from datasets.intensity import WINDOW
+from datasets.intensity import AIR, PERCENTILES, WINDOW
 from datasets.registry import SUMMARY_FILE, DatasetSpec
 from datasets.scans.orientation import orientation_of, reorient_geometry
 from datasets.scans.volumes import Geometry
@@ -100,7 +100,7 @@ def _slice_spacing(case: dict[str, Any], spec: DatasetSpec) -> tuple[float, ...]
 def warn_of_labels(
     args: argparse.Namespace, spec: DatasetSpec, cases: Sequence[dict[str, Any]]
 ) -> None:
-    """Warn about empty labels, classes read as raw values, and a window that hides labels."""
+    """Warn about empty labels, classes read as raw values, and intensities of another kind."""
     empty = [c["case"] for c in cases if c["voxels"]["background"] == sum(c["voxels"].values())]
     if empty:
         warn(f"no class of {spec.name} is in the labels of {first_few(empty)}; they are kept")
@@ -109,6 +109,12 @@ def warn_of_labels(
         warn(
             f"no label value is above {largest}, so the labels may hold classes "
             f"0…{spec.num_classes} already; in that case pass --label_values classes"
+        )
+    dark = [c["case"] for c in cases if "range" in c and c["range"][0] <= AIR]
+    if dark and spec.intensity.rule == PERCENTILES:
+        warn(
+            f"{len(dark)} scan(s) hold values like CT in Hounsfield units, but are scaled as MR: "
+            f"{first_few(dark)}; if they are CT, pass --intensity ct"
         )
     hidden = [f"{c['case']} {c['clipped']:.0%}" for c in cases if c["clipped"] > MUCH_CLIPPED]
     if hidden and spec.intensity.rule == WINDOW:

@@ -157,7 +157,9 @@ class SamAutomaticMaskGenerator:
         points = points.repeat_interleave(len(iou) // len(points), dim=0)
         threshold = self.model.mask_threshold
         stability = stability_scores(logits, threshold, self.stability_score_offset)
-        kept = (iou > self.pred_iou_thresh) & (stability >= self.stability_score_thresh)
+        kept = stability >= self.stability_score_thresh
+        if self.pred_iou_thresh > 0:  # 0 switches the filter off, as in SAM
+            kept &= iou > self.pred_iou_thresh
         inside = logits[kept] > threshold  # (N, h, w) in the crop
         left, top, right, bottom = box
         masks = inside.new_zeros(len(inside), *size)

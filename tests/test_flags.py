@@ -24,7 +24,10 @@ from config.settings import config_path, parse_args
         (["--epochs=3"], "did you mean --max_epochs or --stop_epoch?"),
         (["--Adamw"], "did you mean --AdamW?"),
         (["--xyzzy"], "--xyzzy is no flag of train.py (see"),
-        (["one", "two"], "one, two belongs to no flag"),
+        (
+            ["one", "two"],
+            "one, two belongs to no flag, or a flag got several values; --config takes one folder",
+        ),
         (["--rank", "four"], "argument --rank: invalid int value: 'four'"),
     ],
 )

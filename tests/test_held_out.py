@@ -33,7 +33,12 @@ TRAINED = ["case0001", "case0002", "p7"]
     ],
 )
 def test_trained_cases_are_found(tested: list[str], trained: list[str] | None, seen):
-    assert trained_cases(tested, trained) == seen
+    assert trained_cases({name: name for name in tested}, trained) == seen
+
+
+def test_another_scan_of_a_trained_patient_is_found():
+    tested = {"P12_R": "P12", "P13_R": "P13"}
+    assert trained_cases(tested, ["P12", "P12_L"]) == ["P12_R"]
 
 
 def test_the_warning_counts_and_names():

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from conftest import TINY_FLAGS
+from conftest import TINY_FLAGS, tiny_model
 
 import predict
 import test as test_script
 import train
 from config.flags import test_parser as parser_of_test
-from config.settings import parse_args
+from config.settings import complete, parse_args
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.prepared_files import SampleFacts
 from datasets.registry import SYNAPSE, undescribed
@@ -138,6 +139,7 @@ SQUARE = TrainedOn(("a",), ((64, 64),), low=0.0, high=1.0, voxels=(9, 1, 0))
         (facts("v", (6, 64, 64)), None),
         (facts("v", (96, 96, 80)), None),
         (facts("v", (6, 128, 80)), "order of their axes"),
+        (facts("v", (64, 64, 54)), "order of their axes"),  # perhaps (row, column, slice)
         (facts("v", (6, 64, 64), high=1 / 255), "prepare both in the same way"),
         (facts("v", (6, 64, 64), low=-0.9), "prepare both in the same way"),
         (facts("v", (6, 64, 64), low=0.5), "leave out one end"),  # trained in -1…1, tested in 0…1
@@ -205,3 +207,37 @@ def test_names_in_a_list_may_have_the_suffix_of_their_files(tmp_path: Path):
     assert Synapse_dataset(data, None, "train").sample_list == names
     (data / "lists/test_vol.txt").write_text("p3.npy.h5")
     assert Synapse_dataset(data, None, "test_vol")[0]["case_name"] == "p3"
+
+
+def test_an_adapter_without_a_record_is_tested_at_the_size_of_the_original(tmp_path: Path, capsys):
+    """Whatever the number of classes, and whether it is passed or not."""
+    adapter = tmp_path / "epoch_159.pth"
+    for classes, warned in ((8, False), (3, True)):
+        tiny_model(num_classes=classes).save_lora_parameters(adapter)
+        for flags in ([], ["--num_classes", str(classes)])[classes != 8 :]:
+            args = parse_args(parser_of_test(), ["--lora_ckpt", str(adapter), *flags])
+            assert args.input_size == 224
+            assert ("pass --input_size" in capsys.readouterr().err) == warned
+        given = ["--lora_ckpt", str(adapter), "--num_classes", str(classes), "--input_size", "320"]
+        assert parse_args(parser_of_test(), given).input_size == 320
+        assert capsys.readouterr().err == ""
+
+
+def test_scripts_of_the_original_record_what_they_train_on(tmp_path: Path):
+    """They say dataset="Synapse" of all data; the data show whether they are."""
+    for name, cases, expected in (
+        ("ACDC", ("p1", "p2"), "ACDC"),
+        ("own", ("case0005", "case0001"), "Synapse"),
+    ):
+        data = write_data(tmp_path / name, side=64, cases=cases)
+        args = complete(Namespace(root_path=str(data), dataset="Synapse", num_classes=8))
+        assert args.spec["name"] == expected
+        assert (args.spec["intensity"]["rule"] == "window") == (expected == "Synapse")
+
+
+def test_the_cases_of_the_adapter_to_start_from_count_as_trained_on(tmp_path: Path):
+    first = trained(write_data(tmp_path / "one", side=64, cases=("p1", "p2")), "--num_classes", "1")
+    second = write_data(tmp_path / "two", side=64, cases=("q1", "q2"))
+    start = ["--lora_ckpt", str(first / "epoch_0.pth"), "--name", "tuned"]
+    run = trained(second, "--num_classes", "1", *start).parent / "tuned"
+    assert read_adapter(run / "epoch_0.pth")[1]["trained_on"]["cases"] == ["p1", "q1"]

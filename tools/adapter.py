@@ -58,9 +58,9 @@ def build_parsers() -> tuple[Parser, Parser]:
     parser = Parser(
         prog="python -m tools.adapter",
         description="Show, convert and merge adapter files.\n\n"
-        "  python -m tools.adapter show output/RUN/best.pth\n"
-        "  python -m tools.adapter convert output/RUN/best.pth best.safetensors   (and back)\n"
-        "  python -m tools.adapter merge merged.pth --lora_ckpt output/RUN/best.pth",
+        "  python -m tools.adapter show output/RUN/epoch_159.pth\n"
+        "  python -m tools.adapter convert output/RUN/epoch_159.pth adapter.safetensors\n"
+        "  python -m tools.adapter merge merged.pth --lora_ckpt output/RUN/epoch_159.pth",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="print what a file holds")

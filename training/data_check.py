@@ -178,7 +178,8 @@ def describe(
     """Return the page about the training data, the test volumes beside them, and the memory."""
     tested: list[SampleFacts] = []
     faults: list[str] = []
-    if (Path(args.root_path) / "test_vol_h5").is_dir():
+    root = Path(args.root_path)
+    if (root / "test_vol_h5").is_dir() or (root / "test.list").is_file():
         try:
             test = Synapse_dataset(
                 args.root_path, args.list_dir, "test_vol", num_classes=args.num_classes

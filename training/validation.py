@@ -59,7 +59,7 @@ def training_data(
         dataset = Synapse_dataset(
             args.root_path, args.list_dir, "train", num_classes=args.num_classes, lenient=True
         )
-        record_training_data(args, dataset.check())
+        record_training_data(args, dataset.check(), dataset)
     if not args.val_every:
         return dataset, {}
     dataset, held_out = hold_out(dataset, args.val_cases, args.seed)

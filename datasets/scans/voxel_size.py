@@ -15,28 +15,42 @@ from datasets.scans.volumes import Geometry
 
 
 def voxel_size_is_known(scan: ScanFile, slices: int, geometry: Geometry | None) -> bool:
-    """Return whether the file of a scan states the size of its voxels along all three axes.
+    """Return whether the file of a scan states the size of its voxels along all three axes."""
+    return stated_sizes(scan, slices, geometry) == 3
+
+
+def distances_are_known(scan: ScanFile, slices: int, geometry: Geometry | None) -> bool:
+    """Return whether distances in mm are known: those of one slice need no thickness."""
+    return stated_sizes(scan, slices, geometry) >= (2 if slices == 1 else 3)
+
+
+def stated_sizes(scan: ScanFile, slices: int, geometry: Geometry | None) -> int:
+    """Return along how many axes a file states the size of voxels: 3, 2 (no thickness) or 0.
 
     Args:
         slices: number of slices of the scan.
         geometry: as it was read; None: a picture.
     """
     if geometry is None:
-        return False
+        return 0
     if scan.suffix == DICOM:  # several slices are refused without it
-        return slices > 1 or _known_in_slice(scan.path)
+        return 3 if slices > 1 else _stated_in_slice(scan.path)
     header = nifti_header(scan.path)
     if header is None:
         text = voxel_size_text(text_header(scan.path))
-        return text is not None and len(sized_axes(text)) >= 3
-    # Without a size along an axis, and without an sform, a file is refused, unless it is one slice.
+        return 0 if text is None else min(3, len(sized_axes(text)))
+    # A file of several slices without a size along an axis, and without an sform, is refused.
     sides = header["pixdim"][1:4].astype(float)
-    stated = bool(np.isfinite(sides).all() and (sides != 0).all())
-    return header["dim"][0] >= 3 and (stated or header["sform_code"] > 0)
+    stated = np.isfinite(sides) & (sides != 0)
+    if header["dim"][0] >= 3 and (stated.all() or header["sform_code"] > 0):
+        return 3
+    return 2 if stated[:2].all() else 0
 
 
-def _known_in_slice(path: Path) -> bool:
-    """Return whether a single DICOM slice states its pixels and its thickness."""
+def _stated_in_slice(path: Path) -> int:
+    """Return the same for a single DICOM slice."""
     found = first_image(path)
     slices = slices_of(found) if found else []
-    return bool(slices) and None not in (slices[0].spacing, slices[0].thickness)
+    if not slices or slices[0].spacing is None:
+        return 0
+    return 2 if slices[0].thickness is None else 3

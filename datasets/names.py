@@ -55,7 +55,8 @@ def group_names(names: Sequence[str], *, slices: bool) -> Grouping:
     """Group names of slices by scan, and scans by patient, as far as the names tell.
 
     All programs use this rule where the user and the records of preprocessing do not tell groups.
-    It prefers a group too many names share to slices of one scan on both sides of a split.
+    Where names are not clear, a group rather gets too many names than that slices of one scan land
+    on both sides of a split.
 
     Args:
         slices: whether the names are of slices or pictures; else they are of whole scans.
@@ -67,6 +68,11 @@ def group_names(names: Sequence[str], *, slices: bool) -> Grouping:
     if 1 < len(patients) < len(stems):
         if len(patients) >= FEW:
             scans = {name: stems.get(scan, scan) for name, scan in scans.items()}
+            if len(patients) < MANY_WORDS:
+                doubts.append(
+                    f"the names of {len(stems)} scans begin with {_counted(stems.values())}, which "
+                    "count as patients and stay together; they may be sites or classes"
+                )
         else:
             doubts.append(
                 f"the names of {len(stems)} scans begin with only {_counted(stems.values())}; they "
@@ -103,6 +109,11 @@ def _slices_in(names: Iterable[str]) -> tuple[dict[str, tuple[str, str]], list[s
                 f"{len(words)} names like {min(words)} name no scan, so they count as separate "
                 "cases; neighbouring slices of one scan may train and be tested"
             )
+    elif words:
+        doubts.append(
+            f"the beginnings {_counted(words.values())} have no number; they count as scans, but "
+            "may be classes"
+        )
     begun = known | {scan for scan, _ in maybe.values()}
     # A picture with the name of a scan is one of its slices.
     maybe |= {n: (n, "") for n in names if n in begun and n not in sure and n not in maybe}

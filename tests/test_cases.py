@@ -313,3 +313,18 @@ def test_the_check_before_training_finds_the_same_leaks(tmp_path: Path):
     told = " ".join(page.warnings)
     assert "1 case(s) are trained on and tested: case0005" in told
     assert "other (test) has 1 slice(s) of case0005 (training)" in told
+
+
+@pytest.mark.parametrize(
+    ("names", "slices", "told"),
+    [
+        ([f"{kind}_{i}" for kind in "akiec bcc bkl df mel nv vasc scc".split() for i in range(9)],
+         True, "may be classes"),
+        ([f"s{site}_{i:03}" for site in range(1, 5) for i in range(4)], False, "sites or classes"),
+        ([f"{10000 + scan}_{i}" for scan in range(9) for i in range(9)], True, None),
+        ([f"P{patient}_{side}" for patient in range(20) for side in "LR"], False, None),
+    ],
+)  # fmt: skip
+def test_groups_that_may_be_classes_or_sites_are_doubted(names: list[str], slices: bool, told):
+    doubts = " ".join(group_names(names, slices=slices).doubts)
+    assert told in doubts if told else not doubts

@@ -14,8 +14,8 @@ DEVICE := auto
 help:
 	@echo "make quickstart  phantom CT -> preprocess -> train -> test -> report, in quickstart/; run"
 	@echo "                 it again after an interruption: it goes on"
-	@echo "make check       linter, format, order of imports and the fast tests, in under a minute"
-	@echo "make test        linter, format and all tests, in some ten minutes"
+	@echo "make check       linter, format, order of imports and the fast tests, in under two minutes"
+	@echo "make test        linter, format and all tests, in some twenty minutes"
 	@echo "make benchmark   time everything against its peers, into docs/benchmarks.md"
 	@echo "make install     only the environment, in .venv/"
 	@echo "make clean       remove quickstart/ and .venv/"

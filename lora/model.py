@@ -164,10 +164,13 @@ class LoRAModel(nn.Module):
             state[SETTINGS_KEY] = settings | {
                 "rank": self.rank,
                 "module": self.variant,
-                "updates": [list(astuple(update)) for update in self.updates],
+                **self._recorded_updates(),
                 "base_fingerprint": self.sam.base_fingerprint,
             }
         return save_tensors(state, filename)[1]
+
+    def _recorded_updates(self) -> dict[str, Any]:
+        return {"updates": [list(astuple(update)) for update in self.updates]}
 
     def load_lora_parameters(
         self,

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from common.errors import InputError, first_few
-from common.files import load_tensors, save_tensors
-from lora.adapter_file import SETTINGS_KEY, read_adapter, with_classes
+from common.files import load_tensors
+from lora.adapter_file import read_adapter, with_classes
 from lora.model import LoRAModel
 
 METHODS = ("save_lora_parameters", "load_lora_parameters", "forward")
@@ -107,18 +107,8 @@ class OlderModule(LoRAModel):
             "lora.LoRAModel"
         )
 
-    def save_lora_parameters(
-        self, filename: str | Path, settings: dict[str, Any] | None = None
-    ) -> str:
-        """Write the module's file, with settings if given, and return its SHA-256."""
-        state: dict[str, Any] = dict(self._adapter_tensors())
-        if settings is not None:
-            state[SETTINGS_KEY] = settings | {
-                "rank": self.rank,
-                "module": self.variant,
-                "base_fingerprint": self.sam.base_fingerprint,
-            }
-        return save_tensors(state, filename)[1]
+    def _recorded_updates(self) -> dict[str, Any]:
+        return {}  # Only the module knows them.
 
     def load_lora_parameters(
         self,

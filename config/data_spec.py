@@ -67,10 +67,9 @@ def _spec_of_silent_adapter(args: argparse.Namespace, data: DatasetSpec | None) 
 
     Their training slices have the published size, unless the test data say another.
     """
-    is_published = args.num_classes in (None, SYNAPSE.num_classes)
     if data is not None and args.num_classes == data.num_classes:
         chosen = data  # The adapter has no class names, but the number of classes fits.
-    elif is_published:
+    elif _has_published_classes(args):
         chosen = SYNAPSE
     else:
         chosen = undescribed("unknown data", ["unknown"])
@@ -100,8 +99,13 @@ def _undescribed_data(args: argparse.Namespace) -> DatasetSpec:
         return SYNAPSE
     folder = dataset.data_dir.resolve()
     name = folder.name if dataset.data_dir == Path(args.root_path) else folder.parent.name
-    is_published = args.num_classes in (None, SYNAPSE.num_classes)
-    return undescribed(name, map(case_of, dataset.sample_list) if is_published else [name])
+    cases = map(case_of, dataset.sample_list) if _has_published_classes(args) else [name]
+    return undescribed(name, cases)
+
+
+def _has_published_classes(args: argparse.Namespace) -> bool:
+    """Return whether the number of classes is Synapse's, or left open."""
+    return args.num_classes in (None, SYNAPSE.num_classes)
 
 
 def _preparation_differences(data: DatasetSpec, trained: DatasetSpec) -> list[str]:

@@ -105,9 +105,10 @@ def check_values(files: Sequence[LabelFile]) -> None:
         InputError: a file holds grey edges or a heat map, the files encode their classes in
             different ways, or objects are numbered one by one.
     """
-    _refuse_grey(files)
+    solid = _solid_values(files)
+    _refuse_grey(files, solid)
     _refuse_mixed_encodings(files)
-    _warn_of_thin(files)
+    _warn_of_thin(files, solid)
     highest = [max(file.values, default=0) for file in files]
     counted = all(len(file.values) == top for file, top in zip(files, highest, strict=True))
     if counted and len(set(highest)) > 1 and max(highest) > MOST_COUNTED:
@@ -123,9 +124,8 @@ def check_values(files: Sequence[LabelFile]) -> None:
         )
 
 
-def _warn_of_thin(files: Sequence[LabelFile]) -> None:
+def _warn_of_thin(files: Sequence[LabelFile], solid: set[int]) -> None:
     """Warn of values that have no interior in any file, beside others that have one."""
-    solid = _solid_values(files)
     thin = {value: file.name for file in reversed(files) for value in file.values - solid}
     if thin and solid - {0}:
         shown = [f"{value} in {thin[value]}" for value in sorted(thin)]
@@ -137,8 +137,7 @@ def _warn_of_thin(files: Sequence[LabelFile]) -> None:
         )
 
 
-def _refuse_grey(files: Sequence[LabelFile]) -> None:
-    solid = _solid_values(files)
+def _refuse_grey(files: Sequence[LabelFile], solid: set[int]) -> None:
     grey = {file.name: values for file in files if (values := file.grey(solid))}
     if not grey:
         return

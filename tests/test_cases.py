@@ -12,6 +12,7 @@ import pytest
 from conftest import write_slices
 from PIL import Image
 from test_datasets import write_volume_h5
+from test_own_data import run_prepare as prepare
 from test_scans import placed
 
 from common.files import load_arrays
@@ -21,20 +22,10 @@ from datasets.names import group_names
 from datasets.scans.volumes import write_volume
 from evaluation.groups import with_groups
 from evaluation.tables import CaseResult
-from preprocess.prepare import main
 from training.data_check import check_page
 from training.validation import hold_out
 
 SCANS = 6
-
-
-def prepare(root: Path, output: Path, *flags: str) -> int:
-    """Run the command in this process and return its exit code."""
-    try:
-        main(["--input", str(root), "--output", str(output), "--workers", "1", *flags])
-    except SystemExit as stop:
-        return int(stop.code)
-    return 0
 
 
 def write_pictures(root: Path, names: list[str]) -> Path:

@@ -11,6 +11,7 @@ import h5py
 import nibabel
 import numpy as np
 import pytest
+from test_own_data import run_prepare as prepare
 from test_predict import SPEC
 from test_scans import placed, write_dicom
 
@@ -21,7 +22,6 @@ from datasets.scans.files import find_scans
 from datasets.scans.planes import PLANES, taken_plane
 from datasets.scans.volumes import Geometry, read_volume, write_volume
 from evaluation import scan_results, volume_results
-from preprocess.prepare import main
 
 # Letters of a scan that was taken in a plane: in the order of DICOM, and turned as files have it.
 TAKEN = {
@@ -31,15 +31,6 @@ TAKEN = {
 }
 MARKS = (-400, 100, 700)  # the least value of each class
 PAIRS = {"sagittal": "LR", "coronal": "AP", "axial": "IS"}
-
-
-def prepare(root: Path, output: Path, *flags: str) -> int:
-    """Run the command in this process and return its exit code."""
-    try:
-        main(["--input", str(root), "--output", str(output), "--workers", "1", *flags])
-    except SystemExit as stop:
-        return int(stop.code)
-    return 0
 
 
 def across(letters: str, plane: str, *, oblique: bool = True, thick: float = 4.4) -> Geometry:

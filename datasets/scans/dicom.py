@@ -109,8 +109,8 @@ def _images(folder: Path) -> tuple[list[list[Slice]], list[DicomFile]]:
     """Return the frames of each file of the only series, and the files that are no images."""
     with reporting_os_errors(folder):
         inside = sorted(folder.iterdir()) if folder.is_dir() else [folder]
-        found = [_tags(Path(utf8_path(path))) for path in inside if is_dicom(path)]
-    found = [file for file in found if not file.is_directory]
+        dicom = {path: _tags(Path(utf8_path(path))) for path in inside if is_dicom(path)}
+    found = [file for file in dicom.values() if not file.is_directory]
     others = [file for file in found if _is_other_object(file)]
     images = [file for file in found if not _is_other_object(file)]
     if not images:
@@ -121,10 +121,10 @@ def _images(folder: Path) -> tuple[list[list[Slice]], list[DicomFile]]:
     damaged += [
         path.name
         for path in inside
-        if path.suffix.lower() in DICOM_SUFFIXES
+        if path not in dicom
+        and path.suffix.lower() in DICOM_SUFFIXES
         and not path.name.startswith(".")  # macOS copies such files beside each file
         and path.is_file()
-        and not is_dicom(path)
     ]
     if damaged:
         raise InputError(

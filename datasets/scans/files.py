@@ -94,7 +94,7 @@ def search(path: str | Path, *, keep_names: bool = True) -> tuple[list[ScanFile]
         if holds_dicom(visible):
             _refuse_beside_series(path, found)
             below = [p for p in visible if p.is_dir() and any(p.iterdir())]
-            found, unused = [scan_file(path.resolve(), DICOM)], []
+            found = [scan_file(path.resolve(), DICOM)]
             unused = [Unused(f"{p.name}/", BELOW_SERIES) for p in below]
         else:
             data = {file for scan in found for file in _data_files(scan.path)}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from common.errors import InputError, exit_on_bad_input
-from common.files import atomic_path, write_json
+from common.writing import atomic_path, write_json
 from config.data_spec import record_training_data
 from config.flags import train_parser
 from config.run_folder import (

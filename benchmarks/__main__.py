@@ -16,7 +16,7 @@ import torch
 
 from common.arguments import ArgumentParser
 from common.errors import InputError, exit_on_bad_input
-from common.files import atomic_path
+from common.writing import atomic_path
 from utils import choose_device, environment
 
 from . import scaling

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.files import atomic_path
+from common.writing import atomic_path
 
 from . import scaling
 

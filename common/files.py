@@ -1,4 +1,4 @@
-"""Reading files without trusting them, and writing files completely or not at all.
+"""Finding and reading files without trusting them.
 
 Everything a user can get wrong is an `InputError`: its text is the one sentence that the
 command-line programs print before they exit with code 2.
@@ -6,45 +6,17 @@ command-line programs print before they exit with code 2.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import pickle
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import torch
 
-from common.errors import (
-    NOT_WRITABLE,
-    InputError,
-    MissingFileError,
-    cannot_make,
-    cannot_write,
-    first_line,
-)
+from common.errors import InputError, MissingFileError, cannot_make, first_line
 
-
-@contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success rename it there, on failure remove it."""
-    path = Path(path)
-    temporary = partial_name(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno not in NOT_WRITABLE:
-            raise
-        raise cannot_write(path, error) from None
-    finally:
-        with contextlib.suppress(OSError):  # It may not exist.
-            temporary.unlink()
+LARGEST_JSON = 256 << 20  # bytes; the results of some thousand cases take a few MiB
 
 
 def require_file(path: str | Path, *, what: str, remedy: str) -> Path:
@@ -74,139 +46,56 @@ def make_folder(path: str | Path, *, flag: str, exist_ok: bool = True) -> Path:
     return Path(path)
 
 
-def safe_name(name: str, *, source: str | Path) -> str:
-    """Return `name` if it is one plain path component, else refuse it (`../`, `/`, empty)."""
-    if not name or name in (".", "..") or "\\" in name or PurePosixPath(name).name != name:
-        raise InputError(
-            f"{source} names {name!r}, expected a plain case or slice name without folders; "
-            "correct that line"
-        )
-    return name
-
-
-def load_tensors(path: str | Path) -> Any:
-    """Load a `.pth` file onto the CPU as tensors and plain containers; never runs code from it.
-
-    Raises:
-        MissingFileError: there is no such file.
-        InputError: it is truncated, or a pickle of anything but tensors and plain containers.
-    """
-    path = require_file(path, what="checkpoint", remedy="check the path")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{path} holds more than plain tensors or is damaged, so it was not opened; save it as "
-            "a state dict of tensors, or fetch it again"
-        ) from None
-    except Exception as error:  # Damaged bytes make the parser raise nearly anything.
-        raise InputError(
-            f"{path} is not a readable PyTorch checkpoint ({first_line(error)}); "
-            "it may be truncated: fetch or save it again"
-        ) from None
-
-
-def load_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Load the tensors of a `.safetensors` file onto the CPU, and the texts beside them.
-
-    Raises:
-        MissingFileError: there is no such file.
-        InputError: it is damaged.
-    """
-    path = require_file(path, what="checkpoint", remedy="check the path")
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except Exception as error:  # Damaged bytes make the parser raise nearly anything.
-        raise InputError(
-            f"{path} is not a readable safetensors file ({first_line(error)}); it may be "
-            "truncated: fetch or convert it again"
-        ) from None
-
-
-class _HashingFile:
-    """A file opened for writing that computes the SHA-256 of its content."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("wb")
-        self.digest = hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:  # PyTorch would only report that writing failed.
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def save_tensors(
-    state: dict[str, Any], path: str | Path, *, hash_in_name: bool = False
-) -> tuple[Path, str]:
-    """Write a dict of tensors and plain containers as `.pth`, completely or not at all.
-
-    Equal contents give equal files.
-
-    Args:
-        hash_in_name: put the first 16 digits of the hash into the name, before the suffix, so
-            that damage shows by the name alone.
-
-    Returns:
-        The file and its SHA-256 in hexadecimal.
-
-    Raises:
-        InputError: no room or no right to write there; an older file of the name is untouched.
-    """
-    path = Path(path)
-    temporary = partial_name(path)
-    target = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        target = _HashingFile(temporary)
-        with target.file:
-            torch.save(state, target)
-            target.flush()
-            # Without this, a crash may leave the new name without content.
-            os.fsync(target.file.fileno())
-        digest = target.digest.hexdigest()
-        if hash_in_name:
-            path = path.with_name(f"{path.stem}-{digest[:16]}{path.suffix}")
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # Keep the new name as well.
-        finally:
-            os.close(folder)
-        return path, digest
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else target.error if target else None
-        if cause is None:
-            raise
-        raise cannot_write(path, cause) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def partial_name(path: Path) -> Path:
-    """Return the name of an unfinished file. It keeps the suffix, which writers look at."""
-    return path.with_name(f".{os.getpid()}.partial.{path.name}")
-
-
-def remove_partials(folder: Path) -> None:
-    """Delete the unfinished files that a killed process left in a folder of this project."""
-    for left in folder.glob(".*.partial.*"):
-        left.unlink(missing_ok=True)
-
-
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: str | Path, *, remedy: str) -> Any:
+    """Read a JSON file, which anybody may have edited or damaged.
+
+    Raises:
+        MissingFileError: there is no such file.
+        InputError: it cannot be read, or is not JSON in the sense of `parse_json`.
+    """
+    path = require_file(path, what="file", remedy=remedy)
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        return parse_json(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not JSON ({first_line(error)}); {remedy}") from None
+
+
+def parse_json(text: str) -> Any:
+    """Return the content of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply, or holds a number beyond 64 bits, NaN, or
+            half a character, which nothing could compute with or write again.
+    """
+    try:
+        content = json.loads(
+            text, parse_int=_whole_number, parse_float=_number, parse_constant=_number
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if "\\u" in text:
+        json.dumps(content, ensure_ascii=False).encode()
+    return content
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise ValueError(f"{text:.20} has more than 64 bits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text:.20} is no finite number")
+    return float(text)
 
 
 def load_arrays(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -236,10 +125,3 @@ def load_arrays(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray
                 f"{path} is not a readable npz file ({first_line(error)}); run preprocess again"
             ) from None
     raise AssertionError("the second attempt returns or raises")
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file, completely or not at all; values of other types become texts."""
-    text = json.dumps(content, indent=2, allow_nan=False, default=str)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError, cannot_make, cannot_write, first_few, warn
-from common.files import make_folder, require_folder, sha256_of, write_json
+from common.files import make_folder, require_folder, sha256_of
+from common.writing import write_json
 from config.parser import by_name, that_change_numbers
 from config.shared_flags import AUTO, SCRATCH
 from config.source_code import changed_files

@@ -22,7 +22,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common.errors import InputError, MissingFileError, first_few, warn
-from common.files import load_arrays, require_file, require_folder, safe_name
+from common.files import load_arrays, require_file, require_folder
+from common.names import safe_name
 from datasets.augmentation import (
     draw_augmentation,
     keyed_rng,

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.files import atomic_path
+from common.writing import atomic_path
 from datasets.colours import label_colours
 from evaluation.metrics import BOTH, FALSE_ORGAN, MISSED
 from evaluation.tables import CaseResult, class_means, counted, total_means

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from common.errors import InputError
-from common.files import atomic_path
+from common.writing import atomic_path
 from datasets.colours import label_colours
 from datasets.intensity import Intensity
 from evaluation.charts import as_data, draw_boxes, draw_differences

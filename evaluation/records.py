@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError, first_few
-from common.files import write_json
+from common.writing import write_json
 from datasets.scans.files import ScanFile, stamp
 from datasets.scans.labels import label_suffix
 

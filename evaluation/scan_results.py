@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import cannot_write, warn
-from common.files import atomic_path
+from common.writing import atomic_path
 from datasets.intensity import WINDOW, to_unit, with_channels
 from datasets.registry import DatasetSpec
 from datasets.scans.dicom_tags import MODALITY

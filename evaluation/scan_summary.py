@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.files import atomic_path, write_json
+from common.writing import atomic_path, write_json
 from datasets.registry import DatasetSpec
 from datasets.scans.labels import write_label_tables
 from datasets.scans.unused import Unused

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
-from common.files import atomic_path, require_file, safe_name
-from common.files import write_json as write_json_file
+from common.files import require_file
+from common.names import safe_name
+from common.writing import atomic_path
+from common.writing import write_json as write_json_file
 from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, NSD_TOLERANCE, ClassScore, mean
 
 SCORES = tuple(field.name for field in fields(ClassScore) if field.name != "outcome")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.files import atomic_path
+from common.writing import atomic_path
 from datasets.intensity import PERCENTILES, WINDOW, Intensity
 from datasets.scans.volumes import Geometry
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from common.errors import InputError, first_few
-from common.files import load_safetensors, load_tensors, require_file
+from common.files import require_file
 from common.state_dicts import unwrapped
+from common.tensors import load_safetensors, load_tensors
 
 SETTINGS_KEY = "samed_settings"
 # A of the first update, in every published adapter.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from common.errors import InputError, first_few
-from common.files import save_tensors
+from common.tensors import save_tensors
 from lora.adapter_file import (
     SETTINGS_KEY,
     class_count,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from common.errors import InputError, first_few
-from common.files import load_tensors
+from common.tensors import load_tensors
 from lora.adapter_file import read_adapter, with_classes
 from lora.model import LoRAModel
 

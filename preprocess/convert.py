@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from common.errors import InputError, warn
-from common.files import atomic_path, write_json
+from common.writing import atomic_path, write_json
 from datasets.digests import slice_digests
 from datasets.intensity import to_unit, with_channels
 from datasets.resampling import resize_images, resize_labels

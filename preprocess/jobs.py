@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
+from common.writing import PARTIAL
 from datasets.names import slice_name
 from datasets.registry import DatasetSpec
 from datasets.scans.files import read_scan_header, stamp
@@ -70,7 +71,7 @@ class Job:
         number = "" if self.case.is_slice else r"_slice\d+"
         endings = {SLICES: rf"{number}\.npz", VOLUMES: r"\.npy\.h5", RECORDS: r"\.json"}
         for folder, ending in endings.items():
-            name = re.compile(rf"(\.\d+\.partial\.)?{re.escape(self.name)}{ending}")
+            name = re.compile(rf"({PARTIAL})?{re.escape(self.name)}{ending}")
             yield from (p for p in (self.output / folder).iterdir() if name.fullmatch(p.name))
 
     def key(self) -> dict[str, Any]:

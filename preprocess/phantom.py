@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from common.arguments import ArgumentParser
 from common.errors import InputError, exit_on_bad_input
-from common.files import make_folder, write_json
+from common.files import make_folder
+from common.writing import write_json
 from datasets.registry import SPEC_FILE, SYNAPSE
 from datasets.scans.volumes import Geometry, write_volume
 from preprocess.phantom_volume import make_phantom

@@ -32,7 +32,8 @@ from common.errors import (
     first_few,
     warn,
 )
-from common.files import make_folder, write_json
+from common.files import make_folder
+from common.writing import write_json
 from datasets.registry import SPEC_FILE, SUMMARY_FILE, DatasetSpec
 from preprocess.convert import digests_of, try_convert
 from preprocess.flags import build_parser, check_flags

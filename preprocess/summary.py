@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import first_few, warn
-from common.files import atomic_path, write_json
+from common.writing import atomic_path, write_json
 from datasets.digests import leak_warnings
 from datasets.intensity import AIR, PERCENTILES, WINDOW
 from datasets.registry import SUMMARY_FILE, DatasetSpec

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from common.errors import InputError, MissingFileError, first_few
-from common.files import load_safetensors, load_tensors
 from common.state_dicts import unwrapped
+from common.tensors import load_safetensors, load_tensors
 
 from .modeling import ImageEncoderViT, Sam
 

@@ -58,12 +58,12 @@ def test_a_case_whose_name_begins_as_anothers_keeps_its_slices(tmp_path: Path):
     slices = sorted(path.name for path in (output / "train_npz").iterdir())
     # pat1 is prepared again; its partial file was left by a killed run and is deleted.
     (output / ".done" / "pat1.json").unlink()
-    (output / "train_npz" / ".7.partial.pat1_slice000.npz").touch()
+    (output / "train_npz" / ".7-0a1b.partial.pat1_slice000.npz").touch()
     # Another process is writing this slice of another case: it stays.
-    (output / "train_npz" / ".7.partial.pat1_slice2_slice000.npz").touch()
+    (output / "train_npz" / ".7-0a1b.partial.pat1_slice2_slice000.npz").touch()
     assert run_prepare(root, output, *cases) == 0
     left = sorted(path.name for path in (output / "train_npz").iterdir())
-    assert left == [".7.partial.pat1_slice2_slice000.npz", *slices] and len(slices) == 8
+    assert left == [".7-0a1b.partial.pat1_slice2_slice000.npz", *slices] and len(slices) == 8
 
 
 def gradient(largest: float, kind: type = np.uint16, side: int = 16) -> np.ndarray:

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from common.errors import InputError, exit_on_bad_input
-from common.files import atomic_path, load_arrays, safe_name
+from common.files import load_arrays
+from common.names import safe_name
 from common.state_dicts import unwrapped
+from common.writing import atomic_path
 from datasets.dataset_synapse import Synapse_dataset
 from lora.adapter_file import read_adapter
 

@@ -18,7 +18,7 @@ from golden_rule import assert_golden
 
 import test as test_program
 import train
-from common.files import save_tensors
+from common.tensors import save_tensors
 from config.flags import predict_parser
 from config.flags import test_parser as parser_of_test
 from config.settings import class_names, parse_args

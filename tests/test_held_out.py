@@ -12,7 +12,7 @@ import pytest
 from test_report import boxes, case, save_run
 
 import test
-from common.files import write_json as write_json_file
+from common.writing import write_json as write_json_file
 from datasets.registry import SYNAPSE
 from evaluation import __main__ as program
 from evaluation.held_out import held_out_warning, trained_cases

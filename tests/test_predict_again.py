@@ -20,7 +20,7 @@ from test_scans import placed, write_dicom
 
 import predict
 from common.errors import EXIT_KEYBOARD
-from common.files import partial_name
+from common.writing import partial_name
 from datasets.scans.volumes import Geometry, read_volume, write_volume
 
 pytestmark = pytest.mark.slow

@@ -21,7 +21,7 @@ from test_scans import placed
 
 import predict
 import test as test_program
-from common.files import load_tensors
+from common.tensors import load_tensors
 from datasets.scans.volumes import write_volume
 from distributed.signals import EXIT_INTERRUPTED
 from trainer import StepOptions, freeze_unreached, make_optimizer, training_step

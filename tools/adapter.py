@@ -13,7 +13,9 @@ import safetensors.torch
 import torch
 
 from common.errors import InputError, exit_on_bad_input
-from common.files import atomic_path, save_tensors, sha256_of
+from common.files import sha256_of
+from common.tensors import save_tensors
+from common.writing import atomic_path
 from config.inference_flags import MERGE
 from config.parser import Parser
 from config.settings import parse_args

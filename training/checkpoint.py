@@ -21,7 +21,9 @@ import torch
 from torch import nn
 
 from common.errors import EXIT_BAD_INPUT, InputError
-from common.files import load_tensors, remove_partials, save_tensors, sha256_of
+from common.files import sha256_of
+from common.tensors import load_tensors, save_tensors
+from common.writing import remove_partials
 from config.settings import adapter_settings
 from distributed.ranks import SAVED, Ranks, note_for_launcher
 from distributed.signals import EXIT_INTERRUPTED, Interruption

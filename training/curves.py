@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common.files import atomic_path
+from common.writing import atomic_path
 from datasets.colours import label_colours
 from training.run_log import METRICS
 

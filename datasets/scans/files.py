@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError, MissingFileError, first_few, warn
-from common.files import safe_name
+from common.names import safe_name
 from datasets.scans.dicom import holds_dicom, read_dicom, read_dicom_header
 from datasets.scans.dicom_tags import DICOM_SUFFIXES, is_dicom
 from datasets.scans.errors import reporting_os_errors, utf8_path

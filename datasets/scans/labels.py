@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import InputError
-from common.files import atomic_path
+from common.writing import atomic_path
 from datasets.colours import label_colours
 from datasets.registry import DatasetSpec
 from datasets.scans.files import DICOM, ScanFile

@@ -16,7 +16,8 @@ import SimpleITK as sitk
 from nibabel import Nifti1Header
 
 from common.errors import InputError, warn
-from common.files import atomic_path, require_file
+from common.files import require_file
+from common.writing import atomic_path
 from datasets.scans.errors import (
     reporting_itk_errors,
     reporting_os_errors,

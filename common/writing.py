@@ -1,0 +1,123 @@
+"""Writing files completely or not at all, also if the process is killed or the power fails.
+
+A file is written under a temporary name beside its own, flushed to the disk and renamed; then its
+folder is flushed, which keeps the new name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.errors import NOT_WRITABLE, cannot_write
+
+# Pattern of `.1234-5f0c.partial.`, which the name follows: process, start of a machine's hash.
+PARTIAL = r"\.(\d+)-([0-9a-f]{4})\.partial\."
+# Seconds after which an unfinished file of another machine counts as left by a dead process.
+FORGOTTEN = 24 * 3600
+# What file systems answer that cannot flush a folder; its names are then as safe as they can be.
+NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM}
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; on success rename it there, on failure remove it.
+
+    Raises:
+        InputError: no room or no right to write there; an older file of the name is untouched.
+    """
+    path = Path(path)
+    temporary = partial_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        flush_file(temporary)
+        temporary.replace(path)
+        flush_folder(path.parent)
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise cannot_write(path, error) from None
+    finally:
+        with contextlib.suppress(OSError):  # It may not exist.
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, completely or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file, completely or not at all; values of other types become texts."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False, default=str) + "\n")
+
+
+def flush_file(path: Path) -> None:
+    """Make sure that the content of a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Make sure that the names in a folder are on the disk, as far as its file system can."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in NO_FLUSH:
+            raise
+        return
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in NO_FLUSH:
+            raise
+    finally:
+        os.close(number)
+
+
+def partial_name(path: Path) -> Path:
+    """Return the name of an unfinished file. It keeps the suffix, which writers look at."""
+    return path.with_name(f".{os.getpid()}-{_machine()}.partial.{path.name}")
+
+
+def remove_partials(folder: Path) -> None:
+    """Delete the unfinished files that killed processes left in a folder of this project.
+
+    A file of a process that lives is kept. Whether a process of another machine lives cannot be
+    known, so its files are kept for a day.
+    """
+    for left in folder.glob(".*.partial.*"):
+        match = re.match(PARTIAL, left.name)
+        if match is None:
+            continue
+        with contextlib.suppress(OSError):  # Another process may remove it at the same moment.
+            if match[2] == _machine():
+                dead = not _lives(int(match[1]))
+            else:
+                dead = time.time() - left.stat().st_mtime > FORGOTTEN
+            if dead:
+                left.unlink()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:4]

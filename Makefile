@@ -8,14 +8,16 @@ TINY := --vit_name vit_tiny --ckpt none --img_size 224 --batch_size 8 --n_gpu 1 
 	--max_epochs 12 --stop_epoch 12
 
 DEVICE := auto
+MINUTES := 30
 
-.PHONY: help install quickstart check test benchmark lint clean
+.PHONY: help install quickstart check test fuzz benchmark lint clean
 
 help:
 	@echo "make quickstart  phantom CT -> preprocess -> train -> test -> report, in quickstart/; run"
 	@echo "                 it again after an interruption: it goes on"
 	@echo "make check       linter, format, order of imports and the fast tests, in under two minutes"
 	@echo "make test        linter, format and all tests, in some twenty minutes"
+	@echo "make fuzz        half an hour of damaged files for every reader; MINUTES=5 for less"
 	@echo "make benchmark   time everything against its peers, into docs/benchmarks.md"
 	@echo "make install     only the environment, in .venv/"
 	@echo "make clean       remove quickstart/ and .venv/"
@@ -52,6 +54,9 @@ test: lint
 .venv/installed-benchmarks: .venv/installed benchmarks/requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	@touch $@
+
+fuzz: .venv/installed-dev
+	$(PY) tests/fuzz.py --minutes $(MINUTES)
 
 benchmark: .venv/installed-benchmarks
 	$(PY) -m benchmarks --device $(DEVICE)

@@ -7,11 +7,11 @@ import logging
 import os
 import platform
 import random
+import re
 import shlex
 import subprocess
 import sys
 from dataclasses import replace
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from evaluation.predict_volume import predict_volume
 from lora import LoRAModel
 from lora.adapter_file import class_count, holds_every_weight, read_adapter, trained_classes
 from lora.older_module import as_lora_model
+from lora.variants import load_variant
 from segment_anything import sam_model_registry
 from training.losses import DiceLoss, Focal_loss
 
@@ -99,10 +100,9 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name, re.ASCII):
+        raise InputError(f"--device is {name!a:.40}, expected auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device is {name} but PyTorch finds no CUDA GPU; pass --device cpu")
     count = torch.cuda.device_count()
@@ -150,7 +150,7 @@ def build_model(
         # A script written against the original does not have this flag.
         keep_mask_heads=False if getattr(args, "fresh_heads", False) else None,
     )
-    model = as_lora_model(import_module(args.module).LoRA_Sam(sam, args.rank), args.rank)
+    model = as_lora_model(load_variant(args.module)(sam, args.rank), args.rank)
     if args.ckpt == SCRATCH or holds_every_weight(state):
         model.train_all_weights()
     model.require_trained_is_saved()

@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from config.source_code import changed_files, fingerprint_code, fingerprint_file
 from datasets.registry import DatasetSpec, spec_from_json
 from datasets.trained_on import TrainedOn
 from lora.adapter_file import holds_every_weight, read_adapter
+from lora.variants import load_variant
 from segment_anything import ENCODERS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -40,6 +40,7 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
         InputError: a configuration or adapter is missing or unreadable, or a value is out of range.
     """
     early, _ = parser.parse_known_args(argv)
+    check_limits(parser.flags.values(), early)
     training = "root_path" in parser.flags
     resumed = getattr(early, "resume", None)
     given = getattr(early, "config", None) or (resumed if resumed != AUTO else None)
@@ -130,12 +131,13 @@ def known_values(values: dict[str, Any], flags: dict[str, Flag], source: object)
         source: file that the values come from, for messages.
 
     Raises:
-        InputError: a value has another type than its flag.
+        InputError: a value has another type than its flag, or is outside its limits.
     """
     known = {}
     for name, flag in flags.items():
         if name in values and flag.from_config:
             flag.check_type(values[name], source)
+            flag.check_limits(values[name], source)
             known[name] = values[name]
     return known
 
@@ -213,8 +215,7 @@ def _fill_in(args: argparse.Namespace, spec: DatasetSpec) -> None:
     if args.num_classes is None:
         args.num_classes = spec.num_classes
     if args.num_classes != spec.num_classes:
-        # A number below 1 is refused later, with all other limits.
-        spec = spec.of_plain_classes(max(args.num_classes, 1))
+        spec = spec.of_plain_classes(args.num_classes)
     args.spec, args.dataset = spec.to_json(), spec.name
     if getattr(args, "input_size", 0) is None:
         args.input_size = spec.size or args.img_size
@@ -236,15 +237,4 @@ def _check_values(args: argparse.Namespace, flags: dict[str, Flag]) -> None:
                 f"--{name} is {word!r}, expected 1…60 letters, digits, '_', '.' or '-', which "
                 "become a folder's name"
             )
-    if not args.module.isidentifier() or not hasattr(_import(args.module), "LoRA_Sam"):
-        raise InputError(f"--module {args.module} has no class LoRA_Sam; pass a LoRA variant")
-
-
-def _import(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        raise InputError(
-            f"--module {name} does not exist; expected sam_lora_image_encoder, "
-            "sam_lora_image_encoder_mask_decoder or a module of your own beside them"
-        ) from None
+    load_variant(args.module)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import hashlib
+import sys
 from collections.abc import Mapping
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -62,8 +62,10 @@ def fingerprint_file(path: Path) -> str:
 
 def _variant_files(module: str, root: Path) -> dict[str, str]:
     """Return the fingerprints of a variant outside the published ones, and of what it imports."""
-    spec = find_spec(module) if f"{module}.py" not in FILES else None
-    waiting = [Path(spec.origin)] if spec and spec.origin and spec.has_location else []
+    # A script written against the original has imported its variant from a folder of its own.
+    loaded = getattr(sys.modules.get(module), "__file__", None)
+    file = Path(loaded or root / f"{module}.py")
+    waiting = [file] if file.is_file() else []
     found: dict[str, str] = {}
     while waiting:
         path = waiting.pop()

@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from evaluation.predict_volume import predict_volume
 from lora import LoRAModel
 from lora.adapter_file import read_adapter
 from lora.layers import LoRALinear
+from lora.variants import load_variant
 from tools import adapter as adapter_tool
 from training.losses import SegmentationLoss
 
@@ -136,7 +138,7 @@ def variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def write(name: str) -> str:
         module = f"my_{name}"
         (tmp_path / f"{module}.py").write_text(VARIANTS[name])
-        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr("lora.variants.FOLDERS", (REPOSITORY, tmp_path))
         monkeypatch.delitem(sys.modules, module, raising=False)
         return module
 
@@ -199,12 +201,12 @@ def test_train_test_and_predict_agree_on_a_variant_of_ones_own(
 
 @torch.no_grad()
 def test_an_update_on_every_layer_changes_the_answer_and_survives_packing(variant):
-    module = __import__(variant("everywhere"))
+    everywhere = load_variant(variant("everywhere"))
     sam = tiny_sam()
     plain = sam.eval()(IMAGES)["low_res_logits"]
-    model = module.LoRA_Sam(sam, 2).eval()
+    model = everywhere(sam, 2).eval()
     assert torch.equal(model(IMAGES)["low_res_logits"], plain)
-    for layer, _ in module.LAYERS:
+    for layer, _ in sys.modules[everywhere.__module__].LAYERS:
         path = f"image_encoder.blocks.1.{layer}"
         updated = model.sam.get_submodule(path)
         nn.init.normal_(next(iter(updated.updates.values())).up.weight, std=0.5)
@@ -439,6 +441,7 @@ def test_a_variant_counts_with_what_it_imports(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "my_scale.py").write_text("SCALE = 1\n")
     (tmp_path / "my_scaled.py").write_text("import torch\nfrom my_scale import SCALE\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "my_scaled", import_module("my_scaled"))
     before = source_code.fingerprint_code("my_scaled")
     assert {"my_scaled.py", "my_scale.py", "sam_lora_image_encoder.py"} <= before.keys()
     (tmp_path / "my_scale.py").write_text("SCALE = 2\n")

@@ -31,6 +31,7 @@ SCRIPTS = Path(__file__).parent / "older_scripts"
 def importable(monkeypatch: pytest.MonkeyPatch):
     """Make the module importable, as if it lay at the top level."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setattr("lora.variants.FOLDERS", (SCRIPTS.parent.parent, SCRIPTS))
     yield
     sys.modules.pop("older_lora", None)
 

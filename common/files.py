@@ -17,6 +17,7 @@ import numpy as np
 from common.errors import InputError, MissingFileError, cannot_make, first_line
 
 LARGEST_JSON = 256 << 20  # bytes; the results of some thousand cases take a few MiB
+LARGEST_SLICE = 1 << 30  # bytes of an array in an .npz, unpacked; 16384 x 16384 in float32
 
 
 def require_file(path: str | Path, *, what: str, remedy: str) -> Path:
@@ -101,9 +102,12 @@ def _number(text: str) -> float:
 def load_arrays(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Read the named arrays of an `.npz` file; pickled objects in it are refused.
 
+    What the headers state is checked before anything is unpacked.
+
     Raises:
         MissingFileError: there is no such file.
-        InputError: it is corrupt, or a key is missing, or an array holds objects.
+        InputError: it is corrupt, or a key is missing, or an array holds objects or is too large,
+            or the last two axes of the arrays differ.
     """
     path = require_file(path, what="slice file", remedy="check the path or run preprocess again")
     for again in (True, False):
@@ -115,6 +119,7 @@ def load_arrays(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray
                         f"{path} has no array named {', '.join(missing)} (it holds "
                         f"{', '.join(archive.files) or 'nothing'}); write it by preprocess"
                     )
+                _require_one_size({key: _stated_shape(archive, key) for key in keys}, path)
                 return {key: archive[key] for key in keys}
         except InputError:
             raise
@@ -125,3 +130,23 @@ def load_arrays(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray
                 f"{path} is not a readable npz file ({first_line(error)}); run preprocess again"
             ) from None
     raise AssertionError("the second attempt returns or raises")
+
+
+def _stated_shape(archive: np.lib.npyio.NpzFile, key: str) -> tuple[int, ...]:
+    """Return the shape in the header of an array; the array itself stays packed."""
+    with archive.zip.open(f"{key}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read[version[0]](member)
+    size = math.prod(shape) * dtype.itemsize
+    if size > LARGEST_SLICE:
+        raise ValueError(f"its {key} {shape} would take {size:,} bytes")
+    return shape
+
+
+def _require_one_size(shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    if len({shape[-2:] for shape in shapes.values()}) > 1:
+        found = " and ".join(f"{key} {shape}" for key, shape in shapes.items())
+        raise InputError(
+            f"{path} holds {found}, expected the same rows and columns; run preprocess again"
+        )

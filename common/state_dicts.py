@@ -26,7 +26,8 @@ def unwrapped(content: Any) -> Any:
         state = next((inner for inner in inside if isinstance(inner, dict)), state)
     if not isinstance(state, dict) or not _tensor_names(state):
         return content
-    while prefix := _common_prefix(state):
+    for _ in PREFIXES:  # at most one wrapper of each kind
+        prefix = _common_prefix(state) or ""
         state = {
             key.removeprefix(prefix) if isinstance(key, str) else key: value
             for key, value in state.items()

@@ -17,6 +17,7 @@ from config.shared_flags import (
     SAME_CODE,
 )
 from datasets.intensity import RULES
+from datasets.registry import LARGEST_SIDE
 from evaluation.metrics import NSD_TOLERANCE
 
 INPUT_SIZE = Flag(
@@ -25,6 +26,7 @@ INPUT_SIZE = Flag(
     "adapter records, for published adapters 224",
     type=int,
     low=1,
+    high=LARGEST_SIDE,
 )
 ADAPTER = "adapter file; default: the newest of the run of --config, else checkpoints/epoch_159.pth"
 # The adapter records these settings of its network; the flags are for adapters that do not.
@@ -42,6 +44,7 @@ INFERENCE = (
         "slices to compute at once; default: 12, on a CPU 2",
         type=int,
         low=1,
+        high=100_000,
         changes_numbers=False,
         from_config=False,
     ),
@@ -110,7 +113,7 @@ PREDICT = {
             type=bool,
             changes_numbers=False,
         ),
-        Flag("channel", "index of the volume in a 4-D file, from 0", type=int, low=0),
+        Flag("channel", "index of the volume in a 4-D file, from 0", type=int, low=0, high=65535),
         Flag(
             "intensity",
             "how values become [0, 1], for a network whose training data do not record it: ct (HU "
@@ -121,6 +124,8 @@ PREDICT = {
             "window",
             "other limits for the intensity rule: LOW HIGH",
             type=float,
+            low=-1e12,
+            high=1e12,
             takes_list=True,
         ),
         DATASET,

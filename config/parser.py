@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from common.arguments import ArgumentParser
 from common.errors import InputError
+
+# Of a path or name, as Linux limits paths.
+LONGEST_TEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Flag:
     required: bool = False
     # The flag takes one value or more, which become a list.
     takes_list: bool = False
-    # Limits of the value, both included.
+    # Limits of the value, both included; every number has them.
     low: float | None = None
     high: float | None = None
     # A limit that the value must exceed.
@@ -72,38 +74,51 @@ class Flag:
             is_number = self.type is float and type(item) is int
             if type(item) is not self.type and not is_number:
                 raise InputError(
-                    f"{source} has {self.name} = {value!r:.60}, expected a value of type "
+                    f"{source} has {self.name} = {value!a:.60}, expected a value of type "
                     f"{self.type.__name__}; correct it or leave it out"
                 )
             if self.choices and item not in self.choices:
                 raise InputError(
-                    f"{source} has {self.name} = {value!r:.60}, expected {self.choices}"
+                    f"{source} has {self.name} = {value!a:.60}, expected "
+                    f"{' or '.join(map(str, self.choices))}; correct it or leave it out"
                 )
         if self.takes_list and not isinstance(value, list):
-            raise InputError(f"{source} has {self.name} = {value!r:.60}, expected a list")
+            raise InputError(f"{source} has {self.name} = {value!a:.60}, expected a list")
 
-    def check_limits(self, value: Any) -> None:
-        """Raise an `InputError` if a value is outside the limits; None always passes."""
-        if value is None or self._within_limits(value):
-            return
-        if self.multiple_of is not None and value >= (self.low or 0):
-            expected = f"a multiple of {self.multiple_of}"
-        elif self.above is not None:
-            expected = f"a number above {self.above}"
-        elif self.high is None:
-            expected = f"at least {self.low}"
-        else:
-            expected = f"{self.low}…{self.high}"
-        hint = f"; {self.hint}" if self.hint else ""
-        raise InputError(f"--{self.name} is {value}, expected {expected}{hint}")
+    def check_limits(self, value: Any, source: object = None) -> None:
+        """Check that a value is within the limits, and that a text can be a path; None passes.
+
+        Args:
+            source: the file that holds the value; None: the command line.
+
+        Raises:
+            InputError: the value is outside.
+        """
+        for item in value if self.takes_list and isinstance(value, list) else [value]:
+            if item is None or self._within_limits(item):
+                continue
+            given = f"--{self.name} is" if source is None else f"{source} has {self.name} ="
+            hint = f"; {self.hint}" if self.hint else ""
+            shown = ascii(item)[:40] if self.type is str else f"{item!s:.40}"
+            raise InputError(f"{given} {shown}, expected {self._expected()}{hint}")
 
     def _within_limits(self, value: Any) -> bool:
+        if self.type is str:
+            return 0 < len(value) <= LONGEST_TEXT and "\0" not in value
         return (
             (self.low is None or value >= self.low)
             and (self.high is None or value <= self.high)
-            and (self.above is None or self.above < value < math.inf)
+            and (self.above is None or value > self.above)
             and (self.multiple_of is None or value % self.multiple_of == 0)
         )
+
+    def _expected(self) -> str:
+        if self.type is str:
+            return f"1…{LONGEST_TEXT} characters, none of them NUL"
+        if self.above is not None:
+            return f"a number above {self.above}, at most {self.high:,}"
+        multiple = f"a multiple of {self.multiple_of} in " if self.multiple_of else ""
+        return f"{multiple}{self.low:,}…{self.high:,}"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -19,6 +19,7 @@ from config.shared_flags import AUTO, SCRATCH
 from config.source_code import changed_files
 from config.train_flags import TRAIN, slices_of_update
 from datasets.prepared_files import SampleFacts
+from segment_anything.base_weights import same_base
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
@@ -104,6 +105,8 @@ def differences(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
     now = _settings_to_keep(vars(args))
     before = _settings_to_keep(vars(args) | saved)
     names = sorted(name for name in now if before[name] != now[name] and name != "code")
+    if "weights" in names and _same_weights(str(before["weights"]), str(now["weights"])):
+        names.remove("weights")
     found = [
         f"{name if name in CONTENT else f'--{name}'} {before[name]} → {now[name]}" for name in names
     ]
@@ -135,6 +138,12 @@ def fingerprint_data(facts: Sequence[SampleFacts]) -> str:
 def fingerprint_weights(base: str | None, adapter: str | None) -> str:
     """Return a fingerprint of the weights that a run starts from: base weights and adapter."""
     return f"{base or SCRATCH}" + (f" and {sha256_of(Path(adapter))[:12]}" if adapter else "")
+
+
+def _same_weights(before: str, now: str) -> bool:
+    """Compare two fingerprints; earlier versions recorded half of that of the base weights."""
+    old, new = before.split(" and "), now.split(" and ")
+    return same_base(old[0], new[0]) and old[1:] == new[1:]
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -8,6 +8,10 @@ from segment_anything import ENCODERS
 
 # `--ckpt none`: start without base weights and train every weight.
 SCRATCH = "none"
+# Side of the network's input. At 4096 the attention of one block has 4 billion weights a head.
+LARGEST_IMAGE = 4096
+# No layer is wider than 5120, and a larger rank than its width adds nothing.
+LARGEST_RANK = 4096
 # `--resume auto`: continue the newest run with the same settings.
 AUTO = "auto"
 
@@ -53,6 +57,7 @@ NETWORK = (
         type=int,
         default=512,
         low=1,
+        high=LARGEST_IMAGE,
         multiple_of=16,
         hint="16 is the patch size of the encoder",
         in_adapter=True,
@@ -80,6 +85,7 @@ NETWORK = (
         type=int,
         default=4,
         low=1,
+        high=LARGEST_RANK,
         in_adapter=True,
         in_name=lambda args: f"r{args.rank}",
     ),
@@ -112,6 +118,7 @@ PROCESSES = Flag(
     "number of processes to start on this machine; default: one for each GPU in use",
     type=int,
     low=1,
+    high=256,
     changes_numbers=False,
 )
 REPEATABILITY = (

@@ -53,6 +53,7 @@ RECIPE = (
         type=int,
         default=250,
         low=1,
+        high=10**9,
         in_name=lambda args: f"wu{args.warmup_period}" if args.warmup else None,
     ),
     Flag(
@@ -81,6 +82,7 @@ RECIPE = (
         type=int,
         default=12,
         low=1,
+        high=100_000,
         changes_numbers=False,
     ),
     Flag(
@@ -90,6 +92,7 @@ RECIPE = (
         type=int,
         default=2,
         low=1,
+        high=100_000,
         changes_numbers=False,
     ),
     Flag(
@@ -97,6 +100,7 @@ RECIPE = (
         "slices of one update; default: batch_size × n_gpu",
         type=int,
         low=1,
+        high=10**9,
         in_name=lambda args: f"bs{slices_of_update(vars(args))}",
     ),
     Flag(
@@ -105,6 +109,7 @@ RECIPE = (
         type=int,
         default=200,
         low=1,
+        high=10**9,
     ),
     Flag(
         "stop_epoch",
@@ -112,6 +117,7 @@ RECIPE = (
         type=int,
         default=160,
         low=1,
+        high=10**9,
         # The schedule of the learning rate does not depend on it.
         changes_numbers=False,
         in_name=lambda args: f"epo{args.stop_epoch}of{args.max_epochs}",
@@ -121,6 +127,7 @@ RECIPE = (
         "stop after this many steps, or after --stop_epoch if that comes first",
         type=int,
         low=1,
+        high=10**12,
         changes_numbers=False,
         in_name=lambda args: f"it{args.max_iterations}" if args.max_iterations else None,
     ),
@@ -129,6 +136,7 @@ RECIPE = (
         "largest norm of the gradient; default: no clipping",
         type=float,
         above=0,
+        high=1e30,
         hint="leave it out to train without clipping",
         in_name=lambda args: f"clip{args.clip_grad:g}" if args.clip_grad else None,
     ),
@@ -169,6 +177,7 @@ TRAIN = {
             "processes that load slices; default: 4 with a GPU, 0 on a CPU",
             type=int,
             low=0,
+            high=256,
             changes_numbers=False,
         ),
         Flag(
@@ -208,6 +217,7 @@ TRAIN = {
             "steps between saves of the full state",
             type=int,
             low=1,
+            high=10**9,
             changes_numbers=False,
         ),
         Flag(
@@ -216,6 +226,7 @@ TRAIN = {
             type=int,
             default=2,
             low=1,
+            high=10**6,
             changes_numbers=False,
         ),
         Flag(
@@ -253,6 +264,7 @@ TRAIN = {
             "held out, as published",
             type=int,
             low=1,
+            high=10**9,
             in_name=lambda args: f"val{args.val_every}" if args.val_every else None,
         ),
         Flag(
@@ -260,12 +272,14 @@ TRAIN = {
             "number of cases to hold out; default: a sixth",
             type=int,
             low=1,
+            high=10**9,
         ),
         Flag(
             "patience",
             "stop after this many validations in a row without a better score",
             type=int,
             low=1,
+            high=10**9,
             changes_numbers=False,
         ),
     ),
@@ -283,6 +297,7 @@ TRAIN = {
             type=int,
             default=20,
             low=1,
+            high=10**9,
             changes_numbers=False,
         ),
     ),

@@ -21,6 +21,7 @@ from datasets.names import case_names
 SPEC_FILE = "dataset_spec.json"  # beside train_npz/ and test_vol_h5/
 SUMMARY_FILE = "preprocess.json"  # beside them too: what preprocessing did with each case
 AXIS_PAIRS = ("RL", "AP", "IS")  # an orientation has one letter of each pair
+LARGEST_SIDE = 16384  # of a slice, in pixels
 LONGEST_NAME = 80  # bytes of a class name, which becomes part of file names
 
 

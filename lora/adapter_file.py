@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from common.errors import InputError, first_few
-from common.files import require_file
+from common.errors import InputError, first_few, first_line
+from common.files import parse_json, require_file
 from common.state_dicts import unwrapped
-from common.tensors import load_safetensors, load_tensors
+from common.tensors import load_safetensors, load_tensors, plain_tensors
 
 SETTINGS_KEY = "samed_settings"
 # A of the first update, in every published adapter.
@@ -32,6 +32,10 @@ HEAD_ROWS = (
     "mask_decoder.iou_prediction_head.layers.2.bias",
 )
 HEAD_NETWORKS = "mask_decoder.output_hypernetworks_mlps."
+LARGEST_SETTINGS = (
+    16 << 20
+)  # characters as JSON; ten thousand training cases take less than one MiB
+DEEPEST_SETTINGS = 16  # levels of nesting
 
 
 def read_adapter(filename: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -46,20 +50,51 @@ def read_adapter(filename: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
     content = _read_safetensors(filename) if is_safetensors(filename) else load_tensors(filename)
     state = unwrapped(content)
     settings = state.pop(SETTINGS_KEY, None) if isinstance(state, dict) else None
-    settings = settings if isinstance(settings, dict) else {}
+    settings = _plain_settings(settings, filename) if isinstance(settings, dict) else {}
     if not isinstance(state, dict) or not (FIRST_KEY in state or settings):
         raise InputError(
             f"{filename} is not a LoRA adapter (it has no {FIRST_KEY}); {_what_instead(state)}"
         )
-    not_tensors = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
-    if not_tensors:
-        raise InputError(f"{filename} holds entries that are no tensors: {first_few(not_tensors)}")
-    if FIRST_KEY in state and state[FIRST_KEY].ndim != 2:
-        raise InputError(
-            f"{filename} has {FIRST_KEY} of shape {tuple(state[FIRST_KEY].shape)}, expected "
-            "(rank, width); fetch or save it again"
-        )
+    state = plain_tensors(state, filename)
+    for key in (FIRST_KEY, HEAD_ROWS[0]):
+        if key in state and state[key].ndim != 2:
+            raise InputError(
+                f"{filename} has {key} of shape {tuple(state[key].shape)}, expected a matrix; "
+                "fetch or save it again"
+            )
     return state, settings
+
+
+def _plain_settings(settings: dict[Any, Any], filename: str | Path) -> dict[str, Any]:
+    """Return settings as they come back from JSON, which both formats of adapters can hold.
+
+    A `.pth` may hold a list that contains itself, or ten that each name the next ten times.
+    """
+    try:
+        text, size = [], 0
+        for piece in json.JSONEncoder(allow_nan=False, check_circular=False).iterencode(settings):
+            text.append(piece)
+            size += len(piece)
+            if size > LARGEST_SETTINGS:
+                raise ValueError("they are too long")
+        plain = parse_json("".join(text))
+        layer = [plain]
+        for _ in range(DEEPEST_SETTINGS):
+            layer = [inner for value in layer for inner in _inside(value)]
+        if layer:
+            raise ValueError("they are nested too deeply")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{filename} has settings that are no plain values ({first_line(error)}); save or "
+            "convert it again"
+        ) from None
+    return plain
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 def _what_instead(state: Any) -> str:
@@ -83,7 +118,7 @@ def holds_every_weight(state: dict[str, torch.Tensor]) -> bool:
 def variant_of(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> str:
     """Return the module whose `LoRA_Sam` wrote an adapter; published ones show it by their keys."""
     recorded = settings.get("module")
-    if isinstance(recorded, str):
+    if isinstance(recorded, str) and recorded.isidentifier():
         return recorded
     both = "sa_a_000" in state
     return "sam_lora_image_encoder_mask_decoder" if both else "sam_lora_image_encoder"
@@ -91,13 +126,17 @@ def variant_of(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> str:
 
 def rank_of(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> int | None:
     """Return the rank of an adapter; None if the file does not show it."""
-    return len(state[FIRST_KEY]) if FIRST_KEY in state else settings.get("rank")
+    return len(state[FIRST_KEY]) if FIRST_KEY in state else _count(settings.get("rank"))
 
 
 def class_count(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> int | None:
     """Return the number of foreground classes of an adapter; None if the file does not show it."""
     tokens = state.get(HEAD_ROWS[0])
-    return settings.get("num_classes") if tokens is None else len(tokens) - 1
+    return _count(settings.get("num_classes")) if tokens is None else len(tokens) - 1
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and value > 0 else None
 
 
 def is_safetensors(filename: str | Path) -> bool:
@@ -108,8 +147,8 @@ def is_safetensors(filename: str | Path) -> bool:
 def _read_safetensors(filename: str | Path) -> dict[str, Any]:
     state, metadata = load_safetensors(filename)
     try:
-        settings = json.loads(metadata[SETTINGS_KEY]) if SETTINGS_KEY in metadata else None
-    except (ValueError, RecursionError) as error:
+        settings = parse_json(metadata[SETTINGS_KEY]) if SETTINGS_KEY in metadata else None
+    except ValueError as error:
         raise InputError(
             f"{filename} has settings that are not JSON ({str(error)[:80]}); convert it again"
         ) from None
@@ -119,7 +158,9 @@ def _read_safetensors(filename: str | Path) -> dict[str, Any]:
 def trained_classes(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> list[str] | None:
     """Return the class names of an adapter in order; None for a published one, which has none."""
     names = settings.get("class_names")
-    valid = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    valid = isinstance(names, list) and all(
+        isinstance(name, str) and name.isprintable() for name in names
+    )
     return names if valid and len(names) == class_count(state, settings) else None
 
 

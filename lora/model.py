@@ -26,6 +26,7 @@ from lora.adapter_file import (
     with_classes,
 )
 from lora.layers import LoRABranch, LoRALinear
+from segment_anything.base_weights import same_base
 
 
 @dataclass(frozen=True)
@@ -244,19 +245,20 @@ class LoRAModel(nn.Module):
                 )
         first = self.updates[0].down if self.updates else None
         width, expected = (
-            tensors[first].shape[-1] if first in tensors else None
+            tensors[first].shape[-1] if first in tensors and tensors[first].ndim else None
             for tensors in (state, self._adapter_tensors())
         )
         if width not in (None, expected):
             raise InputError(
                 f"{filename} was trained with another encoder, of width {width}; the width of this "
                 f"network is {expected}; pass --vit_name "
-                f"{settings.get('vit_name', 'of its training')}"
+                f"{settings.get('vit_name', 'of its training')!s:.40}"
             )
         trained_on, loaded = settings.get("base_fingerprint"), self.sam.base_fingerprint
-        if not holds_every_weight(state) and trained_on not in (None, loaded):
+        other = isinstance(trained_on, str) and not same_base(trained_on, loaded)
+        if other and not holds_every_weight(state):
             raise InputError(
-                f"{filename} was trained on base weights {trained_on}, this network holds "
+                f"{filename} was trained on base weights {trained_on!a:.40}, this network holds "
                 f"{loaded or 'none'}; pass the --ckpt of its training"
             )
 

@@ -12,7 +12,7 @@ from einops import rearrange
 
 from common.errors import InputError, MissingFileError, first_few
 from common.state_dicts import unwrapped
-from common.tensors import load_safetensors, load_tensors
+from common.tensors import load_safetensors, load_tensors, plain_tensors
 
 from .modeling import ImageEncoderViT, Sam
 
@@ -22,6 +22,7 @@ MASK_HEADS = (
     "mask_decoder.output_hypernetworks_mlps.",
     "mask_decoder.iou_prediction_head.",
 )
+NECK = "image_encoder.neck."
 # Statistics that some programs save with the weights. Here the caller gives them.
 NO_WEIGHTS = ("pixel_mean", "pixel_std")
 # Networks that are taken for SAM's, by the start of a tensor's name.
@@ -65,7 +66,8 @@ def read_base_weights(
 
     Raises:
         MissingFileError: there is no such file; the message says what to download.
-        InputError: the file holds another encoder, an adapter, or no SAM checkpoint.
+        InputError: the file holds another encoder, an adapter, no SAM checkpoint, or entries that
+            are no weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -73,11 +75,12 @@ def read_base_weights(
     is_safe = path.suffix.lower() == ".safetensors"
     state = unwrapped(load_safetensors(path)[0] if is_safe else load_tensors(path))
     _require_encoder(state, path, name, widths, public)
-    return {
+    weights = {
         key: value
         for key, value in state.items()
         if isinstance(value, torch.Tensor) and key not in NO_WEIGHTS
     }
+    return plain_tensors(weights, path)
 
 
 def fill_base_weights(
@@ -156,14 +159,15 @@ def fit_image_size(state: dict[str, torch.Tensor], encoder: ImageEncoderViT) -> 
     """
     key = "image_encoder.pos_embed"
     grid = encoder.pos_embed.shape[1]
-    if key in state and state[key].shape[1:3] != (grid, grid):
+    if key in state and _differs_only_in((1, 2), state[key], encoder.pos_embed):
         channels_first = rearrange(state[key], "b h w c -> b c h w")
         resized = F.interpolate(channels_first, (grid, grid), mode="bilinear", align_corners=False)
         state[key] = rearrange(resized, "b c h w -> b h w c")
     for block in encoder.global_blocks:
         for axis in ("h", "w"):
             key = f"image_encoder.blocks.{block}.attn.rel_pos_{axis}"
-            if key in state and len(state[key]) != 2 * grid - 1:
+            own = getattr(encoder.blocks[block].attn, f"rel_pos_{axis}")
+            if key in state and _differs_only_in((0,), state[key], own):
                 channels_first = rearrange(state[key], "offsets d -> 1 d offsets")
                 resized = F.interpolate(
                     channels_first, 2 * grid - 1, mode="linear", align_corners=False
@@ -171,13 +175,35 @@ def fit_image_size(state: dict[str, torch.Tensor], encoder: ImageEncoderViT) -> 
                 state[key] = rearrange(resized, "1 d offsets -> offsets d").contiguous()
 
 
+def _differs_only_in(axes: tuple[int, ...], found: torch.Tensor, own: torch.Tensor) -> bool:
+    """Return whether two tensors have different sizes in some of these axes and in no others."""
+    if found.ndim != own.ndim:
+        return False
+    differ = {axis for axis in range(own.ndim) if found.shape[axis] != own.shape[axis]}
+    return bool(differ) and differ <= {*axes}
+
+
 def fingerprint(state: dict[str, torch.Tensor]) -> str:
-    """Return sixteen hexadecimal digits that identify base weights (SHA-256 of the neck)."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        if key.startswith("image_encoder.neck."):
-            digest.update(state[key].detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Return 32 hexadecimal digits that identify base weights.
+
+    The first half is the SHA-256 of the neck, which earlier versions recorded alone. The second
+    half is that of all weights with their names and shapes, but for the mask heads: which of them
+    are taken depends on the classes, and an adapter or a state holds them.
+    """
+    neck, whole = hashlib.sha256(), hashlib.sha256()
+    for key in sorted(key for key in state if not key.startswith(MASK_HEADS)):
+        values = state[key].detach().cpu().float().contiguous().numpy()
+        whole.update(f"{key} {values.shape} ".encode())
+        for digest in (neck, whole) if key.startswith(NECK) else (whole,):
+            digest.update(values)
+    return neck.hexdigest()[:16] + whole.hexdigest()[:16]
+
+
+def same_base(one: str | None, other: str | None) -> bool:
+    """Return whether two fingerprints mean the same base weights, as far as both can tell."""
+    if one is None or other is None:
+        return one == other
+    return one.startswith(other) or other.startswith(one)
 
 
 def _require_encoder(
@@ -206,7 +232,7 @@ def _require_encoder(
             f"{first_few(sorted(keys), 3) or 'nothing'}); expected a SAM checkpoint"
         )
     depth = len({key.split(".")[2] for key in keys if key.startswith("image_encoder.blocks.")})
-    found = (len(patches), depth)
+    found = (patches.shape[0] if patches.ndim else 0, depth)
     if found != widths[name]:
         names = [other for other, sizes in widths.items() if sizes == found]
         holds = names[0] if names else f"an encoder of width {found[0]} and depth {found[1]}"

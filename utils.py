@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.console import printable
 from common.errors import InputError
 from config.settings import base_checkpoint, class_names, warn_of_changed_code
 from config.shared_flags import SCRATCH
@@ -62,13 +63,20 @@ def start_logging(path: Path | None) -> None:
     # The program reports a full disk once; logging would report it for every line.
     logging.raiseExceptions = False
     to_file = logging.FileHandler(path, encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+    to_file.setFormatter(_PrintableLines("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
     to_stdout, to_stderr = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     to_stdout.addFilter(lambda record: record.levelno < logging.WARNING)
     to_stderr.setLevel(logging.WARNING)
     for handler in (to_stdout, to_stderr):
         handler.setFormatter(logging.Formatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[to_file, to_stdout, to_stderr], force=True)
+
+
+class _PrintableLines(logging.Formatter):
+    """Log lines whose characters steer no terminal that later shows the file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
 
 
 def seed_everything(seed: int, *, deterministic: bool, compiles: bool = False) -> None:

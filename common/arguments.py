@@ -6,9 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
-from common.errors import EXIT_BAD_INPUT, first_few
+from common.console import printable
+from common.errors import EXIT_BAD_INPUT, InputError, first_few
+from common.names import utf8_path
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -29,9 +32,21 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(self._explain(unknown))
         return values
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse a command line as argparse does; refuse one that is not UTF-8, as libraries do."""
+        words = sys.argv[1:] if args is None else args
+        try:
+            for word in (Path.cwd(), *words):
+                utf8_path(word)
+        except InputError as error:
+            self.error(str(error))
+        except FileNotFoundError:
+            self.error("the current folder was deleted; change to another one")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Print one line on stderr and end with exit code 2."""
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(printable(f"error: {message} (see {self.prog} --help)"), file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT)
 
     def _explain(self, unknown: list[str]) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.console import output_failure, prepare_console, printable
+
 EXIT_BAD_INPUT = 2
 # The code that shells report for Ctrl-C.
 EXIT_KEYBOARD = 130
@@ -26,7 +28,13 @@ NOT_WRITABLE = NO_PLACE | FULL | NOT_ALLOWED
 
 
 class InputError(ValueError):
-    """The user's input is wrong; the message says what, where, what was expected, what to do."""
+    """The user's input is wrong; the message says what, where, what was expected, what to do.
+
+    The message is one line, whatever names it quotes.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class MissingFileError(InputError, FileNotFoundError):
@@ -35,18 +43,26 @@ class MissingFileError(InputError, FileNotFoundError):
 
 @contextlib.contextmanager
 def exit_on_bad_input() -> Iterator[None]:
-    """Turn an `InputError` into one line on stderr and exit code 2; a bug keeps its traceback.
+    """Run a program: an `InputError` is one line on stderr and exit code 2; a bug has a traceback.
 
-    A file that the operating system refuses to read or write counts as wrong input too.
+    A file that the operating system refuses to read or write counts as wrong input too, and so does
+    a full disk under standard output. If nobody reads the output any more (`| head`, a closed
+    terminal), the program goes on to its end, and its exit code says how it ended.
     """
+    prepare_console()
     try:
         yield
+        _require_output()
     except InputError as error:
         _say_once(f"error: {error}")
         raise SystemExit(EXIT_BAD_INPUT) from None
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         raise SystemExit(EXIT_KEYBOARD) from None
+    except SystemExit as stop:
+        if not stop.code:
+            _require_output()
+        raise
     except OSError as error:
         if error.errno not in NOT_WRITABLE or error.filename is None:
             raise
@@ -57,8 +73,20 @@ def exit_on_bad_input() -> Iterator[None]:
         raise SystemExit(EXIT_BAD_INPUT) from None
 
 
+def _require_output() -> None:
+    """End with exit code 2 if a part of standard output could not be written."""
+    if failure := output_failure():
+        _say_once(
+            f"error: a part of the output could not be written ({failure.strerror}); files are "
+            "complete, so make room and look there, or redirect the output to another place"
+        )
+        raise SystemExit(EXIT_BAD_INPUT)
+
+
 def _say_once(text: str, suffix: str = "") -> None:
     """Print a line on stderr, unless another process of the same launch has printed it."""
+    text = printable(text)
+    prepare_console()  # This may be a worker, which begins in another function.
     if folder := os.environ.get(NOTES):
         try:
             (Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()}{suffix}").touch(

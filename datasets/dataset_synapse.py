@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.errors import InputError, MissingFileError, first_few, warn
 from common.files import load_arrays, require_file, require_folder
-from common.names import safe_name
+from common.names import LONGEST_FILE_NAME, lines_of, safe_name
 from datasets.augmentation import (
     draw_augmentation,
     keyed_rng,
@@ -281,8 +281,8 @@ def read_list(path: Path, *, may_repeat: bool = False) -> list[str]:
     Args:
         may_repeat: a name that occurs more than once is warned of and kept.
     """
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    names = [safe_name(line.strip(), source=path) for line in lines if line.strip()]
+    lines = lines_of(path.read_bytes().decode("utf-8-sig", "surrogateescape"))
+    names = [safe_name(line, source=path, longest=LONGEST_FILE_NAME) for line in lines]
     if not names:
         raise InputError(f"list {path} is empty, expected one case or slice name per line")
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -62,7 +63,9 @@ class Interruption:
         if self.noted_at is None:
             self.noted_at = time.monotonic()
             name = signal.Signals(number).name
-            os.write(2, f"{name}: finishing the step and saving; again to end at once\n".encode())
+            said = f"{name}: finishing the step and saving; again to end at once\n"
+            with contextlib.suppress(OSError):  # The terminal may be closed.
+                os.write(2, said.encode())
         elif time.monotonic() - self.noted_at > ONE_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

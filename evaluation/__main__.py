@@ -12,6 +12,7 @@ from evaluation.page import write_page
 from evaluation.tables import TestRun, read_json
 
 
+@exit_on_bad_input()
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the results of one or more test runs and write their page."""
     parser = ArgumentParser(
@@ -35,10 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "comparison.html beside the folder of the first run)",
     )
     args = parser.parse_args(argv)
-    with exit_on_bad_input():
-        runs = [read_json(results_file(run)) for run in args.runs]
-        output = args.output or default_page(runs)
-        write_page(output, runs)
+    runs = [read_json(results_file(run)) for run in args.runs]
+    output = args.output or default_page(runs)
+    write_page(output, runs)
     print(f"written: {output}")
 
 

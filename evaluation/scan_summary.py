@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from common.names import write_table
 from common.writing import atomic_path, write_json
 from datasets.registry import DatasetSpec
 from datasets.scans.labels import write_label_tables
@@ -48,10 +48,9 @@ def write_summary(
         atomic_path(folder / "volumes.csv") as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
+        write_table(file, [COLUMNS])
         for result in cases:
-            writer.writerows(_rows(spec, result))
+            write_table(file, _rows(spec, result))
     content = {
         "cases": cases,
         "failed": failures,

@@ -7,7 +7,6 @@ then over classes.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 
 from common.errors import InputError
 from common.files import require_file
-from common.names import safe_name
+from common.names import safe_name, write_table
 from common.writing import atomic_path
 from common.writing import write_json as write_json_file
 from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, NSD_TOLERANCE, ClassScore, mean
@@ -183,14 +182,16 @@ def write_csv(path: Path, results: Sequence[CaseResult], class_names: Sequence[s
         atomic_path(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
-        writer = csv.writer(file)
-        writer.writerow(["case", "class", "name", "outcome", *SCORES])
+        write_table(file, [["case", "class", "name", "outcome", *SCORES]])
         for result in results:
-            for index, (name, score) in enumerate(
-                zip(class_names, result.scores, strict=True), start=1
-            ):
-                values = [getattr(score, key) for key in SCORES]
-                writer.writerow([result.case, index, name, score.outcome, *values])
+            classes = enumerate(zip(class_names, result.scores, strict=True), start=1)
+            write_table(
+                file,
+                (
+                    [result.case, index, name, s.outcome, *(getattr(s, key) for key in SCORES)]
+                    for index, (name, s) in classes
+                ),
+            )
 
 
 def write_json(

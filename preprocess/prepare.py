@@ -51,6 +51,7 @@ from preprocess.summary import (
 )
 
 
+@exit_on_bad_input()
 def main(argv: Sequence[str] | None = None) -> None:
     """Check flags and headers, convert the cases, then write lists and summary."""
     args = build_parser().parse_args(argv)

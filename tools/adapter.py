@@ -37,6 +37,7 @@ SUFFIXES = (".pth", SAFETENSORS)
 LONG_SETTINGS = ("updates", "code", "trained_on")
 
 
+@exit_on_bad_input()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one of the commands."""
     parser, merge = build_parsers()

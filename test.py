@@ -35,17 +35,20 @@ from evaluation.medpy_check import (
     report_check,
     require_medpy,
 )
+from evaluation.metrics import ClassScore
 from evaluation.overlays import CasePanel
 from evaluation.page import write_page
 from evaluation.predict_volume import predict_volume
 from evaluation.tables import (
     CaseResult,
+    WorstSlice,
     format_table,
     nsd_caveat,
     read_json,
     write_csv,
     write_json,
 )
+from evaluation.views import View
 from evaluation.volume_results import read_case, score_case, write_case
 from utils import (
     allow_tf32,
@@ -103,9 +106,11 @@ def test(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     rank_cases = dataset.subset(range(ranks.rank, len(dataset), ranks.count))
     finished, checked = test_with_bars(args, model, rank_cases, folder, ranks)
     by_case = {
-        result.case: (result, panel) for part in ranks.gather(finished) for result, panel in part
+        result.case: (result, panel)
+        for part in ranks.gather(finished, (CaseResult, ClassScore, WorstSlice, CasePanel, View))
+        for result, panel in part
     }
-    pairs = [pair for part in ranks.gather(checked) for pair in part]
+    pairs = [pair for part in ranks.gather(checked, (CheckedPair,)) for pair in part]
     if not ranks.first:
         return
     results, panels = zip(*(by_case[case] for case in dataset.sample_list), strict=True)

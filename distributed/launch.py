@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
+import subprocess
 import sys
 import tempfile
-import uuid
+import time
 from collections.abc import Sequence
-from pathlib import Path
+from types import FrameType
 
 import torch
 
 from common.errors import NOTES
-from distributed.ranks import EXIT_LOST_RANK, SAVED, under_torchrun
-from distributed.signals import EXIT_INTERRUPTED, heeded_signals
+from distributed.ranks import EXIT_LOST_RANK, LAUNCHER, is_rank
+from distributed.signals import heeded_signals
+
+# Seconds that ranks have to finish after a signal or the end of another rank. torchrun's variable,
+# because a script that starts either sets only one.
+GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 def was_restarted() -> bool:
@@ -31,7 +35,7 @@ def processes_here(device: str, wanted: int | None, recipe: int | None = None) -
         wanted: value of `--processes`; None: one for each GPU that the recipe and the machine have.
         recipe: number of GPUs in the recipe; None: all of the machine.
     """
-    if under_torchrun():
+    if is_rank():
         return 1
     if wanted is not None:
         return wanted
@@ -43,50 +47,77 @@ def processes_here(device: str, wanted: int | None, recipe: int | None = None) -
 def launch(script: str, argv: Sequence[str], processes: int) -> int:
     """Run `python script argv` as `processes` ranks on this machine, and return the exit code.
 
-    A signal is passed on to every rank, which has `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` seconds (120) to
-    finish. When a rank dies, torchrun's agent ends the others.
+    The ranks meet in a file of a folder that only this user can enter, and talk over the loopback
+    interface, so that no other machine can reach them. A signal is passed on to every rank. When a
+    rank fails, the others are ended. They have `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` seconds (120) to
+    finish.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    ranks: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
 
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        signals_to_handle=",".join(number.name for number in heeded_signals()),
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for rank in ranks:
+            rank.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in heeded_signals()}
+    try:
+        with tempfile.TemporaryDirectory(prefix="samed-") as folder:
+            for index in range(processes):
+                ranks.append(_start([script, *argv], index, processes, folder))
+            _wait(ranks, asked)
+    finally:
+        for rank in ranks:
+            rank.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return _exit_code([rank.returncode for rank in ranks], asked)
+
+
+def _start(words: Sequence[str], rank: int, processes: int, folder: str) -> subprocess.Popen[bytes]:
+    variables = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        NOTES: folder,
+        LAUNCHER: str(os.getpid()),
+    }
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    # A session of its own: Ctrl-C reaches a rank once, through this process.
+    return subprocess.Popen(
+        [sys.executable, *words], env=threads | os.environ | variables, start_new_session=True
     )
-    # The ranks report an error in one sentence; the agent would report it again.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory() as notes:
-        os.environ[NOTES] = notes
-        try:
-            elastic_launch(config, sys.executable)(script, *argv)
-        except SignalException as stopped:
-            return EXIT_INTERRUPTED if (Path(notes) / SAVED).exists() else 128 + stopped.sigval
-        except ChildFailedError as error:
-            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            return _exit_code(codes, processes)
-        finally:
-            del os.environ[NOTES]
-    return 0
 
 
-def _exit_code(codes: dict[int, int], processes: int) -> int:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], asked: Sequence[int]) -> None:
+    """Wait until all ranks have ended; if one fails, end the others, and kill them in the end."""
+    deadline = None
+    while None in [rank.poll() for rank in ranks]:
+        failed = any(rank.returncode for rank in ranks)
+        if deadline is None and (asked or failed):
+            deadline = time.monotonic() + float(os.environ.get(GRACE, 120))
+            if not asked:
+                for rank in ranks:
+                    rank.terminate()
+        if deadline is not None and time.monotonic() > deadline:
+            for rank in ranks:
+                rank.kill()
+        time.sleep(0.1)
+
+
+def _exit_code(codes: Sequence[int], asked: Sequence[int]) -> int:
     """Return one exit code for all ranks; some may have ended only because another rank did."""
-    largest = max((code for code in codes.values() if code > 0), default=0)
-    if largest > EXIT_LOST_RANK:  # That rank has reported why.
+    largest = max(codes)
+    if largest > EXIT_LOST_RANK or not any(codes):  # That rank has reported why.
         return largest
-    killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
+    if asked:
+        return 128 + asked[0]
+    killed = [i for i, code in enumerate(codes) if code < 0 and code != -signal.SIGTERM]
     if killed:
         print(
-            f"error: rank {killed[0]} of {processes} was killed by signal {-codes[killed[0]]}, so "
+            f"error: rank {killed[0]} of {len(codes)} was killed by signal {-codes[killed[0]]}, so "
             "the others were ended; continue with --resume auto",
             file=sys.stderr,
         )

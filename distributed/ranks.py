@@ -1,7 +1,7 @@
-"""Several processes that train one model or share volumes, with torch.distributed and torchrun.
+"""Several processes that train one model or share volumes, with torch.distributed.
 
-A rank is one process with one GPU. `torchrun` starts ranks on one machine or many;
-`distributed.launch` starts them on this machine, through torchrun's agent.
+A rank is one process with one GPU. `distributed.launch` starts ranks on this machine; `torchrun`
+starts them on one machine or many.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import nn
 
 from common.errors import NOTES, WARNING, InputError
-from distributed.signals import EXIT_INTERRUPTED
+from distributed.messages import pack, unpack
+from distributed.signals import EXIT_INTERRUPTED, end_with_parent
 
 EXIT_LOST_RANK = 1
 # How long ranks wait for a rank that checks data or scores a volume.
@@ -30,8 +31,10 @@ LONG = timedelta(hours=12)
 JOIN = timedelta(minutes=5)
 # How long ranks wait for a slower rank in a training step.
 STEP = timedelta(minutes=30)
-# Name of the marker of a rank that was asked to stop and has saved its state.
-SAVED = "saved"
+# Environment variable: the process that started this rank, if it was `distributed.launch`.
+LAUNCHER = "SAMED_LAUNCHER"
+# The file in the folder of notes in which the ranks of one launch meet.
+STORE = "store"
 # Words in the errors that follow the end of another rank.
 GONE = re.compile("peer|gloo|nccl|broken pipe", re.IGNORECASE)
 
@@ -105,21 +108,40 @@ class Ranks:
         dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self.control)
         return int(wishes)
 
-    def gather(self, item: Any) -> list[Any]:
-        """Return the items of all ranks in their order, on every rank."""
+    def gather(self, item: Any, kinds: Sequence[type] = ()) -> list[Any]:
+        """Return the items of all ranks in their order, on every rank.
+
+        Args:
+            item: what `distributed.messages.pack` takes.
+            kinds: the dataclasses that may occur in the items.
+        """
         if self.count == 1:
             return [item]
-        everything: list[Any] = [None] * self.count
-        dist.all_gather_object(everything, item, group=self.control)
-        return everything
+        return [self._passed(item, source, kinds) for source in range(self.count)]
 
     def from_first(self, thing: Any) -> Any:
-        """Return the thing that the first rank passes."""
-        if self.count == 1:
-            return thing
-        holder = [thing]
-        dist.broadcast_object_list(holder, src=0, group=self.control)
-        return holder[0]
+        """Return the thing that the first rank passes; it travels as in `gather`."""
+        return thing if self.count == 1 else self._passed(thing, 0)
+
+    def _passed(self, thing: Any, source: int, kinds: Sequence[type] = ()) -> Any:
+        """Return the thing that the rank `source` passes."""
+        own = self.rank == source
+        message, arrays = pack(thing, kinds) if own else (b"", [])
+        size = torch.tensor([len(message)])
+        dist.broadcast(size, source, group=self.control)
+
+        def receive(count: int) -> torch.Tensor:
+            found = torch.empty(count, dtype=torch.uint8)
+            if count:
+                dist.broadcast(found, source, group=self.control)
+            return found
+
+        if not own:
+            return unpack(receive(int(size)).numpy().tobytes(), receive, kinds)
+        for part in (torch.frombuffer(bytearray(message), dtype=torch.uint8), *arrays):
+            if len(part):
+                dist.broadcast(part, source, group=self.control)
+        return thing
 
     def remember(self, name: str, value: str) -> None:
         """Keep a value for the ranks that torchrun starts if one of these dies."""
@@ -151,14 +173,14 @@ class _Total(torch.autograd.Function):
         return gradient
 
 
-def under_torchrun() -> bool:
-    """Return whether torchrun (or `launch`) started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def is_rank() -> bool:
+    """Return whether `launch` or torchrun started this process."""
+    return LAUNCHER in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def local_device(device: torch.device) -> torch.device:
     """Return this rank's GPU; a CPU stays a CPU."""
-    if device.type == "cuda" and under_torchrun():
+    if device.type == "cuda" and is_rank():
         index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if index >= count:
             raise InputError(
@@ -172,12 +194,12 @@ def local_device(device: torch.device) -> torch.device:
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
     """Join the other ranks, with NCCL on GPUs and gloo on CPUs, and leave them at the end."""
-    if not under_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
+    if not is_rank() or int(os.environ["WORLD_SIZE"]) == 1:
         yield ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    memory, rank, count = next(dist.rendezvous("env://", timeout=JOIN))
+    memory, rank, count = _meet()
     # torchrun keeps one store for all attempts, which still holds the addresses of dead ranks.
     attempt = memory.add(f"samed/starts/{rank}", 1)
     store = dist.PrefixStore(f"samed/attempt/{attempt}", memory)
@@ -196,7 +218,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             raise
         folder = os.environ.get(NOTES)
         # If there are notes, the other rank has reported why it ended.
-        if not (folder and any(note.suffix != WARNING for note in Path(folder).iterdir())):
+        notes = Path(folder).iterdir() if folder else ()
+        if all(note.suffix == WARNING or note.name == STORE for note in notes):
             why = str(error).splitlines()[0][:200]
             print(f"error: rank {rank} lost another rank and ends ({why})", file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):
@@ -206,7 +229,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def note_for_launcher(word: str) -> None:
-    """Leave a marker for `launch`, if it started this rank."""
-    if folder := os.environ.get(NOTES):
-        (Path(folder) / word).touch()
+def _meet() -> tuple[dist.Store, int, int]:
+    """Return a store that all ranks share, the number of this rank, and their count."""
+    if LAUNCHER not in os.environ:
+        return next(dist.rendezvous("env://", timeout=JOIN))
+    end_with_parent(int(os.environ[LAUNCHER]))
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return dist.FileStore(str(Path(os.environ[NOTES]) / STORE), count), rank, count

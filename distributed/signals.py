@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,8 @@ EXIT_INTERRUPTED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # Seconds in which two signals count as one: a scheduler and torchrun may both pass a request on.
 ONE_REQUEST = 2.0
+# Number of the request to Linux for a signal at the parent's end.
+PR_SET_PDEATHSIG = 1
 
 
 def heeded_signals() -> list[signal.Signals]:
@@ -69,6 +72,17 @@ class Interruption:
         elif time.monotonic() - self.noted_at > ONE_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def end_with_parent(parent: int) -> None:
+    """Get SIGTERM when the parent process ends, also if it was killed; at once if it has ended.
+
+    Args:
+        parent: the number of the process that started this one.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def ignore_in_worker(worker: int) -> None:

@@ -136,14 +136,15 @@ def killing_rank_1(tmp_path: Path) -> dict[str, str]:
         f"    while not glob.glob({str(tmp_path / 'out/*/states/step_0000003*')!r}):\n"
         "        time.sleep(0.01)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "if os.environ.get('RANK') == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "first = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0'\n"
+        "if os.environ.get('RANK') == '1' and first:\n"
         "    threading.Thread(target=wait, daemon=True).start()\n"
     )
     return {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)}
 
 
 def test_a_dead_rank_ends_the_others_with_a_message_and_auto_resumes(data: Path, tmp_path: Path):
-    """train.py starts its ranks by itself, with torchrun's agent."""
+    """train.py starts its ranks by itself."""
     flags = ["--root_path", str(data), "--output", str(tmp_path / "out"), *TINY_FLAGS]
     flags += "--max_iterations 20 --batch_size 2 --processes 2 --save_steps 1".split()
     flags += ["--resume", "auto"]
@@ -156,7 +157,7 @@ def test_a_dead_rank_ends_the_others_with_a_message_and_auto_resumes(data: Path,
     assert "rank 1 of 2 was killed by signal 9" in done.stderr
     assert "Traceback" not in done.stderr
 
-    # The agent passes a signal on to the ranks, and every rank finishes its step.
+    # The launcher passes a signal on to the ranks, and every rank finishes its step.
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     later = step_of(tmp_path / "out") + 2
     wait_for_step(tmp_path / "out", later, lambda: process.poll() is None)

@@ -25,7 +25,7 @@ from common.files import sha256_of
 from common.tensors import load_tensors, save_tensors
 from common.writing import remove_partials
 from config.settings import adapter_settings
-from distributed.ranks import SAVED, Ranks, note_for_launcher
+from distributed.ranks import Ranks
 from distributed.signals import EXIT_INTERRUPTED, Interruption
 from lora import LoRAModel
 from training.run_log import RunLog
@@ -108,7 +108,6 @@ class Checkpoint:
 
     def stop(self) -> None:
         """End the program; the state was just saved."""
-        note_for_launcher(SAVED)
         logging.info("stopped after step %d; go on by --resume %s", self.run.step, self.folder)
         raise SystemExit(EXIT_INTERRUPTED)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from config.settings import class_names
-from distributed.ranks import Ranks, under_torchrun
+from distributed.ranks import Ranks, is_rank
 from distributed.signals import Interruption
 from lora import LoRAModel
 from training.batches import loader_workers, read_batches
@@ -80,7 +80,7 @@ class TrainingRun:
         self.model.train()
         with ExitStack() as opened:
             opened.enter_context(loader_workers(self.loader))
-            self.interruption = opened.enter_context(Interruption(with_parent=under_torchrun()))
+            self.interruption = opened.enter_context(Interruption(with_parent=is_rank()))
             self.log = opened.enter_context(self._open_log(state))
             self.bar = opened.enter_context(self._progress_bar())
             opened.enter_context(logging_redirect_tqdm())

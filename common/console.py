@@ -15,6 +15,9 @@ from typing import Any
 
 # Joiners inside words of Persian and of Indian languages, and inside emoji.
 JOINERS = "\u200c\u200d"
+# Unicode's categories of control characters, of marks without a form of their own, of halves of
+# characters, and of breaks of lines and paragraphs.
+STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # What moves a progress bar: to the start of its line, or up by lines.
 MOVES = re.compile(r"\r|(?:\x1b\[A)+\Z")
 # Nobody reads any more: the reader of a pipe has ended, or the terminal is closed.
@@ -37,10 +40,7 @@ def printable(text: str, *, lines: bool = False) -> str:
 
 
 def _is_shown(character: str) -> bool:
-    return character in JOINERS or unicodedata.category(character) not in (
-        *("Cc", "Cf", "Cs"),
-        *("Zl", "Zp"),
-    )
+    return character in JOINERS or unicodedata.category(character) not in STEERING
 
 
 def _escaped(character: str) -> str:

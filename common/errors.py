@@ -86,7 +86,6 @@ def _require_output() -> None:
 def _say_once(text: str, suffix: str = "") -> None:
     """Print a line on stderr, unless another process of the same launch has printed it."""
     text = printable(text)
-    prepare_console()  # This may be a worker, which begins in another function.
     if folder := os.environ.get(NOTES):
         try:
             (Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()}{suffix}").touch(
@@ -94,7 +93,8 @@ def _say_once(text: str, suffix: str = "") -> None:
             )
         except FileExistsError:
             return
-    print(text, file=sys.stderr)
+    with contextlib.suppress(OSError):  # A worker's, whose terminal is closed.
+        print(text, file=sys.stderr)
 
 
 def cannot_make(folder: str | Path, error: OSError, *, flag: str) -> InputError:

@@ -12,7 +12,6 @@ from evaluation.page import write_page
 from evaluation.tables import TestRun, read_json
 
 
-@exit_on_bad_input()
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the results of one or more test runs and write their page."""
     parser = ArgumentParser(
@@ -36,9 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "comparison.html beside the folder of the first run)",
     )
     args = parser.parse_args(argv)
-    runs = [read_json(results_file(run)) for run in args.runs]
-    output = args.output or default_page(runs)
-    write_page(output, runs)
+    with exit_on_bad_input():
+        runs = [read_json(results_file(run)) for run in args.runs]
+        output = args.output or default_page(runs)
+        write_page(output, runs)
     print(f"written: {output}")
 
 
@@ -58,4 +58,5 @@ def results_file(run: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -55,29 +55,29 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-@exit_on_bad_input()
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the flags, then make the cases in parallel."""
     args = build_parser().parse_args(argv)
-    for name, low, high in (
-        ("cases", 1, len(NUMBERS)),
-        ("size", 32, 1024),
-        ("slices", 1, 512),
-        ("seed", 0, 2**32),
-        ("workers", 1, 256),
-    ):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name} is {value}, expected {low}…{high}")
-    numbers = NUMBERS[: args.cases]
-    make = partial(write_case, args.output, seed=args.seed, size=args.size, slices=args.slices)
-    for kind in ("img", "label"):
-        make_folder(args.output / "Training" / kind, flag="--output")
-    write_json(args.output / "Training" / SPEC_FILE, PHANTOM.to_json())
-    workers = min(args.workers or os.cpu_count() or 1, len(numbers))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for _ in tqdm(pool.map(make, numbers), total=len(numbers), desc="making", unit="case"):
-            pass
+    with exit_on_bad_input():
+        for name, low, high in (
+            ("cases", 1, len(NUMBERS)),
+            ("size", 32, 1024),
+            ("slices", 1, 512),
+            ("seed", 0, 2**32),
+            ("workers", 1, 256),
+        ):
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:
+                raise InputError(f"--{name} is {value}, expected {low}…{high}")
+        numbers = NUMBERS[: args.cases]
+        make = partial(write_case, args.output, seed=args.seed, size=args.size, slices=args.slices)
+        for kind in ("img", "label"):
+            make_folder(args.output / "Training" / kind, flag="--output")
+        write_json(args.output / "Training" / SPEC_FILE, PHANTOM.to_json())
+        workers = min(args.workers or os.cpu_count() or 1, len(numbers))
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            for _ in tqdm(pool.map(make, numbers), total=len(numbers), desc="making", unit="case"):
+                pass
     print(f"{len(numbers)} phantoms in {args.output}. Next:")
     print(f"  python -m preprocess.prepare --input {args.output} --output DATA")
 
@@ -92,4 +92,5 @@ def write_case(output: Path, number: int, *, seed: int, size: int, slices: int) 
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -51,7 +51,6 @@ from preprocess.summary import (
 )
 
 
-@exit_on_bad_input()
 def main(argv: Sequence[str] | None = None) -> None:
     """Check flags and headers, convert the cases, then write lists and summary."""
     args = build_parser().parse_args(argv)
@@ -256,4 +255,5 @@ def _cpu_count() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -6,16 +6,20 @@ test is a fork of the server and starts at once.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
@@ -82,6 +86,54 @@ def run(
         process.join(timeout=120)
         assert process.exitcode is not None, "it hangs"
     return [process.exitcode for process in started]
+
+
+def run_watched(
+    command: list[str], **options: Any
+) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """Run a command to its end.
+
+    Returns:
+        Its exit code and stderr, and the addresses on which it or its children ever listened, in
+        hexadecimal as Linux shows them.
+    """
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stderr=said, stdout=subprocess.DEVNULL, **options)
+        addresses = set()
+        while process.poll() is None:
+            addresses |= listening(process.pid)
+            time.sleep(0.02)
+        said.seek(0)
+        return subprocess.CompletedProcess(
+            command, process.returncode, None, said.read()
+        ), addresses
+
+
+def listening(process: int) -> set[str]:
+    """Return the addresses on which a process and its children accept TCP connections."""
+    open_now = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, address, _, state, *rest = line.split()
+            if state == "0A":
+                open_now[f"socket:[{rest[5]}]"] = address.split(":")[0]
+    found = set()
+    for one in [process, *children(process)]:
+        with contextlib.suppress(OSError):  # It may end at this moment.
+            for file in Path(f"/proc/{one}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    found.add(open_now.get(str(file.readlink())))
+    return found - {None}
+
+
+def children(process: int) -> list[int]:
+    """Return the numbers of the children of a process, and of theirs."""
+    found = []
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{process}/task").iterdir():
+            for child in map(int, (thread / "children").read_text().split()):
+                found += [child, *children(child)]
+    return found
 
 
 def on_two_threads() -> None:

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from training.losses import SegmentationLoss
 
 pytestmark = pytest.mark.slow
 
+# 127.0.0.1, as Linux shows it, also as an address of IPv6.
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -150,9 +153,8 @@ def test_a_dead_rank_ends_the_others_with_a_message_and_auto_resumes(data: Path,
     flags += ["--resume", "auto"]
     command = [sys.executable, str(REPOSITORY / "train.py"), *flags]
     environment = killing_rank_1(tmp_path)
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=environment, check=False
-    )
+    done, addresses = processes.run_watched(command, env=environment)
+    assert addresses <= LOOPBACK
     assert done.returncode == 1, done.stderr
     assert "rank 1 of 2 was killed by signal 9" in done.stderr
     assert "Traceback" not in done.stderr
@@ -171,6 +173,25 @@ def test_a_dead_rank_ends_the_others_with_a_message_and_auto_resumes(data: Path,
     steps = [record["step"] for record in records if "loss" in record]
     assert steps == list(range(20))
     assert load_tensors(max(folder.glob("epoch_*.pth")))["w_a_000"].isfinite().all()
+
+
+def test_ranks_end_with_the_process_that_started_them(data: Path, tmp_path: Path):
+    """Also when it is killed; training saves its state, and goes on later."""
+    flags = ["--root_path", str(data), "--output", str(tmp_path / "out"), *TINY_FLAGS]
+    flags += "--max_iterations 100000 --batch_size 2 --processes 2 --save_steps 1".split()
+    flags += ["--num_workers", "1"]
+    command = [sys.executable, str(REPOSITORY / "train.py"), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    wait_for_step(tmp_path / "out", 2, lambda: process.poll() is None)
+    ranks = processes.children(process.pid)
+    assert len(ranks) >= 4  # two ranks and their loader processes
+    assert processes.listening(process.pid) <= LOOPBACK
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while alive := [rank for rank in ranks if Path(f"/proc/{rank}/exe").exists()]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
 
 
 def test_torchrun_starts_dead_ranks_again_and_they_go_on(data: Path, tmp_path: Path):
@@ -213,7 +234,8 @@ def test_ranks_share_the_scans_and_a_bad_scan_does_not_stop_the_rest(tmp_path: P
     alone = processes.run([*flags, "--output", str(tmp_path / "one")], log, program=predict.main)
     command = [sys.executable, str(REPOSITORY / "predict.py"), *flags]
     command += ["--output", str(tmp_path / "two"), "--processes", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done, addresses = processes.run_watched(command)
+    assert addresses <= LOOPBACK
     for code, told in ((alone[0], log.read_text()), (done.returncode, done.stderr)):
         assert code == 3, told
         assert "error: b: " in told and "Traceback" not in told
@@ -242,8 +264,9 @@ def test_ranks_share_the_volumes_and_the_report_is_that_of_one_process(tmp_path:
         flags += ["--device", "cpu"]
         if count == 2:  # test.py starts its ranks by itself
             command = [sys.executable, str(REPOSITORY / "test.py"), *flags, "--processes", "2"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+            done, addresses = processes.run_watched(command)
             assert done.returncode == 0, done.stderr
+            assert addresses <= LOOPBACK
         else:
             log = tmp_path / f"{count}.log"
             codes = processes.run(flags, log, count, program=test_program.main)

@@ -37,7 +37,6 @@ SUFFIXES = (".pth", SAFETENSORS)
 LONG_SETTINGS = ("updates", "code", "trained_on")
 
 
-@exit_on_bad_input()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one of the commands."""
     parser, merge = build_parsers()
@@ -151,4 +150,5 @@ def write_merged(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from config.run_folder import (
     only_writer,
     save_config,
 )
-from config.settings import parse_args
+from config.settings import base_checkpoint, parse_args
 from config.shared_flags import AUTO, SCRATCH
 from datasets.dataset_synapse import Synapse_dataset
 from distributed.launch import launch, processes_here, was_restarted
@@ -33,6 +32,7 @@ from lora import LoRAModel
 from trainer import freeze_unreached, trainer_synapse
 from training.data_check import Page, describe
 from training.memory import out_of_memory
+from training.resuming import earlier_starts, has_state, set_aside, unlike_before
 from training.validation import hold_out
 from utils import (
     allow_tf32,
@@ -69,19 +69,21 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     allow_tf32(args.tf32)
     choose_resume(args, ranks)
     dataset = Synapse_dataset(args.root_path, args.list_dir, "train", num_classes=args.num_classes)
-    left = dataset
+    left, held_out = dataset, {}
     if args.val_every:  # Refuse a wrong number of cases now.
-        left, _ = hold_out(dataset, args.val_cases, args.seed)
+        left, held_out = hold_out(dataset, args.val_cases, args.seed)
     facts = dataset.check() if ranks.first else []
     model, low_res = build_model(args, device, move_heads=True)
     freeze_unreached(model)
     folder = page = None
     if ranks.first:
         record_training_data(args, facts, left)
-        args.data = fingerprint_data(facts)
+        cases = {case: part.sample_list for case, part in held_out.items()}
+        args.data = fingerprint_data(facts, left.sample_list, cases)
         args.weights = fingerprint_weights(model.sam.base_fingerprint, args.lora_ckpt)
         folder = find_run(args) if args.resume else None
-        page = None if folder else describe(args, facts, model, device)
+        goes_on = folder is not None and not args.restart and has_state(folder)
+        page = None if goes_on else describe(args, facts, model, device)
         if args.check:
             print(page)
         elif folder is None:
@@ -92,9 +94,12 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
 
     ranks.remember(RUN, str(folder))
     with only_writer(folder, ranks.first):
+        kept = set_aside(folder) if args.restart and ranks.first else None
         start_logging(folder / "log.txt" if ranks.first else None)
         if ranks.first:
-            write_facts(args, folder, page, environment(device) | {"processes": ranks.count})
+            if kept:
+                logging.info("begun anew; what %s held is kept in %s", folder, kept)
+            write_facts(args, folder, page, environment(device) | processors(ranks))
             log_warnings(args, page)
             log_model(args, folder, model, resumed=page is None)
         multimask_output = args.num_classes > 1
@@ -104,14 +109,24 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
         logging.info("test it: python test.py --config %s --volume_path …", folder)
 
 
+def processors(ranks: Ranks) -> dict[str, int]:
+    """Return what decides in which order numbers are added, and so how they are rounded."""
+    return {"processes": ranks.count, "threads": torch.get_num_threads()}
+
+
 def choose_resume(args: argparse.Namespace, ranks: Ranks) -> None:
     """Set `args.resume`: ranks that torchrun started again continue the run they began."""
     if args.check:
         args.resume = None
     elif args.resume is None:
         args.resume = ranks.remembered(RUN) or (AUTO if was_restarted() else None)
+    if was_restarted():  # What the ranks began anew has to go on.
+        args.restart = False
     if args.resume not in (None, AUTO) and ranks.first:
-        find_run(args)  # Refuse other settings now rather than after all data were read.
+        # Refuse other settings and lost states now rather than after all data were read.
+        folder = find_run(args)
+        if not args.restart:
+            has_state(folder)
 
 
 def write_facts(
@@ -120,13 +135,15 @@ def write_facts(
     """Record the flags, the environment and the data of a run.
 
     Args:
-        page: what was found in the data; None: the run is resumed.
+        page: what was found in the data; None: the run goes on from a state.
         start: the environment of this start of the run.
     """
     starts_file = folder / "environment.json"
-    starts = json.loads(starts_file.read_text("utf-8")) if starts_file.is_file() else []
+    starts = earlier_starts(starts_file)
     save_config(args, folder)
     write_json(starts_file, [*starts, start])
+    if page is None and (told := unlike_before(starts, start)):
+        logging.info(told)
     if page is not None:
         write_json(folder / "check.json", page.facts)
         with atomic_path(folder / "check.txt") as temporary:

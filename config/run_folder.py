@@ -6,25 +6,30 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import InputError, cannot_make, cannot_write, first_few, warn
-from common.files import make_folder, require_folder, sha256_of
+from common.files import make_folder, read_json, require_folder, sha256_of
 from common.writing import write_json
 from config.parser import by_name, that_change_numbers
 from config.shared_flags import AUTO, SCRATCH
 from config.source_code import changed_files
 from config.train_flags import TRAIN, slices_of_update
 from datasets.prepared_files import SampleFacts
-from segment_anything.base_weights import same_base
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
-# Entries of config.json that are no flags: what is known of the files that a run started from.
-CONTENT = ("data", "trained_on", "weights", "code")
+# Value of the entry `program` of config.json, which tells a run from the folders of other programs.
+PROGRAM = "SAMed"
+# Entries that the config.json of older runs has, which do not name their program.
+OLDER_RUN = {"root_path", "vit_name", "rank", "max_epochs", "data", "weights"}
+# Entries of config.json that are no flags: the program, how many runs were started in the folder
+# of runs before, and what is known of the files that a run started from.
+CONTENT = ("program", "start", "data", "trained_on", "weights", "code")
+# Entries that hold hashes of content, one for each aspect; in older runs, the first one as a text.
+FINGERPRINTS = ("data", "weights")
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -65,7 +70,7 @@ def find_run(args: argparse.Namespace) -> Path | None:
     folder = require_folder(
         args.resume, what="run folder", remedy="pass one that train.py made, or 'auto'"
     )
-    found = differences(read_config_file(folder / CONFIG_FILE), args)
+    found = differences(read_run(folder), args)
     if found:
         schedule = (
             " (the learning rate's schedule depends on --max_epochs; --stop_epoch may be raised)"
@@ -80,21 +85,58 @@ def find_run(args: argparse.Namespace) -> Path | None:
 
 
 def _newest_that_fits(args: argparse.Namespace) -> Path | None:
-    runs = sorted(
-        Path(args.output).glob(f"*/{CONFIG_FILE}"), key=lambda path: path.stat().st_mtime_ns
-    )
     nearest = None
-    for config in reversed(runs):
+    for folder in reversed(runs_in(Path(args.output))):
         try:
-            found = differences(read_config_file(config), args)
-        except (InputError, KeyError, TypeError):
-            continue  # Another program wrote this file.
+            found = differences(read_run(folder), args)
+        except (InputError, KeyError, TypeError, AttributeError):
+            warn(f"{folder} cannot be continued, because its {CONFIG_FILE} was edited or damaged")
+            continue
         if not found:
-            return config.parent
-        nearest = nearest or f"the newest run, {config.parent.name}, differs in {', '.join(found)}"
+            return folder
+        nearest = nearest or f"the newest run, {folder.name}, differs in {', '.join(found)}"
     if nearest:
         warn(f"no run in {args.output} has these settings, so a new run starts: {nearest}")
     return None
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """Return the runs in a folder of runs, the newest last, whatever the clock said meanwhile."""
+    found = []
+    for path in folder.glob(f"*/{CONFIG_FILE}"):
+        try:
+            values = read_config_file(path)
+        except InputError as error:
+            if (path.parent / LOCK_FILE).is_file():
+                warn(f"the run in {path.parent} is left out: {error}")
+            continue
+        if _is_run(values):
+            found.append((_start(values), path.stat().st_mtime_ns, path.parent))
+    return [run for _, _, run in sorted(found)]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read the `config.json` of a run folder.
+
+    Raises:
+        InputError: there is none, or it is not that of a run of this program.
+    """
+    values = read_config_file(folder / CONFIG_FILE)
+    if not _is_run(values):
+        raise InputError(
+            f"{folder} is no run of train.py, because another program wrote its {CONFIG_FILE}; "
+            "pass a run folder"
+        )
+    return values
+
+
+def _is_run(values: Mapping[str, Any]) -> bool:
+    return values.get("program") == PROGRAM or values.keys() >= OLDER_RUN
+
+
+def _start(values: Mapping[str, Any]) -> int:
+    start = values.get("start")
+    return start if isinstance(start, int) and 0 <= start < 2**53 else 0
 
 
 def differences(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
@@ -104,62 +146,104 @@ def differences(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
     """
     now = _settings_to_keep(vars(args))
     before = _settings_to_keep(vars(args) | saved)
-    names = sorted(name for name in now if before[name] != now[name] and name != "code")
-    if "weights" in names and _same_weights(str(before["weights"]), str(now["weights"])):
-        names.remove("weights")
+    names = sorted(name for name in now if before[name] != now[name])
     found = [
-        f"{name if name in CONTENT else f'--{name}'} {before[name]} → {now[name]}" for name in names
+        f"--{name} {before[name]!s:.80} → {now[name]!s:.80}" for name in names if name != "spec"
     ]
+    if "spec" in names:
+        found.append("the description of the data")
+    found += [text for name in FINGERPRINTS for text in _other_content(name, saved, vars(args))]
     edited = changed_files(saved.get("code"), args.code)
     if edited and not args.same_code:
         found.append(f"source code ({first_few(edited)}; if the change means nothing, --same_code)")
     return found
 
 
+def _other_content(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a text about the first hash that differs, of those that both runs know."""
+    after, before = now.get(name), saved.get(name)
+    if not isinstance(after, dict) or before is None:
+        return []  # The data were not read yet, or the older run does not know.
+    first = next(iter(after))
+    if not isinstance(before, dict):
+        before = {first: before}
+    for part in after:
+        if part in before and before[part] != after[part]:
+            which = name if part == first else f"{name} ({part})"
+            return [f"{which} {before[part]!s:.80} → {after[part]}"]
+    return []
+
+
 def _settings_to_keep(values: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that a run must keep when it is continued.
 
-    The fingerprint of the data stands for what was measured in them: `trained_on`, and the size in
-    their description.
+    Fingerprints are compared by themselves. That of the data stands for what was measured in them:
+    `trained_on`, and the size in their description.
     """
     kept = that_change_numbers(values, by_name(TRAIN)) | {"global_batch": slices_of_update(values)}
-    kept.pop("trained_on", None)
+    for name in CONTENT:
+        kept.pop(name, None)
     if isinstance(kept.get("spec"), dict):
         kept["spec"] = kept["spec"] | {"size": None}
     return kept
 
 
-def fingerprint_data(facts: Sequence[SampleFacts]) -> str:
-    """Return the number of training slices and a hash of their content."""
-    ordered = sorted((fact.name, fact.digest, fact.voxels) for fact in facts)
-    return f"{len(facts)} slices {hashlib.sha256(repr(ordered).encode()).hexdigest()[:12]}"
+def fingerprint_data(
+    facts: Sequence[SampleFacts], order: Sequence[str], held_out: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """Return hashes of the training data that decide the numbers of a run.
+
+    Args:
+        facts: about all slices.
+        order: names of the slices that are trained on. Their places decide how they are shuffled.
+        held_out: names of the slices of each case that is held out for validation.
+
+    Returns:
+        `slices`, as version 1.0 recorded it, which hashes images and sizes of classes; `labels`;
+        `order`; `held out`.
+    """
+    ordered = sorted(facts, key=lambda fact: fact.name)
+    images = sorted((fact.name, fact.digest, fact.voxels) for fact in facts)
+    return {
+        "slices": f"{len(facts)} slices {_digest(images)}",
+        "labels": _digest([(fact.name, fact.shape, fact.label_digest) for fact in ordered]),
+        "order": _digest(list(order)),
+        "held out": _digest([(case, list(names)) for case, names in held_out.items()]),
+    }
 
 
-def fingerprint_weights(base: str | None, adapter: str | None) -> str:
-    """Return a fingerprint of the weights that a run starts from: base weights and adapter."""
-    return f"{base or SCRATCH}" + (f" and {sha256_of(Path(adapter))[:12]}" if adapter else "")
+def _digest(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
-def _same_weights(before: str, now: str) -> bool:
-    """Compare two fingerprints; earlier versions recorded half of that of the base weights."""
-    old, new = before.split(" and "), now.split(" and ")
-    return same_base(old[0], new[0]) and old[1:] == new[1:]
+def fingerprint_weights(base: str | None, adapter: str | None) -> dict[str, str]:
+    """Return hashes of the weights that a run starts from: `start`, as in version 1.0, and `base`.
+
+    Args:
+        base: `segment_anything.base_weights.fingerprint`, of which version 1.0 recorded half; None:
+            no base weights.
+        adapter: adapter file to start from.
+    """
+    half = len(base or "") // 2
+    start = f"{base[:half] if base else SCRATCH}"
+    start += f" and {sha256_of(Path(adapter))[:12]}" if adapter else ""
+    return {"start": start} | ({"base": base[half:]} if base else {})
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """Read the flags in a `config.json`.
 
     Raises:
-        InputError: the file does not hold a JSON object.
+        InputError: the file does not hold a JSON object, or none of the flags of train.py.
     """
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} is not JSON ({error}); pass the {CONFIG_FILE} that train.py wrote"
-        ) from None
+    saved = read_json(path, remedy=f"pass the {CONFIG_FILE} that train.py wrote")
     if not isinstance(saved, dict):
         raise InputError(f"{path} holds a {type(saved).__name__}, expected a JSON object of flags")
+    if not saved.keys() & by_name(TRAIN).keys():
+        raise InputError(
+            f"{path} holds no flag of train.py, so another program wrote it; pass the "
+            f"{CONFIG_FILE} that train.py wrote"
+        )
     return saved
 
 
@@ -194,7 +278,9 @@ def save_config(args: argparse.Namespace, folder: Path) -> None:
     """Write `config.json`, which `--config` reads back unchanged."""
     once = {name for name, flag in by_name(TRAIN).items() if not flag.in_config}
     values = {name: value for name, value in vars(args).items() if name not in once}
-    write_json(folder / CONFIG_FILE, values)
+    before = (_start(read_run(run)) for run in runs_in(folder.parent))
+    entries = {"program": PROGRAM, "start": max(before, default=0) + 1}
+    write_json(folder / CONFIG_FILE, entries | values)
 
 
 def newest_adapter(run: Path) -> Path:

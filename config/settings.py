@@ -19,7 +19,7 @@ from config.data_spec import choose_spec, described_training_data, with_chosen_i
 from config.flags import train_parser
 from config.inference_flags import PREDICT
 from config.parser import Flag, Parser, by_name, check_limits, that_change_numbers
-from config.run_folder import CONFIG_FILE, newest_adapter, read_config_file
+from config.run_folder import CONFIG_FILE, newest_adapter, read_config_file, read_run, runs_in
 from config.shared_flags import AUTO, SCRATCH
 from config.source_code import changed_files, fingerprint_code, fingerprint_file
 from datasets.registry import DatasetSpec, spec_from_json
@@ -114,14 +114,17 @@ def config_path(given: str) -> Path:
     """
     path = Path(given)
     if path.is_dir() and not (path / CONFIG_FILE).is_file():
-        runs = sorted(path.glob(f"*/{CONFIG_FILE}"), key=lambda file: file.stat().st_mtime_ns)
+        runs = runs_in(path)
         # A run that has just begun has no adapter to test.
-        runs = [file for file in runs if any(file.parent.glob("epoch_*.pth"))] or runs
+        runs = [run for run in runs if any(run.glob("epoch_*.pth"))] or runs
         if runs:
-            print(f"settings of {runs[-1].parent}, the newest of {len(runs)} runs in {path}")
-            return runs[-1]
-    path = path / CONFIG_FILE if path.is_dir() else path
-    return require_file(path, what="configuration", remedy="pass a run folder or its config.json")
+            print(f"settings of {runs[-1]}, the newest of {len(runs)} runs in {path}")
+            return runs[-1] / CONFIG_FILE
+    file = path / CONFIG_FILE if path.is_dir() else path
+    file = require_file(file, what="configuration", remedy="pass a run folder or its config.json")
+    if path.is_dir():
+        read_run(path)
+    return file
 
 
 def known_values(values: dict[str, Any], flags: dict[str, Flag], source: object) -> dict[str, Any]:
@@ -228,6 +231,8 @@ def _check_values(args: argparse.Namespace, flags: dict[str, Flag]) -> None:
     check_limits(flags.values(), args)
     if getattr(args, "val_every", 1) is None and (args.val_cases or args.patience):
         raise InputError("--val_cases and --patience need --val_every; pass it, for example 5")
+    if getattr(args, "restart", False) and args.resume in (None, AUTO):
+        raise InputError("--restart needs --resume FOLDER, the run to begin anew")
     if getattr(args, "root_path", "") is None:
         raise InputError("--root_path is missing; pass the folder that preprocess wrote")
     for name in ("name", "note"):

@@ -202,6 +202,14 @@ TRAIN = {
             changes_numbers=False,
             in_config=False,
         ),
+        Flag(
+            "restart",
+            "begin the run that --resume names anew; what its folder holds is kept there, in "
+            "before-1/, before-2/, …",
+            type=bool,
+            changes_numbers=False,
+            in_config=False,
+        ),
         SAME_CODE,
         Flag(
             "save_minutes",

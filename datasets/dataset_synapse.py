@@ -235,6 +235,7 @@ class Synapse_dataset(Dataset):
             voxels=tuple(counts.tolist()),
             digest=hashlib.blake2b(image.data, digest_size=16).hexdigest(),
             slice_digests=tuple(slice_digests(image if label.ndim == 3 else image[None])),
+            label_digest=hashlib.blake2b(np.ascontiguousarray(label), digest_size=16).hexdigest(),
         )
 
 

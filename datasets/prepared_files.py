@@ -30,6 +30,7 @@ class SampleFacts:
     voxels: tuple[int, ...]  # of each class, background first
     digest: str  # of the image: equal images have equal digests
     slice_digests: tuple[str, ...] = ()  # of each slice; empty texts for constant slices
+    label_digest: str = ""
 
 
 def check_sample(

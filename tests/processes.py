@@ -157,15 +157,13 @@ def bound_by_permissions() -> None:
 
 
 def killed_while_saving() -> None:
-    """Kill this process when its fourth state is written but does not have its name yet."""
-    fsync, calls = os.fsync, []
+    """Kill this process when its state of step 4 is written but does not have its name yet."""
+    fsync = os.fsync
 
     def fatal(descriptor: int) -> None:
         fsync(descriptor)
-        if ".partial." in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
-            calls.append(descriptor)
-            if len(calls) == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if ".partial.step_0000004" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     os.fsync = fatal
 

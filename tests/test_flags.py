@@ -48,7 +48,7 @@ def test_a_folder_of_runs_means_its_newest(tmp_path: Path, capsys):
     for age, name in enumerate(("b", "a", "c")):
         (tmp_path / name).mkdir()
         config = tmp_path / name / "config.json"
-        config.write_text(json.dumps({"rank": age}))
+        config.write_text(json.dumps({"program": "SAMed", "rank": age}))
         os.utime(config, (1000 - age, 1000 - age))
     assert config_path(str(tmp_path)) == tmp_path / "b/config.json"
     assert "the newest of 3 runs" in capsys.readouterr().out

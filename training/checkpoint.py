@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.errors import EXIT_BAD_INPUT, InputError
+from common.errors import EXIT_BAD_INPUT, InputError, first_line
 from common.files import sha256_of
 from common.tensors import load_tensors, save_tensors
 from common.writing import remove_partials
@@ -186,19 +186,23 @@ def restore(
         InputError: the state belongs to another network.
     """
     weights = _changing(model)
-    if weights.keys() != state["model"].keys():
+    try:
+        if weights.keys() != state["model"].keys():
+            raise ValueError("other weights")
+        with torch.no_grad():
+            for name, value in weights.items():
+                value.copy_(state["model"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        if ranks.rank < len(state["random"]):
+            set_random_state(state["random"][ranks.rank])
+        return Progress(**state["progress"])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            "the saved state belongs to another network; start a new run without --resume"
-        )
-    with torch.no_grad():
-        for name, value in weights.items():
-            value.copy_(state["model"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    if ranks.rank < len(state["random"]):
-        set_random_state(state["random"][ranks.rank])
-    return Progress(**state["progress"])
+            f"the saved state belongs to another network or program ({first_line(error)}); start a "
+            "new run without --resume"
+        ) from None
 
 
 def save_state(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
@@ -221,28 +225,57 @@ def save_state(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """Return the states of a run, the newest first."""
-    found = [path for path in (folder / STATES).glob("step_*.pth") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime_ns), reverse=True)
+    """Return the states of a run, the newest first: the number of steps tells, not the time.
+
+    Raises:
+        InputError: the folder of the states cannot be read.
+    """
+    found = [path for path in _state_files(folder) if NAME.fullmatch(path.name)]
+    return sorted(found, key=_step, reverse=True)
+
+
+def damaged_states(folder: Path) -> list[Path]:
+    """Return the damaged states that were set aside."""
+    return [path for path in _state_files(folder) if path.suffix == ".damaged"]
+
+
+def _state_files(folder: Path) -> list[Path]:
+    try:
+        return sorted((folder / STATES).iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(
+            f"the states in {folder / STATES} cannot be read ({error.strerror}); give the right to "
+            "read them, or put the folder back"
+        ) from None
 
 
 def newest_state(folder: Path) -> dict[str, Any] | None:
     """Read the newest state that is intact; None if the run stopped before its first state.
 
     Raises:
-        InputError: there are states, but all of them are damaged.
+        InputError: there are states, but all of them are damaged, or one cannot be read.
     """
-    remove_partials(folder / STATES)
+    for left in (folder, folder / STATES):
+        remove_partials(left)
     paths = saved_states(folder)
     for path in paths:
-        if sha256_of(path).startswith(NAME.fullmatch(path.name)[2]):
+        try:
+            intact = sha256_of(path).startswith(NAME.fullmatch(path.name)[2])
+        except OSError as error:
+            raise InputError(
+                f"the state {path} cannot be read ({error.strerror}); mend that and start again"
+            ) from None
+        if intact:
             return load_tensors(path)
         logging.warning("%s is damaged; the state before it is used", path)
         path.rename(path.with_suffix(".damaged"))
-    if paths or list((folder / STATES).glob("step_*.damaged")):
+    if paths or damaged_states(folder):
         raise InputError(
             f"every saved state in {folder / STATES} is damaged; start a new run, from the newest "
-            "adapter by --lora_ckpt if there is one"
+            f"adapter by --lora_ckpt if there is one, or begin this one anew by --resume {folder} "
+            "--restart (its files are then kept in a folder before-N/)"
         )
     return None
 

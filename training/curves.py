@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.errors import warn
+from common.files import parse_json
 from common.writing import atomic_path
 from datasets.colours import label_colours
 from training.run_log import METRICS
 
 PICTURE = "curves.png"
+# Larger numbers come from a damaged line, and no axis can show them.
+LARGEST = 1e15
 
 
 def draw_curves(folder: Path, class_names: Sequence[str]) -> Path:
@@ -21,9 +24,13 @@ def draw_curves(folder: Path, class_names: Sequence[str]) -> Path:
     from matplotlib.figure import Figure
 
     records = read_metrics(folder)
-    steps = [record for record in records if record.get("loss") is not None]
-    epochs = [record for record in records if record.get("mean_loss") is not None]
-    validations = [record for record in records if "score" in record]
+    steps = [record for record in records if _holds_numbers(record, "step", "loss", "lr")]
+    epochs = [record for record in records if _holds_numbers(record, "steps", "mean_loss")]
+    validations = [
+        record
+        for record in records
+        if _holds_numbers(record, "epoch", "score") and _are_scores(record.get("dsc"), class_names)
+    ]
     panels = 3 if validations else 2
     figure = Figure(figsize=(5 * panels, 3.6), layout="constrained")
     axes = figure.subplots(1, panels)
@@ -64,5 +71,33 @@ def draw_curves(folder: Path, class_names: Sequence[str]) -> Path:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the records of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / METRICS).read_text("utf-8").splitlines()]
+    """Read the records of metrics.jsonl; lines that are none are left out with a warning."""
+    path = folder / METRICS
+    records, damaged = [], []
+    text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            record = parse_json(line) if line else {}
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            damaged.append(number)
+        elif record:
+            records.append(record)
+    if damaged:
+        warn(f"{path} is damaged in {len(damaged)} line(s), first {damaged[0]}; they are left out")
+    return records
+
+
+def _holds_numbers(record: dict[str, Any], *names: str) -> bool:
+    return all(
+        isinstance(record.get(name), (int, float)) and abs(record[name]) < LARGEST for name in names
+    )
+
+
+def _are_scores(values: object, class_names: Sequence[str]) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == len(class_names)
+        and all(value is None or _holds_numbers({"": value}, "") for value in values)
+    )

@@ -23,9 +23,11 @@ from lora import LoRAModel
 from training.batches import loader_workers, read_batches
 from training.checkpoint import Checkpoint, Progress, newest_state, restore
 from training.curves import draw_curves
+from training.resuming import has_state
 from training.run_log import RunLog
 from training.validation import Validation, note_validation
 
+BEST = "best.pth"
 SAVE_EVERY = 20  # epochs; epoch_159.pth is the published adapter
 PICTURES_EVERY = 200  # steps
 NEWS_EVERY = 60  # seconds between lines of progress where no bar is shown
@@ -72,7 +74,9 @@ class TrainingRun:
     def __enter__(self) -> TrainingRun:
         resumes = self.args.resume and self.ranks.first
         self.ranks.copy_first(self.model.state_dict().values())
+        resumes = resumes and has_state(self.folder)
         state = self.ranks.from_first(newest_state(self.folder) if resumes else None)
+        self.fresh = state is None
         self.progress = Progress()
         if state:
             self.progress = restore(state, self.model, self.optimizer, self.scaler, self.ranks)
@@ -115,7 +119,13 @@ class TrainingRun:
         return self.progress.step >= self.last_step
 
     def epochs(self) -> Iterator[int]:
-        """Yield the epochs that are left, and move the position on after each."""
+        """Yield the epochs that are left, and move the position on after each.
+
+        A state is saved before the first step too. Results without a state then always mean that
+        states were deleted, and a folder that cannot hold a state is found at once.
+        """
+        if self.fresh:
+            self.checkpoint.save()
         for epoch in range(self.progress.epoch, self.last_epoch):
             if self.progress.out_of_patience(self.args.patience):
                 count = self.progress.not_better
@@ -181,7 +191,7 @@ class TrainingRun:
     def end_validation(self, epoch: int, found: Validation) -> None:
         """Log a validation, and save `best.pth` if its score is the best so far."""
         if note_validation(self.progress, found, epoch, class_names(self.args), self.log):
-            self.checkpoint.save_adapter("best.pth")
+            self.checkpoint.save_adapter(BEST)
 
     def save_adapter(self, epoch: int) -> None:
         """Save the adapter at the published epochs and at the end."""
@@ -209,6 +219,11 @@ class TrainingRun:
         )
         if self.progress.step:
             logging.info("going on after step %d", self.progress.step)
+        best = self.progress.best_epoch
+        if best is not None and self.ranks.first and not (self.folder / BEST).is_file():
+            logging.warning(
+                "%s of epoch %d is gone; only a better validation will write it again", BEST, best
+            )
         if self.validating and self.last_step < self.args.val_every * self.steps_per_epoch:
             logging.warning("training ends before the first validation, after --val_every epochs")
 

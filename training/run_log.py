@@ -69,9 +69,23 @@ class RunLog:
                 self.metrics = (folder / METRICS).open("ab")
             except OSError as error:
                 raise cannot_write(folder / METRICS, error) from None
-            # The file is shorter if someone deleted lines.
-            self.bytes = min(self.bytes, self.metrics.tell())
-            self.metrics.truncate(self.bytes)
+            self._cut()
+
+    def _cut(self) -> None:
+        """Cut the file where the state was saved, and at the end of a line if it was edited."""
+        path = self.folder / METRICS
+        if self.metrics.tell() < self.bytes:
+            logging.warning(
+                "%s is shorter than when the state was saved (%d of %d bytes); it goes on without "
+                "the missing lines",
+                path,
+                self.metrics.tell(),
+                self.bytes,
+            )
+        with path.open("rb") as file:
+            kept = file.read(self.bytes)
+        self.bytes = kept.rfind(b"\n") + 1
+        self.metrics.truncate(self.bytes)
 
     def step(self, facts: dict[str, Any], terms: dict[str, torch.Tensor]) -> None:
         """Keep the plain facts of a step (step, epoch, lr) and its scalars on the device."""
@@ -172,15 +186,47 @@ class RunLog:
                     self.events.scalar(name, value, step)
 
     def position(self) -> dict[str, Any]:
-        """Flush all lines to disk, and return what a later `RunLog` needs to continue from here."""
+        """Flush all lines to disk, and return what a later `RunLog` needs to continue from here.
+
+        Raises:
+            InputError: the file was deleted, or another process writes into it.
+        """
         self.flush()
         self._sync(to_disk=True)
+        self._require_own_file()
         return {
             "bytes": self.bytes,
             "epoch_losses": self.epoch_losses,
             "last_loss": self.last_loss,
             "skipped": self.skipped,
         }
+
+    def _require_own_file(self) -> None:
+        """Notice that the run folder was deleted, or that a second run writes into it.
+
+        The lock of the folder does not tell: it is deleted with the folder, and some network file
+        systems cannot lock.
+        """
+        if self.folder is None:
+            return
+        path = self.folder / METRICS
+        try:
+            there = path.stat()
+        except FileNotFoundError:
+            there = None
+        except OSError as error:
+            raise cannot_write(path, error) from None
+        if there is None or not os.path.samestat(there, os.fstat(self.metrics.fileno())):
+            raise InputError(
+                f"{path} was deleted or replaced while the run wrote it, so the run stopped; if "
+                f"the states beside it are still there, go on by --resume {self.folder}"
+            )
+        if there.st_size > self.bytes:
+            raise InputError(
+                f"another process writes into {self.folder}, so this one stopped; end the other "
+                f"one and go on by --resume {self.folder}"
+            )
+        self.bytes = there.st_size  # less than before if someone shortened the file
 
     def pictures(
         self,

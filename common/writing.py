@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.errors import NOT_WRITABLE, cannot_write
@@ -25,6 +25,8 @@ PARTIAL = r"\.(\d+)-([0-9a-f]{4})\.partial\."
 FORGOTTEN = 24 * 3600
 # What file systems answer that cannot flush a folder; its names are then as safe as they can be.
 NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM}
+# Called with the temporary and the final name of each file before it is renamed.
+before_rename: list[Callable[[Path, Path], None]] = []
 
 
 @contextlib.contextmanager
@@ -40,6 +42,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         flush_file(temporary)
+        for note in before_rename:
+            note(temporary, path)
         temporary.replace(path)
         flush_folder(path.parent)
     except OSError as error:

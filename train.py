@@ -23,7 +23,7 @@ from config.run_folder import (
     only_writer,
     save_config,
 )
-from config.settings import base_checkpoint, parse_args
+from config.settings import parse_args
 from config.shared_flags import AUTO, SCRATCH
 from datasets.dataset_synapse import Synapse_dataset
 from distributed.launch import launch, processes_here, was_restarted

@@ -9,13 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from common.errors import InputError, MissingFileError, cannot_make, first_line
 
+# Readers of the header of an array, by the version of its format; later ones hold no numbers.
+HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 LARGEST_JSON = 256 << 20  # bytes; the results of some thousand cases take a few MiB
 LARGEST_SLICE = 1 << 30  # bytes of an array in an .npz, unpacked; 16384 x 16384 in float32
 
@@ -99,10 +107,21 @@ def _number(text: str) -> float:
     return float(text)
 
 
-def load_arrays(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class Declared:
+    """What a file says of an array before its values are read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def load_arrays(
+    path: str | Path, keys: tuple[str, ...], check: Callable[..., object] | None = None
+) -> dict[str, np.ndarray]:
     """Read the named arrays of an `.npz` file; pickled objects in it are refused.
 
-    What the headers state is checked before anything is unpacked.
+    Args:
+        check: called with a `Declared` of each array, in this order, before any is read.
 
     Raises:
         MissingFileError: there is no such file.
@@ -119,7 +138,9 @@ def load_arrays(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray
                         f"{path} has no array named {', '.join(missing)} (it holds "
                         f"{', '.join(archive.files) or 'nothing'}); write it by preprocess"
                     )
-                _require_one_size({key: _stated_shape(archive, key) for key in keys}, path)
+                declared = [_declared(archive, key) for key in keys]
+                if check is not None:
+                    check(*declared)
                 return {key: archive[key] for key in keys}
         except InputError:
             raise
@@ -132,21 +153,15 @@ def load_arrays(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray
     raise AssertionError("the second attempt returns or raises")
 
 
-def _stated_shape(archive: np.lib.npyio.NpzFile, key: str) -> tuple[int, ...]:
-    """Return the shape in the header of an array; the array itself stays packed."""
-    with archive.zip.open(f"{key}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-        shape, _, dtype = read[version[0]](member)
+def _declared(archive: NpzFile, key: str) -> Declared:
+    # numpy finds an array by its name with or without this ending
+    name = key if key in archive.zip.namelist() else f"{key}.npy"
+    with archive.zip.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in HEADERS:
+            raise ValueError(f"{name} is in version {version} of numpy's format")
+        shape, _, dtype = HEADERS[version](file)
     size = math.prod(shape) * dtype.itemsize
     if size > LARGEST_SLICE:
         raise ValueError(f"its {key} {shape} would take {size:,} bytes")
-    return shape
-
-
-def _require_one_size(shapes: dict[str, tuple[int, ...]], path: Path) -> None:
-    if len({shape[-2:] for shape in shapes.values()}) > 1:
-        found = " and ".join(f"{key} {shape}" for key, shape in shapes.items())
-        raise InputError(
-            f"{path} holds {found}, expected the same rows and columns; run preprocess again"
-        )
+    return Declared(shape, dtype)

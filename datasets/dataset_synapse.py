@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -32,11 +32,13 @@ from datasets.augmentation import (
     random_rotate,
 )
 from datasets.digests import slice_digests
+from datasets.h5_files import count_slices, read_h5
 from datasets.prepared_files import (
     SampleFacts,
+    check_attributes,
+    check_declared,
     check_sample,
     read_geometry,
-    read_h5,
     read_orientation,
 )
 
@@ -155,14 +157,14 @@ class Synapse_dataset(Dataset):
     def read(self, index: int) -> dict[str, Any]:
         """Read and check `image`, `label` and `index` of a sample, without the transform."""
         path = self.paths[index]
+        check = partial(check_declared, path=path, ndim=self.files.ndim)
         is_npz = path.suffix == ".npz"
-        arrays = load_arrays(path, ("image", "label")) if is_npz else read_h5(path)
+        arrays = load_arrays(path, ("image", "label"), check) if is_npz else read_h5(path, check)
         image, label = check_sample(
             arrays["image"],
             arrays["label"],
             path,
             num_classes=self.num_classes,
-            ndim=self.files.ndim,
             any_range=self.lenient,
         )
         return {"image": image, "label": label, "index": index}
@@ -177,11 +179,7 @@ class Synapse_dataset(Dataset):
 
     def count_slices(self) -> int:
         """Return the number of slices in all volumes together."""
-        total = 0
-        for path in self.paths:
-            with h5py.File(path, "r") as file:
-                total += len(file["image"])
-        return total
+        return sum(map(count_slices, self.paths))
 
     def subset(self, indices: Sequence[int]) -> Synapse_dataset:
         """Return a data set with only these samples, in this order."""
@@ -222,6 +220,8 @@ class Synapse_dataset(Dataset):
     def _facts(self, index: int) -> SampleFacts | InputError:
         try:
             sample = self.read(index)
+            if self.files.ndim == 3:
+                check_attributes(self.paths[index])
         except InputError as error:
             return error
         image, label = sample["image"], sample["label"]

@@ -170,7 +170,15 @@ def change_slice(folder: Path, **arrays: np.ndarray) -> Path:
         ({"image": np.full((40, 40), 180.0, "f4")}, "raw HU"),
         ({"image": None}, "no array named image"),
         ({"image": np.array([["a"]])}, "image"),
-        ({"image": np.array([{"a": 1}], dtype=object)}, "readable"),
+        ({"image": np.array([{"a": 1}], dtype=object)}, r"image \(1,\)"),
+        ({"image": np.full((40, 40), None)}, "type object, expected numbers"),
+        ({"image": np.zeros((40, 40), "M8[s]")}, "type datetime64.*expected numbers"),
+        ({"image": np.zeros((40, 40), [("r", "f4"), ("g", "f4")])}, "expected numbers"),
+        ({"image": np.zeros((40, 40), complex)}, "type complex128, expected numbers"),
+        ({"image": np.zeros(()), "label": np.zeros(())}, "2-D"),
+        ({"image": np.zeros((0, 40)), "label": np.zeros((0, 40))}, "non-empty"),
+        ({"label": np.full((40, 40), np.nan)}, "label values nan"),
+        ({"label": np.full((40, 40), 2**63, "u8")}, "label values 9.22337e"),
     ],
 )
 def test_a_faulty_slice_is_named(arrays: dict, message: str, tmp_path: Path):

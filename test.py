@@ -44,10 +44,10 @@ from evaluation.tables import (
     WorstSlice,
     format_table,
     nsd_caveat,
-    read_json,
     write_csv,
     write_json,
 )
+from evaluation.test_runs import read_json
 from evaluation.views import View
 from evaluation.volume_results import read_case, score_case, write_case
 from utils import (

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.arguments import ArgumentParser
 from common.errors import exit_on_bad_input
 from evaluation.page import write_page
-from evaluation.tables import TestRun, read_json
+from evaluation.test_runs import TestRun, read_json
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,11 +16,11 @@ from evaluation.tables import (
     SAMED,
     CaseResult,
     Means,
-    TestRun,
     class_means,
     outcome_counts,
     total_means,
 )
+from evaluation.test_runs import TestRun
 
 FEWEST_GROUPS = 5  # with fewer scans, a confidence interval means nothing
 COMPARED = ("dsc", "nsd", "hd95_mm", "hd95_voxels", *SAMED)

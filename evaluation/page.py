@@ -25,7 +25,6 @@ from evaluation.tables import (
     OUTCOMES,
     SAMED,
     CaseResult,
-    TestRun,
     case_means,
     class_means,
     counted,
@@ -33,10 +32,13 @@ from evaluation.tables import (
     outcome_counts,
     total_means,
 )
+from evaluation.test_runs import TestRun
 from evaluation.views import slice_title, window_text
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_SLICES = 12  # worst slices shown
+PNG = b"\x89PNG\r\n\x1a\n"  # start of every PNG picture
+LARGEST_PICTURE = 32 << 20  # bytes; three slices of 1024 pixels take at most 9 MiB
 SIDES = {"RL": "R right, L left", "AP": "A front, P back", "SI": "S head, I feet"}
 
 
@@ -180,13 +182,7 @@ def worst(run: TestRun) -> list[dict[str, Any]]:
         scans[result.independent] += 1
         if len(shown) == MOST_SLICES or scans[result.independent] > WORST_A_CASE:
             continue
-        try:
-            picture = (run.path.parent / worst_slice.picture).read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"{run.path} names the picture {worst_slice.picture}, which cannot be read "
-                f"({error.strerror}); run test.py again"
-            ) from None
+        picture = read_picture(run, worst_slice.picture)
         data = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
         # Older versions drew truth and prediction without the image, and stored no `slices`.
         kinds = ("image", "truth", "prediction")[result.slices is None :]
@@ -199,11 +195,29 @@ def worst(run: TestRun) -> list[dict[str, Any]]:
     return shown
 
 
+def read_picture(run: TestRun, name: str) -> bytes:
+    """Return the content of a PNG picture that a run names."""
+    path = run.path.parent / name
+    try:
+        if not path.is_file():
+            raise OSError("there is no such file")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_PICTURE + 1)
+        if not content.startswith(PNG) or len(content) > LARGEST_PICTURE:
+            raise OSError("it is no PNG picture of a test")
+    except OSError as error:
+        raise InputError(
+            f"{run.path} names the picture {name}, which cannot be read "
+            f"({error.strerror or error}); run test.py again"
+        ) from None
+    return content
+
+
 def window(spec: Any) -> str | None:
     """Return which values the pictures show black and white; None if a run does not record it."""
     try:
         return window_text(Intensity(**spec["intensity"]))
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         return None
 
 

@@ -7,18 +7,13 @@ then over classes.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from common.errors import InputError
-from common.files import require_file
-from common.names import safe_name, write_table
+from common.names import write_table
 from common.writing import atomic_path
 from common.writing import write_json as write_json_file
 from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, NSD_TOLERANCE, ClassScore, mean
@@ -226,86 +221,6 @@ def write_json(
         **settings,
     }
     write_json_file(path, content)
-
-
-@dataclass(frozen=True)
-class TestRun:
-    """The content of a `results.json`."""
-
-    path: Path
-    class_names: list[str]
-    results: list[CaseResult]
-    definitions: dict[str, str]
-    settings: dict[str, Any]  # flags and environment
-    tolerance: float | None  # tolerance of NSD, mm; None: unknown
-    trained_on: list[str] | None = None  # test cases that were trained on; None: unknown
-
-
-def read_json(path: Path) -> TestRun:
-    """Read a `results.json`.
-
-    Raises:
-        MissingFileError: there is no such file.
-        InputError: the file is damaged or another program wrote it.
-    """
-    require_file(path, what="results", remedy="pass the folder that test.py wrote")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        names = [str(row["name"]) for row in content["classes"]]
-        results = [_case_result(row, names) for row in content["cases"]]
-        definitions = {str(key): str(text) for key, text in content["definitions"].items()}
-        settings = {key: dict(content.get(key) or {}) for key in ("flags", "environment")}
-        tolerance = content.get("nsd_tolerance")
-        if tolerance is not None:
-            tolerance = float(tolerance)
-        seen = content.get("trained_on_cases")
-        if seen is not None:
-            seen = [str(name) for name in list(seen)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{path} is not a results.json that test.py wrote ({type(error).__name__}: "
-            f"{str(error)[:80]}); run test.py again"
-        ) from None
-    if not results or not names:
-        raise InputError(f"{path} holds no case; run test.py again")
-    return TestRun(path, names, results, definitions, settings, tolerance, seen)
-
-
-def _case_result(row: dict[str, Any], names: Sequence[str]) -> CaseResult:
-    scores = [ClassScore(**row["scores"][name]) for name in names]
-    for score in scores:
-        values = [getattr(score, name) for name in SCORES]
-        if score.outcome not in OUTCOMES or any(
-            not (value is None or type(value) in (int, float)) for value in values
-        ):
-            raise ValueError(f"the scores of {row['case']} are no numbers")
-    confusion = row.get("confusion")
-    size = len(names) + 1
-    if confusion is not None and np.shape(np.array(confusion, dtype=np.int64)) != (size, size):
-        raise ValueError(f"the confusion of {row['case']} is not {size} x {size}")
-    worst = [WorstSlice(**entry) for entry in row.get("worst", ())]
-    for entry in worst:
-        if any(type(n) is not int for n in (entry.index, entry.wrong, entry.foreground)):
-            raise ValueError(f"the worst slices of {row['case']} are no integers")
-        if not isinstance(entry.error or 0.0, float) or not isinstance(entry.organ_wrong or 0, int):
-            raise ValueError(f"the worst slices of {row['case']} are no numbers")
-        for part in str(entry.picture).split("/"):
-            safe_name(part, source="worst slices")
-    return CaseResult(str(row["case"]), scores, confusion, worst, **_case_facts(row))
-
-
-def _case_facts(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the checked facts of a case; files of older versions have none."""
-    facts = {name: row.get(name) for name in FACTS}
-    kinds = {"slices": int, "spacing": list, "sides": str, "group": str}
-    wrong = [n for n, kind in kinds.items() if facts[n] is not None and type(facts[n]) is not kind]
-    if facts["spacing"] is not None and not wrong:
-        facts["spacing"] = tuple(map(float, facts["spacing"]))
-        good = len(facts["spacing"]) == 3 and np.isfinite(facts["spacing"]).all()
-        wrong = [] if good and min(facts["spacing"]) > 0 else ["spacing"]
-    if wrong:
-        raise ValueError(f"the {', '.join(wrong)} of {row['case']} is invalid")
-    return facts
 
 
 def _means(scores: Iterable[ClassScore]) -> Means:

@@ -22,7 +22,7 @@ from common.tensors import save_tensors
 from config.flags import predict_parser
 from config.flags import test_parser as parser_of_test
 from config.settings import class_names, parse_args
-from evaluation.tables import read_json
+from evaluation.test_runs import read_json
 from tools import adapter
 from utils import build_model
 

@@ -16,7 +16,7 @@ from common.writing import write_json as write_json_file
 from datasets.registry import SYNAPSE
 from evaluation import __main__ as program
 from evaluation.held_out import held_out_warning, trained_cases
-from evaluation.tables import read_json
+from evaluation.test_runs import read_json
 
 TRAINED = ["case0001", "case0002", "p7"]
 

@@ -27,7 +27,7 @@ from datasets.registry import SYNAPSE, stored_spec
 from datasets.scans.orientation import orientation_of, reorient
 from datasets.scans.volumes import Geometry, read_volume, write_volume
 from evaluation import __main__ as report
-from evaluation.tables import read_json
+from evaluation.test_runs import read_json
 from preprocess.prepare import main as prepare
 
 pytestmark = pytest.mark.slow

@@ -22,10 +22,10 @@ from evaluation.tables import (
     CaseResult,
     WorstSlice,
     class_means,
-    read_json,
     total_means,
     write_json,
 )
+from evaluation.test_runs import read_json
 
 NAMES = ["liver", "<b>spleen</b>", "never there"]
 SPACING = (3.0, 1.0, 1.5)
@@ -276,14 +276,14 @@ def spoil(change: Callable[[dict], None]) -> Callable[[Path], None]:
 
 BAD = {
     "missing": (lambda path: path.unlink(), "does not exist"),
-    "not JSON": (lambda path: path.write_text("{"), "is not a results.json"),
+    "not JSON": (lambda path: path.write_text("{"), "is not JSON"),
     "other program": (lambda path: path.write_text('{"a": 1}'), "is not a results.json"),
     "a list": (lambda path: path.write_text("[]"), "is not a results.json"),
-    "cut": (lambda path: path.write_bytes(path.read_bytes()[:900]), "is not a results.json"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:900]), "is not JSON"),
     "no cases": (spoil(lambda content: content.update(cases=[])), "holds no case"),
     "text for numbers": (
         spoil(lambda content: content["cases"][0]["scores"]["liver"].update(dsc="x")),
-        "are no numbers",
+        "'x' is no number from 0 to 1",
     ),
     "a picture elsewhere": (
         spoil(lambda content: content["cases"][0]["worst"][0].update(picture="../../x.png")),
@@ -295,7 +295,7 @@ BAD = {
     ),
     "a spacing that is none": (
         spoil(lambda content: content["cases"][0].update(spacing=[1, 1, 0])),
-        "the spacing of a is invalid",
+        "a: spacing: [1, 1, 0] holds a size of 0 mm",
     ),
     "wrong confusion": (
         spoil(lambda content: content["cases"][0].update(confusion=[[1]])),

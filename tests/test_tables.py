@@ -29,11 +29,11 @@ from evaluation.tables import (
     format_table,
     nsd_caveat,
     outcome_counts,
-    read_json,
     total_means,
     write_csv,
     write_json,
 )
+from evaluation.test_runs import read_json
 from evaluation.views import save_picture, save_row
 
 NAMES = ["liver", "gallbladder", "aorta"]

@@ -110,7 +110,7 @@ def test_other_ends_of_the_reader_are_told(reader: IsolatedReader, function, wor
 def test_a_reader_that_never_returns_is_ended():
     with IsolatedReader(limit_s=1) as reader:
         reader.submit(pid_of, SCAN).result()
-        with pytest.raises(InputError, match="p1.mha was not read within 1 s"):
+        with pytest.raises(InputError, match=r"p1\.mha was not read within 1 s"):
             reader.submit(wait, SCAN).result(30)
         assert reader.submit(pid_of, SCAN).result()
 
@@ -126,9 +126,9 @@ def test_errors_and_warnings_pass_unchanged(reader: IsolatedReader, kind: type, 
 
 
 def test_what_cannot_be_sent_is_an_error_and_no_hang(reader: IsolatedReader):
-    with pytest.raises(RuntimeError, match="OddError: 1 and 2"):
+    with pytest.raises(RuntimeError, match=r"OddError: 1 and 2"):
         reader.submit(raise_odd, SCAN).result(30)
-    with pytest.raises(RuntimeError, match="pickle|local object"):
+    with pytest.raises(RuntimeError, match=r"pickle|local object"):
         reader.submit(unsendable, SCAN).result(30)
 
 

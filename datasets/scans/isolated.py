@@ -83,7 +83,7 @@ class IsolatedReader:
         return value
 
     def _start(self) -> None:
-        self.words = tempfile.TemporaryFile()  # what libraries write to stderr
+        self.words = tempfile.TemporaryFile()  # noqa: SIM115 - what libraries write to stderr
         self.child = subprocess.Popen(
             [sys.executable, "-c", START, *sys.path],
             stdin=subprocess.PIPE,

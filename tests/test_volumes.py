@@ -133,7 +133,7 @@ def junk(path: Path, content: bytes = b"not a scan") -> Path:
 BAD_FILES = {
     "cut nii.gz": (lambda d: cut(write_image(d / "a.nii.gz", VOXELS)), "cut short"),
     "cut nii": (lambda d: cut(write_image(d / "a.nii", VOXELS)), "cut short"),
-    "cut nrrd": (lambda d: cut(write_image(d / "a.nrrd", VOXELS)), "not a readable scan"),
+    "cut nrrd": (lambda d: cut(write_image(d / "a.nrrd", VOXELS)), "cut short"),
     "damaged": (
         lambda d: damage(write_image(d / "a.nii.gz", np.tile(VOXELS, (8, 8, 8)))),
         "damaged",

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-import SimpleITK as sitk
 from nibabel import Nifti1Header, Nifti1Image, Nifti2Header, Nifti2Image
 from nibabel.spatialimages import HeaderDataError
 
 from common.errors import InputError
 from datasets.scans.errors import short_reason
+from datasets.scans.stored_data import BLOCK, DEFLATE_RATIO, refuse_beyond_memory
 
 GZIP_MAGIC = b"\x1f\x8b"
-NIFTI_FLOATS = {16: "f4", 64: "f8"}  # `datatype` in the header -> numpy type
-# First number in the header of NIfTI-1 and NIfTI-2; it shows the byte order.
-NIFTI_HEADER_SIZES = (348, 540)
+LARGEST_START = 1 << 30  # bytes of a header and its extensions
+MOST_REST = 16 << 20  # bytes behind the voxels, which nothing tells of
 MAGIC_1, MAGIC_2 = slice(344, 348), slice(4, 8)  # of the header's bytes
 MILLIMETRES = {1: 1000.0, 3: 1e-3}  # `xyzt_units` -> mm; all others are taken for mm
 SKEWED = 1e-3  # largest product of two axes of length 1 that are at right angles up to rounding
@@ -166,31 +166,80 @@ def _largest_shift(first: np.ndarray, second: np.ndarray, counts: np.ndarray) ->
     return float(np.linalg.norm(shifts[:3], axis=0).max())
 
 
-def refuse_hidden_faults(path: Path, reader: sitk.ImageFileReader) -> None:
+def refuse_missing_voxels(path: Path, header: Nifti1Header) -> None:
+    """Refuse a header that no voxels can follow, or that declares more than the file can hold.
+
+    Raises:
+        InputError: see above; no voxel is read.
+    """
+    start, wanted = float(header["vox_offset"]), math.prod(_sizes(path, header)) * _width(header)
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if header["magic"].item() in (b"ni1", b"ni2"):
+        what = "is the header of a pair of files (.hdr and .img), expected header and voxels in one"
+    elif not header.sizeof_hdr <= start <= LARGEST_START:
+        what = f"has its voxels at byte {start:.6g} by its vox_offset, expected behind the header"
+    elif wanted == 0:
+        what = f"has voxels of the type {int(header['datatype'])}, which NIfTI does not know"
+    elif math.isinf(slope) or (math.isfinite(slope) and slope and not math.isfinite(intercept)):
+        what = f"scales its voxels by {slope:.6g} and {intercept:.6g}, expected finite numbers"
+    else:
+        refuse_beyond_memory(path, wanted)
+        with path.open("rb") as file:
+            packed = file.read(2) == GZIP_MAGIC
+            there = file.seek(0, os.SEEK_END)
+        if int(start) + wanted > there * (DEFLATE_RATIO if packed else 1):
+            raise InputError(
+                f"{path} is damaged or cut short (its header declares {wanted} bytes of voxels, "
+                f"and the file has {there} bytes); fetch it again"
+            )
+        return
+    raise InputError(f"{path} {what}; export the scan again")
+
+
+def _sizes(path: Path, header: Nifti1Header) -> list[int]:
+    """Return the sizes of the axes, x first; axes after the third may have a size of 0 for 1."""
+    count = int(header["dim"][0])
+    sizes = [int(size) for size in header["dim"][1 : count + 1]]
+    if not 1 <= count <= 7 or min(sizes[:3]) < 1 or min(sizes) < 0:
+        raise InputError(
+            f"{path} has the sizes {header['dim'].tolist()} in its header (their number first), "
+            "expected 1 to 7 sizes above 0; export the scan again"
+        )
+    return [max(1, size) for size in sizes]
+
+
+def _width(header: Nifti1Header) -> int:
+    """Return how many bytes a voxel has; 0: the type is unknown."""
+    try:
+        return header.get_data_dtype().itemsize
+    except HeaderDataError:
+        return 0
+
+
+def refuse_hidden_faults(path: Path, header: Nifti1Header) -> None:
     """Refuse faults of a NIfTI file that SimpleITK hides.
 
     SimpleITK reads missing voxels at the end, NaN and infinite values of NIfTI files as 0. In
-    other formats it reports missing voxels and keeps NaN. Only NIfTI has a `vox_offset`.
+    other formats it reports missing voxels and keeps NaN.
     """
-    if not reader.HasMetaDataKey("vox_offset") or path.suffix in (".hdr", ".img"):
-        return
-    columns, rows, *stack = reader.GetSize()
+    columns, rows, *stack = [*_sizes(path, header), 1][: max(2, int(header["dim"][0]))]
     slices = math.prod(stack)  # of all channels
-    plane_bytes = rows * columns * int(reader.GetMetaData("bitpix")) // 8
-    kind = NIFTI_FLOATS.get(int(reader.GetMetaData("datatype")))
-    bad = []
+    kind = header.get_data_dtype()
+    plane_bytes = rows * columns * kind.itemsize
+    bad, rest = [], 0
     try:
         with unpacked(path) as stream:
-            order = "<" if int.from_bytes(stream.read(4), "little") in NIFTI_HEADER_SIZES else ">"
-            stream.seek(int(float(reader.GetMetaData("vox_offset"))))
+            stream.seek(int(header["vox_offset"]))
             for index in range(slices):
                 plane = stream.read(plane_bytes)
                 if len(plane) < plane_bytes:
                     raise EOFError(f"the file ends in slice {index} of {slices}")
-                if kind and not np.isfinite(np.frombuffer(plane, order + kind)).all():
+                if kind.kind == "f" and not np.isfinite(np.frombuffer(plane, kind)).all():
                     bad.append(index)
-            while stream.read(1 << 20):  # gzip verifies its checksum at the end
-                pass
+            while part := stream.read(BLOCK):  # gzip verifies its checksum at the end
+                rest += len(part)
+                if rest > MOST_REST:
+                    raise EOFError(f"{rest >> 20} MiB follow behind the voxels of the header")
     except (EOFError, OSError, zlib.error) as error:
         raise InputError(
             f"{path} is damaged or cut short ({short_reason(error)}); fetch it again"

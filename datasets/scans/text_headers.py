@@ -1,67 +1,156 @@
 """What the text headers of NRRD and MetaImage (.mha, .mhd) files say; SimpleITK ignores some of it.
 
 SimpleITK takes every length for mm, whatever the unit, and a size that is not a number for 1 mm.
+Its library for MetaImage trusts the header: more than ten dimensions end the process.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import InputError
 
-LONGEST = 1 << 16  # bytes of a header
-NRRD, META = (".nrrd", ".nhdr"), (".mha", ".mhd")
-# Lengths other than mm, in lower case. Axes of time have other units.
-OTHER_UNITS = re.compile(
-    r"m|dm|cm|um|\u00b5m|\u00c2\u00b5m|\u03bcm|nm|microns?|in|inch|inches"
-    r"|(deci|centi|micro|nano)?met(er|re)s?"
-)
+LONGEST = 1 << 20  # bytes of a header
+META_SUFFIXES = (".mha", ".mhd")
+# Units of length that mean mm, or that nobody gave; units of axes that are no lengths.
+MM = ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "none", "unknown", "???")
+NO_LENGTHS = ("s", "sec", "second", "seconds", "ms", "us", "hz", "ppm", "rad", "rads")
 REMEDY = "write the sizes in mm into the header, or export the scan again as NIfTI"
+MOST_DIMENSIONS = 10  # SimpleITK's library would write beyond its arrays
+# Fields of MetaImage that hold numbers: one for each dimension, or a matrix.
+VECTORS = ("elementspacing", "elementsize", "offset", "position", "origin", "centerofrotation")
+MATRICES = ("transformmatrix", "rotation", "orientation")
+# Fields that SimpleITK reads: written twice, the header says two things.
+ONCE = (*VECTORS, *MATRICES, "ndims", "dimsize", "elementtype", "elementdatafile", "headersize")
+ONCE += ("binarydata", "binarydatabyteordermsb", "elementbyteordermsb", "compresseddata")
+ONCE += ("compresseddatasize", "elementnumberofchannels", "distanceunits")
 
 
-def text_header(path: Path) -> dict[str, str]:
-    """Return the fields of a header, names in lower case; {} for files of other formats."""
-    suffix = path.suffix.lower()
-    if suffix not in NRRD + META:
-        return {}
+@dataclass(frozen=True)
+class TextHeader:
+    """The header of an NRRD or a MetaImage file."""
+
+    path: Path
+    is_nrrd: bool
+    fields: dict[str, str]  # names in lower case
+    end: int  # bytes; where the voxels begin, if they are in the same file
+    after: str  # the text after the header, in which a list of files stands
+
+    def number(self, name: str, default: int) -> int:
+        """Return a whole number; raises an `InputError` if it is none."""
+        text = self.fields.get(name, str(default))
+        if not re.fullmatch(r"[+-]?\d{1,18}", text):
+            raise self.error(f"gives {text:.40} as its {name}, expected a whole number")
+        return int(text)
+
+    def error(self, what: str) -> InputError:
+        return InputError(f"{self.path} {what}; export the scan again, e.g. as NIfTI")
+
+
+def text_header(path: Path) -> TextHeader | None:
+    """Return the header of an NRRD or MetaImage file, told by its content; None: neither.
+
+    Raises:
+        InputError: a field is given twice, or the header of a MetaImage file has no end.
+    """
     with path.open("rb") as file:
-        text = file.read(LONGEST).decode("latin-1")
-    if suffix in NRRD:
-        lines = re.split(r"\n\r?\n", text, maxsplit=1)[0].splitlines()
-        pairs = [re.split(r":=?", line, maxsplit=1) for line in lines if not line.startswith("#")]
-    else:
-        # The voxels follow the line ElementDataFile.
-        lines = re.split(r"^ElementDataFile", text, maxsplit=1, flags=re.MULTILINE)[0].splitlines()
-        pairs = [line.split("=", 1) for line in lines]
-    return {pair[0].strip().lower(): pair[1].strip() for pair in pairs if len(pair) == 2}
+        content = file.read(LONGEST)
+    if content.startswith(b"NRRD000"):
+        return _nrrd(path, content)
+    if content.startswith(b"ObjectType") or path.suffix.lower() in META_SUFFIXES:
+        return _metaimage(path, content)
+    return None
 
 
-def voxel_size_text(header: dict[str, str]) -> str | None:
-    """Return what a header says about the size of voxels; None: nothing."""
+def _nrrd(path: Path, content: bytes) -> TextHeader:
+    blank = re.search(rb"\r?\n\r?\n", content)
+    end = blank.end() if blank else len(content)
+    text = content[:end].decode("latin-1")
+    lines = [line for line in re.split(r"[\r\n]+", text) if line[:1] != "#" and ":=" not in line]
+    fields = _fields(path, [line.split(":", 1) for line in lines])
+    listed = re.split(r"^data ?file:\s*LIST[^\n]*\n", text, maxsplit=1, flags=re.MULTILINE)
+    return TextHeader(path, True, fields, end, listed[-1])
+
+
+def _metaimage(path: Path, content: bytes) -> TextHeader:
+    last = re.search(rb"^[ \t]*ElementDataFile[ \t]*[=:][^\r\n]*\r?\n?", content, re.MULTILINE)
+    if last is None:
+        raise InputError(
+            f"{path} is not a readable scan (no MetaImage header by its content); it may be "
+            "damaged, or of another format than its name says: fetch or export it again"
+        )
+    lines = re.split(r"[\r\n]+", content[: last.end()].decode("latin-1"))
+    # SimpleITK takes a colon for an equals sign as well.
+    fields = _fields(path, [re.split("[=:]", line, maxsplit=1) for line in lines])
+    return TextHeader(path, False, fields, last.end(), content[last.end() :].decode("latin-1"))
+
+
+def _fields(path: Path, pairs: list[list[str]]) -> dict[str, str]:
+    """Return the values by the names of the fields, in lower case."""
+    fields: dict[str, str] = {}
+    for name, *value in pairs:
+        key = name.strip().lower()
+        if key in fields and key in ONCE:
+            raise InputError(
+                f"{path} gives its field {key} twice, as {fields[key]:.40} and "
+                f"{value[0].strip():.40}; export the scan again, e.g. as NIfTI"
+            )
+        if value:
+            fields[key] = value[0].strip()
+    return fields
+
+
+def voxel_size_text(fields: dict[str, str]) -> str | None:
+    """Return what the fields of a header say about the size of voxels; None: nothing."""
     names = ("space directions", "spacings", "elementspacing", "elementsize")
-    return next((header[name] for name in names if name in header), None)
+    return next((fields[name] for name in names if name in fields), None)
 
 
-def refuse_other_sizes(path: Path) -> None:
-    """Refuse a size of voxels that is in another unit than mm, or is no size.
+def refuse_other_sizes(header: TextHeader) -> None:
+    """Refuse a size of voxels that is in another unit than mm or is no size, and a place of NaN.
 
     Raises:
         InputError: see above.
     """
-    header = text_header(path)
+    fields, path = header.fields, header.path
     for name in ("space units", "units", "distanceunits"):
-        units = re.findall(r"[^\s\"]+", header.get(name, ""))
-        if other := [unit for unit in units if OTHER_UNITS.fullmatch(unit.lower())]:
+        units = re.findall(r'"([^"]*)"', fields.get(name, "")) or fields.get(name, "").split()
+        known = MM + NO_LENGTHS * (name == "units")
+        if other := [unit for unit in units if unit.strip().lower() not in known]:
             raise InputError(f"{path} has its {name} in {other[0]}, expected mm; {REMEDY}")
-    text = voxel_size_text(header)
-    if text is None:
+    text = voxel_size_text(fields)
+    if text is not None:
+        axes = sized_axes(text)
+        wrong = [axis for axis in axes if not _is_size(axis)]
+        if len(axes) - len(wrong) < min(3, len(axes)):  # a fourth axis, of channels, may have none
+            raise InputError(f"{path} gives {wrong[0]} as a size of its voxels; {REMEDY}")
+    if header.is_nrrd:
+        if re.search(r"nan|inf", fields.get("space origin", ""), re.IGNORECASE):
+            raise header.error(f"gives {fields['space origin']} as its space origin")
         return
-    axes = sized_axes(text)
-    wrong = [axis for axis in axes if not _is_size(axis)]
-    if len(axes) - len(wrong) < min(3, len(axes)):  # a fourth axis, of channels, may have none
-        raise InputError(f"{path} gives {wrong[0]} as a size of its voxels; {REMEDY}")
+    dimensions = header.number("ndims", 0)
+    if not 1 <= dimensions <= MOST_DIMENSIONS:
+        raise header.error(
+            f"has {dimensions} dimensions by its field NDims, expected 3 (slice, row, column) or 2"
+        )
+    for names, count in ((VECTORS, dimensions), (MATRICES, dimensions**2)):
+        for name in set(names) & fields.keys():
+            if len(numbers_in(fields[name])) != count:
+                raise header.error(
+                    f"gives {fields[name]:.60} as its {name}, expected {count} finite numbers"
+                )
+
+
+def numbers_in(text: str) -> list[float]:
+    """Return the finite numbers of a text; of any other text, none."""
+    try:
+        values = [float(part) for part in text.split()]
+    except ValueError:
+        return []
+    return values if all(map(math.isfinite, values)) else []
 
 
 def sized_axes(text: str) -> list[str]:

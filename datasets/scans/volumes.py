@@ -34,10 +34,12 @@ from datasets.scans.nifti import (
     read_with_nibabel,
     refuse_bad_slices,
     refuse_hidden_faults,
+    refuse_missing_voxels,
     skew,
     straightened,
 )
-from datasets.scans.text_headers import refuse_other_sizes
+from datasets.scans.stored_data import refuse_damaged_data, refuse_missing_data
+from datasets.scans.text_headers import refuse_other_sizes, text_header
 
 SPACING_TOLERANCE = 1e-3  # relative
 ORIGIN_TOLERANCE = 1e-2  # mm
@@ -109,7 +111,10 @@ def read_volume(
     path = Path(path)
     source = image = _open(path, channel)
     if isinstance(source, sitk.ImageFileReader):
-        refuse_hidden_faults(path, source)
+        if (header := nifti_header(path)) is not None:
+            refuse_hidden_faults(path, header)
+        elif (text := text_header(path)) is not None:
+            refuse_damaged_data(text)
         with reporting_itk_errors(path):
             image = source.Execute()
     array = sitk.GetArrayFromImage(image)
@@ -184,8 +189,12 @@ def _open(path: str | Path, channel: int | None = None) -> sitk.ImageFileReader 
     header = nifti_header(path)
     # These raise the true cause where SimpleITK has another, or none.
     if header is not None:
+        refuse_missing_voxels(path, header)
         nifti_affines(path, header)
-    refuse_other_sizes(path)
+    elif (text := text_header(path)) is not None:
+        refuse_other_sizes(text)
+        refuse_missing_data(text)
+        reader.SetImageIO("NrrdImageIO" if text.is_nrrd else "MetaImageIO")
     try:
         with without_itk_warnings():
             reader.ReadImageInformation()

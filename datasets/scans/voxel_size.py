@@ -37,12 +37,14 @@ def stated_sizes(scan: ScanFile, slices: int, geometry: Geometry | None) -> int:
         return 3 if slices > 1 else _stated_in_slice(scan.path)
     header = nifti_header(scan.path)
     if header is None:
-        text = voxel_size_text(text_header(scan.path))
+        fields = text_header(scan.path)
+        text = voxel_size_text(fields.fields) if fields else None
         return 0 if text is None else min(3, len(sized_axes(text)))
-    # A file of several slices without a size along an axis, and without an sform, is refused.
+    # `pixdim` is the size by the standard. Where it is 0 or NaN, an sform places the voxels, but a
+    # header that is damaged there is not trusted with volumes.
     sides = header["pixdim"][1:4].astype(float)
     stated = np.isfinite(sides) & (sides != 0)
-    if header["dim"][0] >= 3 and (stated.all() or header["sform_code"] > 0):
+    if header["dim"][0] >= 3 and stated.all():
         return 3
     return 2 if stated[:2].all() else 0
 

@@ -139,8 +139,11 @@ BAD_FILES = {
         "damaged",
     ),
     "sheared": (lambda d: shear(write_image(d / "a.nii", VOXELS)), "not at right angles"),
-    "junk": (lambda d: junk(d / "a.nii.gz"), "Unable to determine ImageIO reader"),
-    "empty": (lambda d: junk(d / "a.nii.gz", b""), "Unable to determine ImageIO reader"),
+    "junk": (lambda d: junk(d / "a.nii.gz"), "neither NIfTI nor NRRD"),
+    "empty": (
+        lambda d: junk(d / "a.nii.gz", b""),
+        "neither NIfTI nor NRRD",
+    ),
     "4-D": (lambda d: write_image(d / "a.nii.gz", np.zeros((2, 3, 4, 5))), "4 dimensions"),
     "vectors": (
         lambda d: write_image(d / "a.nii.gz", np.zeros((3, 4, 5, 3)), vector=True),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import zlib
 from pathlib import Path
 from typing import IO
@@ -22,6 +21,7 @@ from datasets.scans.errors import short_reason
 from datasets.scans.stored_data import BLOCK, DEFLATE_RATIO, refuse_beyond_memory
 
 GZIP_MAGIC = b"\x1f\x8b"
+QFORM = ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
 LARGEST_START = 1 << 30  # bytes of a header and its extensions
 MOST_REST = 16 << 20  # bytes behind the voxels, which nothing tells of
 MAGIC_1, MAGIC_2 = slice(344, 348), slice(4, 8)  # of the header's bytes
@@ -36,9 +36,13 @@ STRAIGHTEN = (
 
 def unpacked(path: Path) -> IO[bytes]:
     """Open a file for reading, through gzip if its content is packed, whatever its suffix is."""
+    return gzip.open(path) if is_packed(path) else path.open("rb")
+
+
+def is_packed(path: Path) -> bool:
+    """Return whether a file is packed by gzip, whatever its suffix is."""
     with path.open("rb") as file:
-        packed = file.read(2) == GZIP_MAGIC
-    return gzip.open(path) if packed else path.open("rb")
+        return file.read(2) == GZIP_MAGIC
 
 
 def nifti_header(path: Path) -> Nifti1Header | None:
@@ -47,7 +51,7 @@ def nifti_header(path: Path) -> Nifti1Header | None:
         with unpacked(path) as stream:
             start = stream.read(Nifti2Header.sizeof_hdr)
     except (OSError, EOFError, zlib.error):
-        return None  # SimpleITK will tell why
+        return None
     if start[MAGIC_1] in (b"n+1\0", b"ni1\0"):
         return Nifti1Header(start[: Nifti1Header.sizeof_hdr], check=False)
     if start[MAGIC_2] in (b"n+2\0", b"ni2\0"):
@@ -71,20 +75,12 @@ def nifti_affines(path: Path, header: Nifti1Header) -> list[np.ndarray]:  # of (
     sized = bool((known | (counts == 1)).all())  # a single slice may have no thickness
 
     sform = qform = None
-    if header["sform_code"] > 0:
+    if header["sform_code"] > 0 and np.isfinite(header.get_sform()).all():
         sform = _in_mm(header.get_sform(), unit)
         if not np.isfinite(sform).all() or abs(np.linalg.det(sform[:3, :3])) < 1e-12:
             sform = None
     if header["qform_code"] > 0 and sized:
-        straight = header.copy()
-        # A handedness of 0 means 1, by the standard.
-        straight["pixdim"][:4] = [-1 if header["pixdim"][0] < 0 else 1, *size / unit]
-        try:
-            qform = _in_mm(straight.get_qform(), unit)
-        except (HeaderDataError, ValueError) as error:
-            raise InputError(
-                f"{path} has an unreadable qform ({short_reason(error)}); export the scan again"
-            ) from None
+        qform = _qform(path, header, size, unit)
     if sform is None and not sized:
         axes = ", ".join(axis for axis, good in zip("xyz", known, strict=True) if not good)
         raise InputError(
@@ -113,6 +109,21 @@ def nifti_affines(path: Path, header: Nifti1Header) -> list[np.ndarray]:  # of (
                 "with nibabel from the affine that is right"
             )
     return [affine for affine in (sform, qform) if affine is not None]
+
+
+def _qform(path: Path, header: Nifti1Header, size: np.ndarray, unit: float) -> np.ndarray | None:
+    """Return the affine matrix of the qform to LPS in mm for this size of voxels, in mm."""
+    straight = header.copy()
+    # A handedness of 0 means 1, by the standard.
+    straight["pixdim"][:4] = [-1 if header["pixdim"][0] < 0 else 1, *size / unit]
+    try:
+        if not np.isfinite([header[name] for name in QFORM]).all():
+            raise ValueError("NaN or infinite values")
+        return _in_mm(straight.get_qform(), unit)
+    except (HeaderDataError, ValueError) as error:
+        raise InputError(
+            f"{path} has an unreadable qform ({short_reason(error)}); export the scan again"
+        ) from None
 
 
 def sform_text(header: Nifti1Header) -> str:
@@ -184,10 +195,8 @@ def refuse_missing_voxels(path: Path, header: Nifti1Header) -> None:
         what = f"scales its voxels by {slope:.6g} and {intercept:.6g}, expected finite numbers"
     else:
         refuse_beyond_memory(path, wanted)
-        with path.open("rb") as file:
-            packed = file.read(2) == GZIP_MAGIC
-            there = file.seek(0, os.SEEK_END)
-        if int(start) + wanted > there * (DEFLATE_RATIO if packed else 1):
+        there = path.stat().st_size
+        if int(start) + wanted > there * (DEFLATE_RATIO if is_packed(path) else 1):
             raise InputError(
                 f"{path} is damaged or cut short (its header declares {wanted} bytes of voxels, "
                 f"and the file has {there} bytes); fetch it again"
@@ -212,7 +221,7 @@ def _width(header: Nifti1Header) -> int:
     """Return how many bytes a voxel has; 0: the type is unknown."""
     try:
         return header.get_data_dtype().itemsize
-    except HeaderDataError:
+    except (HeaderDataError, KeyError):
         return 0
 
 

@@ -214,20 +214,26 @@ def _packing(header: TextHeader) -> str:
         if name.lower() not in ENCODINGS:
             raise header.error(f"has the encoding {name:.40}, expected raw or gzip")
         return ENCODINGS[name.lower()]
-    if not _is_true(fields.get("binarydata", "True")):
+    if not _is_true(header, "binarydata", "True"):
         raise header.error("holds its voxels as text (BinaryData = False), expected bytes")
     for name, value in (("slope", 1), ("offset", 0)):
         if numbers_in(fields.get(f"elementtointensityfunction{name}", str(value))) != [value]:
             raise header.error(f"rescales its voxels (ElementToIntensityFunction{name.title()})")
-    packed = _is_true(fields.get("compresseddata", "False"))
+    orders = ("binarydatabyteordermsb", "elementbyteordermsb")
+    if len({_is_true(header, name, "False") for name in orders if name in fields}) > 1:
+        raise header.error("gives two orders of bytes")
+    packed = _is_true(header, "compresseddata", "False")
     local = data_files(header) == [header.path]
     if (local and _skipped(header) > 0) or (packed and _skipped(header) < 0):
         raise header.error(f"has a HeaderSize of {_skipped(header)}, which does not fit its voxels")
     return GZIP if packed else RAW
 
 
-def _is_true(text: str) -> bool:
-    return text[:1] in ("T", "t", "1")
+def _is_true(header: TextHeader, name: str, default: str) -> bool:
+    text = header.fields.get(name, default).lower()
+    if text not in ("true", "t", "1", "false", "f", "0"):
+        raise header.error(f"gives {text[:40] or 'nothing'} as its {name}, expected True or False")
+    return text[0] in "t1"
 
 
 def _skipped(header: TextHeader) -> int:

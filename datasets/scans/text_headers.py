@@ -120,16 +120,16 @@ def refuse_other_sizes(header: TextHeader) -> None:
         units = re.findall(r'"([^"]*)"', fields.get(name, "")) or fields.get(name, "").split()
         known = MM + NO_LENGTHS * (name == "units")
         if other := [unit for unit in units if unit.strip().lower() not in known]:
-            raise InputError(f"{path} has its {name} in {other[0]}, expected mm; {REMEDY}")
+            raise InputError(f"{path} has its {name} in {other[0]:.40}, expected mm; {REMEDY}")
     text = voxel_size_text(fields)
     if text is not None:
         axes = sized_axes(text)
         wrong = [axis for axis in axes if not _is_size(axis)]
         if len(axes) - len(wrong) < min(3, len(axes)):  # a fourth axis, of channels, may have none
-            raise InputError(f"{path} gives {wrong[0]} as a size of its voxels; {REMEDY}")
+            raise InputError(f"{path} gives {wrong[0]:.60} as a size of its voxels; {REMEDY}")
     if header.is_nrrd:
         if re.search(r"nan|inf", fields.get("space origin", ""), re.IGNORECASE):
-            raise header.error(f"gives {fields['space origin']} as its space origin")
+            raise header.error(f"gives {fields['space origin']:.60} as its space origin")
         return
     dimensions = header.number("ndims", 0)
     if not 1 <= dimensions <= MOST_DIMENSIONS:

@@ -26,6 +26,7 @@ from datasets.scans.errors import (
     utf8_path,
     without_itk_warnings,
 )
+from datasets.scans.formats import checked_reader, refuse_bad_voxels
 from datasets.scans.nifti import (
     SKEWED,
     STRAIGHTEN,
@@ -33,13 +34,9 @@ from datasets.scans.nifti import (
     nifti_header,
     read_with_nibabel,
     refuse_bad_slices,
-    refuse_hidden_faults,
-    refuse_missing_voxels,
     skew,
     straightened,
 )
-from datasets.scans.stored_data import refuse_damaged_data, refuse_missing_data
-from datasets.scans.text_headers import refuse_other_sizes, text_header
 
 SPACING_TOLERANCE = 1e-3  # relative
 ORIGIN_TOLERANCE = 1e-2  # mm
@@ -96,7 +93,7 @@ class Geometry:
 def read_volume(
     path: str | Path, channel: int | None = None
 ) -> tuple[np.ndarray, Geometry]:  # (D, H, W), dtype of the file
-    """Read a scan with one value per voxel, in any format that SimpleITK knows, or NIfTI-2.
+    """Read a scan with one value per voxel: NIfTI, NRRD or MetaImage by its content.
 
     A 2-D file is read as one slice.
 
@@ -111,10 +108,7 @@ def read_volume(
     path = Path(path)
     source = image = _open(path, channel)
     if isinstance(source, sitk.ImageFileReader):
-        if (header := nifti_header(path)) is not None:
-            refuse_hidden_faults(path, header)
-        elif (text := text_header(path)) is not None:
-            refuse_damaged_data(text)
+        refuse_bad_voxels(path)
         with reporting_itk_errors(path):
             image = source.Execute()
     array = sitk.GetArrayFromImage(image)
@@ -184,22 +178,12 @@ def _open(path: str | Path, channel: int | None = None) -> sitk.ImageFileReader 
     with reporting_os_errors(path):
         path = require_file(path, what="scan", remedy="check the path")
         path.open("rb").close()  # SimpleITK would not report why it cannot open the file
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(utf8_path(path))
-    header = nifti_header(path)
-    # These raise the true cause where SimpleITK has another, or none.
-    if header is not None:
-        refuse_missing_voxels(path, header)
-        nifti_affines(path, header)
-    elif (text := text_header(path)) is not None:
-        refuse_other_sizes(text)
-        refuse_missing_data(text)
-        reader.SetImageIO("NrrdImageIO" if text.is_nrrd else "MetaImageIO")
+    reader, header = checked_reader(path)
     try:
         with without_itk_warnings():
             reader.ReadImageInformation()
     except RuntimeError as error:
-        if header is not None and str(path).endswith((".nii", ".nii.gz")):
+        if header is not None:
             return _by_nibabel(path, header, channel)
         raise unreadable(path, error) from None
     *size, count = reader.GetSize()

@@ -11,14 +11,12 @@ import numpy as np
 import SimpleITK as sitk
 
 from common.errors import InputError, first_few, warn
+from datasets.scans.dicom_pixels import BITS_ALLOCATED, COLUMNS, ROWS, SAMPLES
 from datasets.scans.dicom_slices import (
-    COLUMNS,
     IMAGE_TYPE,
     INTERCEPT,
     MODALITY_LUT,
     PHOTOMETRIC,
-    ROWS,
-    SAMPLES,
     SLOPE,
     Slice,
     in_order,
@@ -45,7 +43,7 @@ from datasets.scans.volumes import Geometry
 # Objects that hold pixels but no scan.
 NO_SCANS = ("SEG", "RTDOSE")
 SPECTROSCOPY = "1.2.840.10008.5.1.4.1.1.4.2"
-BITS_ALLOCATED, BITS_STORED, HIGH_BIT, SIGNED = 0x00280100, 0x00280101, 0x00280102, 0x00280103
+BITS_STORED, HIGH_BIT, SIGNED = 0x00280101, 0x00280102, 0x00280103
 # Kinds of which GDCM applies the rescale that the frames give; of others, only that of the file.
 FRAME_KINDS = "2.1 2.2 4.1 4.4 13.1.1 13.1.2 13.1.3 13.1.4 13.1.5 66.4 128.1 130"
 RESCALED_BY_FRAME = {f"1.2.840.10008.5.1.4.1.1.{end}" for end in FRAME_KINDS.split()}
@@ -117,19 +115,20 @@ def _images(folder: Path) -> tuple[list[list[Slice]], list[DicomFile]]:
         kinds = f", only {first_few(sorted({file.modality for file in others}))}" if others else ""
         raise InputError(f"{folder} holds no DICOM image{kinds}; pass the folder of a scan")
     damaged = [file.path.name for file in images if not file.has_pixels or file.pixels.is_cut_short]
-    # An empty file, or other bytes under the suffix of a slice: without it the scan would be short.
+    # An empty file, other bytes under the suffix of a slice, or a link to nothing: without it the
+    # scan would be short.
     damaged += [
         path.name
         for path in inside
         if path not in dicom
-        and path.suffix.lower() in DICOM_SUFFIXES
+        and (path.suffix.lower() in DICOM_SUFFIXES or not path.exists())
         and not path.name.startswith(".")  # macOS copies such files beside each file
-        and path.is_file()
+        and not path.is_dir()
     ]
     if damaged:
         raise InputError(
             f"{folder} has DICOM files that cannot be read as slices: {first_few(damaged)}; they "
-            "may be cut short: fetch or export the series again"
+            "may be cut short, or links to nothing: fetch or export the series again"
         )
     series = defaultdict(list)
     for file in images:

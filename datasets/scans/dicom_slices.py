@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import InputError, first_few
+from datasets.scans.dicom_pixels import COLUMNS, ROWS, count_frames
 from datasets.scans.dicom_tags import INSTANCE, DicomFile, Tags
 from datasets.scans.volumes import Geometry
 
 POSITION, ORIENTATION, PIXEL_SPACING = 0x00200032, 0x00200037, 0x00280030
 THICKNESS, INTERCEPT, SLOPE = 0x00180050, 0x00281052, 0x00281053
 DETECTOR_SPACINGS = (0x00181164, 0x00182010)  # of X-rays and scanned films, at the detector
-FRAMES, IMAGE_TYPE, PHOTOMETRIC = 0x00280008, 0x00080008, 0x00280004
-ROWS, COLUMNS, SAMPLES, MODALITY_LUT = 0x00280010, 0x00280011, 0x00280002, 0x00283000
+IMAGE_TYPE, PHOTOMETRIC, MODALITY_LUT = 0x00080008, 0x00280004, 0x00283000
 SHARED, PER_FRAME, DETECTORS = 0x52009229, 0x52009230, 0x00540022
 # The sequence of a frame that holds the tag.
 GROUPS = {
@@ -71,12 +71,10 @@ def slices_of(file: DicomFile) -> list[Slice]:
     """Return the slices of a file, in the order of its pixels.
 
     Raises:
-        InputError: a tag is no number, or two places in the file give different values.
+        InputError: a tag is no number, two places in the file give different values, or pixels are
+            missing.
     """
-    number = file.text(FRAMES)
-    if number and not number.isdigit():
-        raise InputError(f"{file.path} has {number!r} frames, expected a whole number")
-    count = int(number or 1)
+    count = count_frames(file)
     shared, frames = file.items(SHARED), file.items(PER_FRAME)
     found = []
     for frame in range(count):

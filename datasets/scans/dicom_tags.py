@@ -27,6 +27,7 @@ TRANSFER_SYNTAX, KIND_OF_FILE = 0x00020010, 0x00020002
 KIND, INSTANCE, MODALITY, SERIES = 0x00080016, 0x00080018, 0x00080060, 0x0020000E
 DIRECTORY = "1.2.840.10008.1.3.10"  # a table of contents, usually named DICOMDIR
 KEPT = 1 << 16  # bytes; longer values are tables and private data
+MOST_UNPACKED = 1 << 30  # bytes of a deflated file
 DEEPEST = 20  # sequences in sequences; deeper ones come from damaged bytes
 
 # By tag: bytes, or the tags of each item of a sequence, or where the pixels are.
@@ -154,9 +155,12 @@ def read_tags(path: Path) -> DicomFile:
         stream: IO[bytes] = file
         if syntax == DEFLATED:
             try:
-                stream = io.BytesIO(zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read()))
+                unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+                stream = io.BytesIO(unpacker.decompress(file.read(), MOST_UNPACKED))
             except zlib.error as error:
                 raise NotDicomError(str(error)) from None
+            if not unpacker.eof:
+                raise NotDicomError("it is cut short, or more than 1 GiB")
         little = syntax != BIG_ENDIAN
         tags |= _Reader(stream, little=little).elements()
         return DicomFile(path, tags, little)

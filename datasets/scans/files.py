@@ -86,7 +86,8 @@ def search(path: str | Path, *, keep_names: bool = True) -> tuple[list[ScanFile]
         if path.is_file():
             return [_single_file(path)], []
         if not path.is_dir():
-            raise MissingFileError(f"{path} does not exist, expected {EXPECTED}")
+            what = "is a pipe or a device" if path.exists() else "does not exist"
+            raise MissingFileError(f"{path} {what}, expected {EXPECTED}")
         inside = sorted(path.iterdir())
         visible = [p for p in inside if not p.name.startswith(".")]
         found = [scan_file(p, suffix) for p in visible if p.is_file() and (suffix := suffix_of(p))]
@@ -228,7 +229,7 @@ def unused_in_series(scan: ScanFile) -> list[Unused]:
         if file.name.startswith("."):
             unused.append(Unused(file.name, HIDDEN))
         elif not is_dicom(file):
-            unused.append(Unused(file.name, BESIDE_SERIES))
+            unused.append(Unused(file.name, BESIDE_SERIES if file.is_file() else BROKEN))
         elif not holds_dicom([file]):
             unused.append(Unused(file.name, NO_IMAGE))
     return unused

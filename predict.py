@@ -17,19 +17,27 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from common.errors import EXIT_BAD_INPUT, EXIT_KEYBOARD, InputError, exit_on_bad_input, first_few
-from common.files import make_folder
+from common.written import Written
 from config.flags import predict_parser
 from config.settings import dataset_spec, parse_args, prediction_key, recorded_values
 from datasets.registry import DatasetSpec
 from datasets.scans.files import ScanFile, search, select_channel, warn_of_unused
+from datasets.scans.isolated import IsolatedReader
 from datasets.scans.unused import OTHER_CHANNEL, Unused, path_below
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
+from evaluation.cases import Case, read_case
 from evaluation.cpu_speed import pack_encoder
+from evaluation.output_folder import log_file, refuse_folder_of, start_in_folder
 from evaluation.predict_volume import predict_volume
-from evaluation.records import finished, refuse_foreign, remove_earlier
-from evaluation.scan_results import Case, read_case, scratch_array, write_case
-from evaluation.scan_summary import volume_table, what_to_open, write_summary
+from evaluation.records import (
+    recorded,
+    refuse_foreign,
+    remove_earlier,
+    require_output,
+)
+from evaluation.scan_results import scratch_array, write_case
+from evaluation.scan_summary import SUMMARY, volume_table, what_to_open, write_summary
 from utils import (
     allow_tf32,
     amp_dtype,
@@ -68,55 +76,75 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
     seed_everything(args.seed, deterministic=bool(args.deterministic))
     allow_tf32(args.tf32)
     spec = dataset_spec(args)
-    folder = Path(args.output)
+    written = Written(args.output)
     scans, unused = choose_scans(args, spec)
     key = prediction_key(args)
     # Only the first rank looks: a late rank would also see files that others have just written.
-    done: dict[str, dict[str, Any]] = {}
-    if ranks.first and not args.overwrite:
-        refuse_foreign(scans, folder, args.format)
-        done = finished(scans, folder, key, args.format)
-    done = ranks.from_first(done)
+    done = ranks.from_first(start_in_folder(args, spec, scans, key, written) if ranks.first else {})
     model, _ = build_model(args, device)
     model.eval()
     model.merge()
     if not args.use_amp:
         pack_encoder(model)
 
-    make_folder(folder, flag="--output")
-    start_logging(folder / "log.txt" if ranks.first else None)
-    logging.info(
-        "%d scans, %d of them done before, %d files not used, on %d × %s",
-        len(scans),
-        len(done),
-        len(unused),
-        ranks.count,
-        device,
-    )
-    if spec.orientation is None and not spec.is_pictures:
-        logging.info("the adapter stores no orientation, so scans are not turned")
-    rank_scans = [scan for scan in scans if scan.name not in done][ranks.rank :: ranks.count]
-    with tqdm(
-        total=len(rank_scans),
-        desc="segmenting",
-        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f} of {total} scans, {remaining} left",
-        disable=None if ranks.first else True,
-    ) as bar:
-        found = dict(segment_all(args, spec, model, rank_scans, key, progress=bar.update))
-    outcomes: dict[str, dict[str, Any] | str] = dict(done)  # a result, or a message of failure
-    for part in ranks.gather(found):
-        outcomes |= part
-    if not ranks.first:
-        return
-    results = {s.name: outcomes[s.name] for s in scans if isinstance(outcomes[s.name], dict)}
+    with written.noting():
+        start_logging(log_file(written) if ranks.first else None)
+        logging.info(
+            "%d scans, %d of them done before, %d files not used, on %d × %s",
+            len(scans),
+            len(done),
+            len(unused),
+            ranks.count,
+            device,
+        )
+        if spec.orientation is None and not spec.is_pictures:
+            logging.info("the adapter stores no orientation, so scans are not turned")
+        rank_scans = [scan for scan in scans if scan.name not in done][ranks.rank :: ranks.count]
+        with tqdm(
+            total=len(rank_scans),
+            desc="segmenting",
+            bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f} of {total} scans, "
+            "{remaining} left",
+            disable=None if ranks.first else True,
+        ) as bar:
+            found = dict(segment_all(args, spec, model, rank_scans, key, written, bar.update))
+        outcomes: dict[str, dict[str, Any] | str] = dict(done)  # a result, or why it failed
+        for part in ranks.gather(found):
+            outcomes |= part
+        if ranks.first:
+            finish(args, spec, outcomes, unused, key, written)
+
+
+def finish(
+    args: argparse.Namespace,
+    spec: DatasetSpec,
+    outcomes: dict[str, dict[str, Any] | str],
+    unused: list[Unused],
+    key: dict[str, Any],
+    written: Written,
+) -> None:
+    """Write and print what is known of all cases, also of earlier runs with the same settings.
+
+    Args:
+        outcomes: the result of each scan or, if it failed, a message.
+    """
+    folder = written.folder
+    require_output(folder)
     failures = {name: text for name, text in outcomes.items() if isinstance(text, str)}
+    records = recorded(folder, key, spec.num_classes)
+    gone = "its files were removed or replaced while predict.py ran; run the same command again"
+    failures |= dict.fromkeys(outcomes.keys() - failures.keys() - records.keys(), gone)
+    results = {s: outcome for s, outcome in outcomes.items() if s not in failures}
+    earlier = {s: record.result for s, record in records.items() if s not in outcomes}
     in_series = [Unused(**one) for result in results.values() for one in result["not_used"]]
     warn_of_unused(in_series, args.input, "predictions.json")
     settings = {"flags": recorded_values(args), "environment": environment()}
-    unused += in_series
-    write_summary(spec, folder, results, failures, unused, key=key, settings=settings)
-    report(spec, folder, list(results.values()))
-    _exit_if_failed(failures, len(scans))
+    if not args.overwrite:
+        refuse_foreign(written, SUMMARY)
+    everything = earlier | results
+    write_summary(spec, folder, everything, failures, unused + in_series, settings=settings)
+    report(spec, folder, [results[name] for name in outcomes if name in results])
+    _exit_if_failed(failures, len(outcomes))
 
 
 def choose_scans(
@@ -157,12 +185,12 @@ def segment_all(
     model: torch.nn.Module,
     scans: Sequence[ScanFile],
     key: dict[str, Any],
-    *,
+    written: Written,
     progress: Callable[[float], object],
 ) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Segment each scan while the next one is read and the previous one is written.
 
-    A scan that fails does not stop the others.
+    A scan that fails does not stop the others, even if it ends the process that reads it.
 
     Yields:
         The name of each scan and its result or, if it failed, a message.
@@ -174,23 +202,33 @@ def segment_all(
         return None if scan is None else reader.submit(read_case, spec, scan)
 
     # At most three scans are in memory: the one read, the one segmented, the one written.
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+    with IsolatedReader() as reader, ThreadPoolExecutor(1) as writer:
         coming, writing = read_next(), None
         for scan in scans:
             reading, coming = coming, read_next()
             try:
-                remove_earlier(Path(args.output), scan.name)
-                write = segment(args, spec, model, reading.result(), progress)
+                require_output(written.folder)
+                case = _read(reading, spec, scan, written)
+                write = segment(args, spec, model, case, progress)
             except Exception as error:  # the other scans still have to be segmented
                 progress(1)
                 yield scan.name, _message(error)
                 continue
             if writing is not None:
                 yield _written(*writing)
-            writing = scan.name, writer.submit(write, key=key)
-            del reading, write  # else they would keep the scan in memory after it is written
+            writing = scan.name, writer.submit(write, key=key, written=written)
+            del reading, case, write  # else they would keep the scan in memory after it is written
         if writing is not None:
             yield _written(*writing)
+
+
+def _read(reading: Future[Case], spec: DatasetSpec, scan: ScanFile, written: Written) -> Case:
+    """Wait for a scan; if it cannot be read, no result of other settings may stand for it."""
+    try:
+        return reading.result()
+    except Exception:
+        remove_earlier(written, scan.name, spec.num_classes)
+        raise
 
 
 def _written(name: str, writing: Future[dict[str, Any]]) -> tuple[str, dict[str, Any] | str]:
@@ -245,18 +283,6 @@ def keep_largest(labels: np.ndarray) -> None:
             pieces, _ = ndimage.label(mask, np.ones((3, 3, 3)))
             sizes = np.bincount(pieces.ravel())[1:]
             labels[box][mask & (pieces != 1 + sizes.argmax())] = 0
-
-
-def refuse_folder_of(scans: Sequence[ScanFile], source: Path, folder: Path) -> None:
-    """Raise an `InputError` if results would lie beside the scans or replace them."""
-    taken = {source.resolve()}
-    for scan in scans:
-        path = scan.path.resolve()
-        taken.add(path if path.is_dir() else path.parent)
-    if folder.resolve() in taken:
-        raise InputError(
-            f"--output {folder} is a folder of scans that are read; choose another folder"
-        )
 
 
 def _exit_if_failed(failures: dict[str, str], total: int) -> None:

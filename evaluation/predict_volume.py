@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.errors import InputError, first_few
 from datasets.resampling import resize_images, resize_labels
 
 Segment = Callable[[torch.Tensor], torch.Tensor]  # images (B, 3, S, S) to logits (B, C, S, S)
@@ -30,8 +31,7 @@ def predict_volume(
 
     Cubic zoom brings each slice to `input_size`, the size of the training slices, and then to
     `image_size`. The class with the largest logit at that size returns by nearest neighbour.
-    The network and the resizing run on the network's device. Only the labels are copied to the
-    host, all at once, so that a GPU never waits for the host between batches.
+    Only the labels are copied to the host, all at once, so that a GPU never waits between batches.
 
     To compute in bf16 or fp16, call this function inside `torch.autocast`: the network then
     follows it, and the resizing stays in float32.
@@ -50,6 +50,9 @@ def predict_volume(
 
     Returns:
         (D, H, W) uint8 labels.
+
+    Raises:
+        InputError: logits are NaN or infinite, so that there are no labels.
     """
     device = next(net.parameters()).device
     batch_size = batch_size or (2 if device.type == "cpu" else 12)
@@ -57,6 +60,7 @@ def predict_volume(
         volume = volume.cpu().numpy()
     depth, size = volume.shape[0], tuple(volume.shape[-2:])
     labels = torch.empty((depth, *size), dtype=torch.uint8, device=device)
+    finite = torch.empty(depth, dtype=torch.bool, device=device)  # of each slice, its logits
 
     def segment(images: torch.Tensor) -> torch.Tensor:  # (B, 3, S, S) -> (B, C, S, S) logits
         return net(images, True, image_size[0])["masks"]
@@ -66,14 +70,26 @@ def predict_volume(
         images = network_input(slices, input_size, image_size)
         scores = averaged(segment, images, flips) if flips else segment(images)
         # `max` picks the first of equal scores, as argmax does, and is six times faster on a CPU
-        classes = scores.max(dim=1).indices.to(torch.uint8)  # (B, S, S)
-        labels[start : start + batch_size] = resize_labels(classes, size)
+        best, classes = scores.max(dim=1)  # (B, S, S) both; the largest of NaN and others is NaN
+        finite[start : start + batch_size] = best.isfinite().flatten(1).all(dim=1)
+        labels[start : start + batch_size] = resize_labels(classes.to(torch.uint8), size)
         if on_probabilities is not None:
             probabilities = scores if flips else scores.float().softmax(dim=1)
             on_probabilities(start, F.interpolate(probabilities, size, mode="bilinear"))
         if progress is not None:
             progress(len(slices))
+    _require_finite(finite.cpu().numpy())
     return labels.cpu().numpy()
+
+
+def _require_finite(finite: np.ndarray) -> None:  # (D,) bool, of each slice
+    if not finite.all():
+        wrong = np.flatnonzero(~finite).tolist()
+        raise InputError(
+            f"the network's output is NaN or infinite in {len(wrong)} of {len(finite)} slices "
+            f"(counted from 0: {first_few(wrong)}); compute in float32 (without --use_amp), or "
+            "train again with a lower learning rate"
+        )
 
 
 def network_input(

@@ -1,82 +1,162 @@
-"""Records of segmented scans: which cases are done, from which file and with which settings."""
+"""What a folder of segmented scans holds: records of the cases that are done, and whose files are.
+
+Each case has a record of its scan, of the settings and of the result. `common.written` knows which
+files predict.py wrote. A label file that the user corrected since counts as done and is kept.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from common.errors import InputError, first_few
+from common.errors import InputError, MissingFileError, first_few, warn
+from common.files import read_json, sha256_of
 from common.writing import write_json
+from common.written import Written
+from datasets.scans.errors import reporting_os_errors
 from datasets.scans.files import ScanFile, stamp
 from datasets.scans.labels import label_suffix
 
-RECORDS = ".done"
+RECORDS, OVERLAYS, PROBABILITIES = ".done", "overlays", "probabilities"
+CORRECTED = "its label file was changed after it was written; the volumes are those before"
+# The fields of a result that `predictions.json` and `volumes.csv` are written from.
+FIELDS = {
+    "case": str,
+    "file": str,
+    "input": str,
+    "shape": list,
+    "voxels": list,
+    "ml": list | None,
+    "cut_by_edge": list,
+    "warnings": list,
+    "not_used": list,
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is recorded of a case."""
+
+    key: dict[str, Any]  # see `config.settings.prediction_key`
+    source: list[Any]  # stamp of the scan
+    result: dict[str, Any]
+    label: list[Any]  # SHA-256, size and time of the label file
 
 
 def finished(
-    scans: Sequence[ScanFile], folder: Path, key: dict[str, Any], wanted: str | None
+    scans: Sequence[ScanFile],
+    written: Written,
+    key: dict[str, Any],
+    num_classes: int,
+    wanted: str | None,
 ) -> dict[str, dict[str, Any]]:
     """Return the recorded results of unchanged scans that were segmented with these settings.
 
+    Labels that were corrected since are kept: their cases count as segmented, with a warning.
+
     Args:
-        folder: output folder.
+        written: the output folder.
         key: see `config.settings.prediction_key`.
         wanted: `--format`.
     """
-    found = recorded(folder, key)
-    return {
-        scan.name: found[scan.name][0]
-        for scan in scans
-        if scan.name in found
-        and found[scan.name][1] == stamp(scan.path)
-        and (folder / f"{scan.name}{label_suffix(scan, wanted)}").is_file()
-    }
-
-
-def recorded(folder: Path, key: dict[str, Any]) -> dict[str, tuple[dict[str, Any], list[Any]]]:
-    """Return result and scan stamp of each case in a folder that has a record with this key."""
-    found = {}
-    for path in sorted((folder / RECORDS).glob("*.json")):
-        try:
-            record = json.loads(path.read_text("utf-8"))
-            if record["key"] == key and (folder / record["result"]["file"]).is_file():
-                found[record["result"]["case"]] = record["result"], record["source"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # another program wrote this file
+    records, found, corrected = recorded(written.folder, key, num_classes), {}, []
+    for scan in scans:
+        file, record = f"{scan.name}{label_suffix(scan, wanted)}", records.get(scan.name)
+        if record is None or record.result["file"] != file or record.source != _stamp(scan):
+            continue
+        found[scan.name] = record.result
+        if _is_as_recorded(written.folder / file, record):
+            continue
+        if written.wrote(file):  # by another run, or this one was killed before its record
+            del found[scan.name]
+        else:
+            corrected.append(file)
+            warnings = [*record.result["warnings"], CORRECTED]
+            found[scan.name] = record.result | {"warnings": warnings}
+    if corrected:
+        warn(
+            f"{written.folder} holds label files that were changed after predict.py wrote them, so "
+            f"they are kept: {first_few(corrected)}; move them away to segment their scans again"
+        )
     return found
 
 
-def refuse_foreign(scans: Sequence[ScanFile], folder: Path, wanted: str | None) -> None:
-    """Raise an `InputError` if label files of other programs would be replaced."""
-    foreign = [
-        file
-        for scan in scans
-        if (folder / (file := f"{scan.name}{label_suffix(scan, wanted)}")).exists()
-        and not record_path(folder, scan.name).exists()
-    ]
-    if foreign:
-        raise InputError(
-            f"--output {folder} holds {first_few(foreign)}, which predict.py has not written; "
-            "choose another folder, or pass --overwrite to replace these files"
-        )
+def _stamp(scan: ScanFile) -> list[Any]:
+    with reporting_os_errors(scan.path):
+        return stamp(scan.path)
 
 
-def remove_earlier(folder: Path, name: str) -> None:
-    """Delete the files of a case from an earlier run, so that none stays if this run fails."""
-    record = record_path(folder, name)
+def _is_as_recorded(path: Path, record: Record) -> bool:
+    """Return whether a label file is the recorded one; a copy with another time also is."""
+    given = path.stat()
+    return record.label[1:] == [given.st_size, given.st_mtime_ns] or record.label[0] == sha256_of(
+        path
+    )
+
+
+def recorded(folder: Path, key: dict[str, Any], num_classes: int) -> dict[str, Record]:
+    """Return the record of each case in a folder that has its label file and this key."""
+    found = {}
+    for path in sorted((folder / RECORDS).glob("[!.]*.json")):
+        record = read_record(folder, path.stem, num_classes)
+        if record and record.key == key and (folder / record.result["file"]).is_file():
+            found[path.stem] = record
+    return found
+
+
+def read_record(folder: Path, name: str, num_classes: int) -> Record | None:
+    """Return the record of a case; None: there is none, or it is damaged, which is told."""
+    path = record_path(folder, name)
+    remedy = "so its case counts as not segmented"
     try:
-        file = Path(json.loads(record.read_text("utf-8"))["result"]["file"]).name
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # without a readable record, the files are not known to be ours
-    for path in (
-        folder / file,
-        folder / "overlays" / f"{name}.png",
-        *(folder / "probabilities" / name).glob("*"),
-        record,  # last: without a record, files count as another program's
-    ):
-        path.unlink(missing_ok=True)
+        content = read_json(path, remedy=remedy)
+        if not _is_record(content, name, num_classes):
+            raise InputError(f"{path} is not a record of a segmented scan; {remedy}")
+    except MissingFileError:
+        return None
+    except InputError as error:
+        warn(str(error))
+        return None
+    return Record(content["key"], content["source"], content["result"], content["label"])
+
+
+def _is_record(content: Any, name: str, num_classes: int) -> bool:
+    """Return whether the content of a JSON file has the form of the record of a case."""
+    kinds = {"key": dict, "source": list, "result": dict, "label": list}
+    if not _has(content, kinds) or not _has(content["result"], FIELDS):
+        return False
+    result, label = content["result"], content["label"]
+    counts = [result["voxels"], result["cut_by_edge"], result["ml"] or result["voxels"]]
+    return (
+        result["case"] == name
+        and PurePosixPath(result["file"]).name == result["file"]
+        and all(len(values) == num_classes for values in counts)
+        and all(isinstance(value, int | float) for values in counts for value in values)
+        and all(isinstance(text, str) for text in result["warnings"])
+        and all(_has(one, {"path": str, "reason": str}, only=True) for one in result["not_used"])
+        and len(label) == 3
+    )
+
+
+def _has(content: Any, kinds: dict[str, Any], *, only: bool = False) -> bool:
+    """Return whether a dict has values of these types (and no others)."""
+    return (
+        isinstance(content, dict)
+        and all(name in content and isinstance(content[name], kinds[name]) for name in kinds)
+        and not (only and content.keys() - kinds.keys())
+    )
+
+
+def write_record(
+    folder: Path, key: dict[str, Any], source: list[Any], result: dict[str, Any]
+) -> None:
+    """Write the record of a case whose label file is there."""
+    path = folder / result["file"]
+    label = [sha256_of(path), path.stat().st_size, path.stat().st_mtime_ns]
+    write_json(record_path(folder, result["case"]), asdict(Record(key, source, result, label)))
 
 
 def record_path(folder: Path, name: str) -> Path:
@@ -84,9 +164,44 @@ def record_path(folder: Path, name: str) -> Path:
     return folder / RECORDS / f"{name}.json"
 
 
-def write_record(
-    folder: Path, key: dict[str, Any] | None, source: list[Any], result: dict[str, Any]
-) -> None:
-    """Write the record of a case; without a key it only marks the files as ours."""
-    record = {"key": key, "source": source, "result": result}
-    write_json(record_path(folder, result["case"]), record)
+def refuse_foreign(written: Written, names: Sequence[str]) -> None:
+    """Raise an `InputError` if these files are there and predict.py has not written them."""
+    if written.foreign(names):
+        # A second predict.py may have written them since the journal was read.
+        Written(written.folder).refuse_foreign(names, flag="--output")
+
+
+def require_output(folder: Path) -> None:
+    """Raise an `InputError` if the output folder was removed while the program runs."""
+    if not (folder / RECORDS).is_dir():
+        raise InputError(
+            f"the output folder {folder} was removed or cannot be reached any more; run the same "
+            "command again"
+        )
+
+
+def earlier_files(folder: Path, name: str, num_classes: int) -> list[str]:
+    """Return the names of the files that an earlier run may have written for a case."""
+    record = read_record(folder, name, num_classes)
+    found = sorted((folder / PROBABILITIES / name).glob("[!.]*"))
+    return [
+        *([] if record is None else [record.result["file"]]),
+        f"{OVERLAYS}/{name}.png",
+        *[path.relative_to(folder).as_posix() for path in found],
+    ]
+
+
+def remove_earlier(written: Written, name: str, num_classes: int) -> None:
+    """Delete the files of a case that an earlier run wrote, and its record."""
+    remove_own(written, earlier_files(written.folder, name, num_classes))
+    record_path(written.folder, name).unlink(missing_ok=True)
+
+
+def remove_own(written: Written, names: Iterable[str]) -> None:
+    """Delete those of these files that are as predict.py wrote them."""
+    for name in names:
+        if written.wrote(name):
+            (written.folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
+                if name.count("/") > 1:
+                    (written.folder / name).parent.rmdir()

@@ -14,9 +14,10 @@ from common.writing import atomic_path, write_json
 from datasets.registry import DatasetSpec
 from datasets.scans.labels import write_label_tables
 from datasets.scans.unused import Unused
-from evaluation.records import recorded
+from evaluation.records import require_output
 
 COLUMNS = ("case", "class", "value", "voxels", "ml", "cut_by_edge")
+SUMMARY = ("labels.txt", "labels.ctbl", "volumes.csv", "predictions.json")
 TABLE_ROWS = 40  # cases that are printed
 
 
@@ -27,22 +28,17 @@ def write_summary(
     failures: dict[str, str],
     unused: Sequence[Unused],
     *,
-    key: dict[str, Any],
     settings: dict[str, Any],
 ) -> None:
     """Write `volumes.csv`, `predictions.json` and the tables of names and colours.
 
-    They also list the cases that earlier runs with the same adapter and flags have segmented.
-
     Args:
-        results: result of each segmented scan, by name.
+        results: result of each case that is listed, by name.
         failures: message for each scan that failed, by name.
         unused: what was left out of the input.
     """
-    earlier = {
-        name: result for name, (result, _) in recorded(folder, key).items() if name not in failures
-    }
-    cases = [result for _, result in sorted((earlier | results).items())]
+    require_output(folder)
+    cases = [result for _, result in sorted(results.items())]
     write_label_tables(folder, spec)
     with (
         atomic_path(folder / "volumes.csv") as temporary,

@@ -20,7 +20,8 @@ from datasets.scans.identity import names_patient
 from datasets.scans.series_header import BIRTH_DATE, IDENTITY_REMOVED, PATIENT_ID, PATIENT_NAME
 from datasets.scans.unused import Unused
 from datasets.scans.volumes import write_volume
-from evaluation.scan_results import cut_classes, read_case
+from evaluation.cases import read_case
+from evaluation.scan_results import cut_classes
 from evaluation.scan_summary import shown_ml
 
 UNKNOWN = "of an unknown suffix, and not DICOM"

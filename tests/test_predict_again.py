@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
+import signal
 import time
 import weakref
 from multiprocessing.connection import Connection
@@ -22,6 +24,7 @@ import predict
 from common.errors import EXIT_KEYBOARD
 from common.writing import partial_name
 from datasets.scans.volumes import Geometry, read_volume, write_volume
+from evaluation.cases import UnitSlices
 
 pytestmark = pytest.mark.slow
 
@@ -49,10 +52,10 @@ def test_files_of_other_programs_are_never_replaced(
     with monkeypatch.context() as patched:
         patched.setattr(predict, "build_model", None)  # the refusal comes earlier
         assert run(scans, tmp_path / "labels", adapter) == 2
-    assert "holds a.nii.gz, which predict.py has not written" in capfd.readouterr().err
+    assert "holds a.nii.gz, which this program has not written" in capfd.readouterr().err
     assert manual.read_bytes() == before and list(manual.parent.iterdir()) == [manual]
     assert run(scans, tmp_path / "labels", adapter, "--format", ".mha") == 0
-    assert manual.read_bytes() == before
+    assert manual.read_bytes() == before and (manual.parent / "a.mha").exists()
     assert run(scans, tmp_path / "labels", adapter, "--overwrite") == 0
     assert manual.read_bytes() != before
     # Now predict.py has written the file, so it may replace it.
@@ -70,18 +73,64 @@ def test_the_input_folder_cannot_be_the_output(
     assert [path.name for path in (tmp_path / "archive").iterdir()] == ["p1"]
 
 
-def test_labels_from_a_killed_run_do_not_count_as_files_of_other_programs(
-    tmp_path: Path,
-    adapter: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def killed_at_rename(count: int) -> None:
+    """Let this process be killed right after a renaming, or right before it if odd."""
+    replace, calls = Path.replace, []
+
+    def fatal(path: Path, target: Path) -> Path:
+        calls.append(1)
+        if len(calls) == count // 2 + 1 and count % 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done = replace(path, target)
+        if len(calls) == count // 2 + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    Path.replace = fatal
+
+
+def segment_here(source: str, output: str, adapter: str, count: int | None, flags: list[str]):
+    """Segment with a stand-in for the network; end with the program's exit code."""
+    torch.set_num_threads(1)
+    predict.build_model = lambda args, device: (Bands(), 16)
+    predict.pack_encoder = lambda model: None
+    if count is not None:
+        killed_at_rename(count)
+    os._exit(run(Path(source), Path(output), Path(adapter), *flags))
+
+
+def test_a_run_that_is_killed_at_any_renaming_is_finished_by_the_same_command(
+    tmp_path: Path, adapter: Path
 ):
-    scans, out = write_scans(tmp_path / "in", "a"), tmp_path / "out"
-    with monkeypatch.context() as patched:
-        # The run fails after it has written the labels and before it records the case.
-        patched.setattr("evaluation.scan_results.case_panel", None)
-        assert run(scans, out, adapter) == 2
-    assert (out / "a.nii.gz").exists()
-    assert run(scans, out, adapter) == 0
+    """Also if it replaces files of other settings; the files are those of a run without a kill."""
+    scans = write_scans(tmp_path / "in", "ab")
+    earlier, whole = tmp_path / "earlier", tmp_path / "whole"
+    assert run(scans, earlier, adapter, "--format", ".mha", "--probabilities") == 0
+    shutil.copytree(earlier, whole)
+    assert run(scans, whole, adapter, "--flips", "rows") == 0
+
+    def labels_of(folder: Path) -> dict[str, bytes]:
+        return {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file() and path.suffix not in (".json", ".jsonl") and path.name != "log.txt"
+        }
+
+    killed = 0
+    for count in range(99):
+        out = tmp_path / f"out{count}"
+        shutil.copytree(earlier, out)
+        arguments = (str(scans), str(out), str(adapter), count, ["--flips", "rows"])
+        child = processes.CONTEXT.Process(target=segment_here, args=arguments)
+        child.start()
+        child.join()
+        killed += child.exitcode == -signal.SIGKILL
+        assert child.exitcode in (0, -signal.SIGKILL)
+        assert run(scans, out, adapter, "--flips", "rows") == 0
+        assert labels_of(out) == labels_of(whole)
+        if child.exitcode == 0:
+            break
+    assert killed == 20  # 3 files of each of 2 cases and 4 of all, before and after each
 
 
 def test_old_results_of_a_scan_that_fails_now_are_deleted(tmp_path: Path, adapter: Path):
@@ -92,6 +141,7 @@ def test_old_results_of_a_scan_that_fails_now_are_deleted(tmp_path: Path, adapte
     left = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
     assert sorted(left) == [
         ".done/b.json",
+        ".written.jsonl",
         "b.nii.gz",
         "labels.ctbl",
         "labels.txt",
@@ -201,22 +251,21 @@ def test_memory_grows_only_with_the_scans_that_are_held(tmp_path: Path, adapter:
 def test_three_scans_are_held_at_most(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    read, write = predict.read_case, predict.write_case
+    write = predict.write_case
     seen: list[weakref.ref[Any]] = []
     held = []
 
-    def watched(*args: Any) -> Any:
-        case = read(*args)
-        seen.append(weakref.ref(case.slices))
+    def watched(slices: Any, state: dict[str, Any]) -> None:  # called when a scan arrives
+        slices.__dict__.update(state)
+        seen.append(weakref.ref(slices))
         time.sleep(0.05)  # the writer frees a scan a moment after it has reported it
         held.append(sum(scan() is not None for scan in seen))
-        return case
 
     def slow(*args: Any, **kwargs: Any) -> dict[str, Any]:
         time.sleep(0.3)
         return write(*args, **kwargs)
 
-    monkeypatch.setattr(predict, "read_case", watched)
+    monkeypatch.setattr(UnitSlices, "__setstate__", watched, raising=False)
     monkeypatch.setattr(predict, "write_case", slow)
     assert run(write_scans(tmp_path / "in", "abcdefg"), tmp_path / "out", adapter) == 0
     assert len(held) == 7 and max(held) == 3

@@ -501,7 +501,7 @@ ROWS = [
         f / "scan.nii.gz", f / "in"), "is a folder of scans that are read",
           ("--input", "in", "--output", "in")),
     Wrong(S, "labels of others in the output", lambda f: (f / "out").mkdir() or shutil.copy(
-        f / "scan.nii.gz", f / "out"), "which predict.py has not written"),
+        f / "scan.nii.gz", f / "out"), "which this program has not written"),
     Wrong(S, "scans lie in subfolders alone", lambda f: (f / "in" / "p1").mkdir(parents=True)
           or shutil.copy(f / "scan.nii.gz", f / "in" / "p1"),
           "in subfolders only DICOM is looked for", ("--input", "in")),

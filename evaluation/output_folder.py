@@ -1,0 +1,81 @@
+"""The output folder of `predict.py` before any work: what is done, what must not be replaced."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import InputError, first_few
+from common.files import make_folder
+from common.writing import remove_partials
+from common.written import Written
+from datasets.registry import DatasetSpec
+from datasets.scans.files import ScanFile
+from evaluation.records import OVERLAYS, PROBABILITIES, RECORDS, finished, refuse_foreign
+from evaluation.scan_results import case_files
+from evaluation.scan_summary import SUMMARY
+
+LOG = "log.txt"
+
+
+def refuse_folder_of(scans: Sequence[ScanFile], source: Path, folder: Path) -> None:
+    """Raise an `InputError` if results would lie beside the scans or replace them."""
+    taken = {source.resolve()}
+    for scan in scans:
+        path = scan.path.resolve()
+        taken.add(path if path.is_dir() else path.parent)
+    if folder.resolve() in taken:
+        raise InputError(
+            f"--output {folder} is a folder of scans that are read; choose another folder"
+        )
+
+
+def start_in_folder(
+    args: argparse.Namespace,
+    spec: DatasetSpec,
+    scans: Sequence[ScanFile],
+    key: dict[str, Any],
+    written: Written,
+) -> dict[str, dict[str, Any]]:
+    """Look into the output folder before any work; return the results that are there already.
+
+    Unfinished files of killed runs are removed.
+
+    Raises:
+        InputError: files would be replaced that predict.py has not written.
+    """
+    folder = written.folder
+    done = {}
+    if not args.overwrite:
+        done = finished(scans, written, key, spec.num_classes, args.format)
+    names = [name for s in scans if s.name not in done for name in case_files(args, spec, s)]
+    names += [*SUMMARY, *([] if LOG in written.known else [LOG])]
+    refuse_folders(folder, names)
+    if not args.overwrite:
+        refuse_foreign(written, names)
+    for part in (RECORDS, OVERLAYS):
+        make_folder(folder / part, flag="--output")
+    for place in (folder, folder / RECORDS, folder / OVERLAYS, *folder.glob(f"{PROBABILITIES}/*")):
+        remove_partials(place)
+    return done
+
+
+def log_file(written: Written) -> Path:
+    """Return the log file, to which lines are only added; note that it is of this program."""
+    path = written.folder / LOG
+    if LOG not in written.known:
+        path.touch()
+        written.note(path, path)
+    return path
+
+
+def refuse_folders(folder: Path, names: Iterable[str]) -> None:
+    """Raise an `InputError` if a folder lies where a file will be written."""
+    taken = [name for name in names if (folder / name).is_dir()]
+    if taken:
+        raise InputError(
+            f"--output {folder} holds folders where files would be written: {first_few(taken)}; "
+            "move them away, or choose another folder"
+        )

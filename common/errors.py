@@ -24,7 +24,20 @@ WARNING = ".warning"
 NO_PLACE = {errno.EISDIR, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM}
-NOT_WRITABLE = NO_PLACE | FULL | NOT_ALLOWED
+# The folder was deleted meanwhile, or its disk or file server does not answer.
+GONE = {
+    errno.ENOENT,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.EHOSTDOWN,
+    errno.EREMOTEIO,
+    errno.ETIMEDOUT,
+}
+NOT_WRITABLE = NO_PLACE | FULL | NOT_ALLOWED | GONE
 
 
 class InputError(ValueError):
@@ -103,9 +116,14 @@ def cannot_make(folder: str | Path, error: OSError, *, flag: str) -> InputError:
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:
-    """Return the error for a full disk, a read-only folder, or a path that is taken."""
+    """Return the error for a disk that is full, read-only or gone, or a path that is taken."""
     if error.errno in NO_PLACE:
         return InputError(f"cannot write {path} ({error.strerror}); choose another path")
+    if error.errno in GONE:
+        return InputError(
+            f"cannot write {path} ({error.strerror}): its folder was removed, or its disk or file "
+            "server does not answer; check both and start again"
+        )
     return InputError(
         f"cannot write {path} ({error.strerror}); make room or give the right to write there, and "
         "start again: what was saved before is intact"

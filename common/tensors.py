@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -14,9 +13,9 @@ from typing import Any
 import safetensors
 import torch
 
-from common.errors import InputError, cannot_write, first_line
-from common.files import require_file
-from common.writing import flush_folder, partial_name
+from common.errors import NOT_WRITABLE, InputError, cannot_write, first_line
+from common.files import require_file, sha256_of
+from common.writing import NotingFile, partial_name, require_same, settle
 
 WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Weights are computed with in this type.
@@ -141,20 +140,18 @@ class _HashingFile:
     """A file opened for writing that computes the SHA-256 of its content."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("wb")
+        self.file = NotingFile(path)
         self.digest = hashlib.sha256()
-        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:  # PyTorch would only report that writing failed.
-            self.error = error
-            raise
+        written = 0
+        while written < len(data):  # Linux writes at most 2 GiB at once.
+            written += self.file.write(memoryview(data)[written:])
+        return written
 
     def flush(self) -> None:
-        self.file.flush()
+        """Do nothing: there is no buffer."""
 
 
 def save_tensors(
@@ -176,26 +173,23 @@ def save_tensors(
     """
     path = Path(path)
     temporary = partial_name(path)
-    target = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         target = _HashingFile(temporary)
         with target.file:
             torch.save(state, target)
-            target.flush()
-            # Without this, a crash may leave the new name without content.
-            os.fsync(target.file.fileno())
+        if target.file.error is not None:
+            raise target.file.error
         digest = target.digest.hexdigest()
+        require_same(path, sha256_of(temporary) == digest)
         if hash_in_name:
             path = path.with_name(f"{path.stem}-{digest[:16]}{path.suffix}")
-        temporary.replace(path)
-        flush_folder(path.parent)
+        settle(temporary, path)
         return path, digest
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else target.error if target else None
-        if cause is None:
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
             raise
-        raise cannot_write(path, cause) from None
+        raise cannot_write(path, error) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

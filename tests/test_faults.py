@@ -18,10 +18,11 @@ import pytest
 import torch
 from test_resume import assert_equal_runs, folder_of, small_flags_of, wait_for_step, write_data
 
-import common.tensors
 import train
 import trainer
 from common.errors import InputError
+from common.tensors import load_tensors
+from common.writing import NotingFile
 from config.flags import train_parser
 from distributed.signals import EXIT_INTERRUPTED
 from training import checkpoint as training_state
@@ -111,11 +112,11 @@ def test_the_older_state_survives_any_disk_error(
     folder = folder_of(tmp_path)
     before = {path: path.read_bytes() for path in saved_states(folder)}
 
-    def refuse(file: common.tensors._HashingFile, data: bytes) -> int:
+    def refuse(file: NotingFile, data: bytes) -> int:
         file.error = OSError(number, os.strerror(number))
-        raise file.error
+        return len(data)
 
-    monkeypatch.setattr(common.tensors._HashingFile, "write", refuse)
+    monkeypatch.setattr(NotingFile, "write", refuse)
     with pytest.raises(InputError, match=os.strerror(number)) as caught:
         train.main(["--resume", str(folder), "--max_iterations", "9"])
     assert "cannot write" in str(caught.value)
@@ -239,7 +240,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     lines = (folder_of(tmp_path / "skips") / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "lr" in record]
     assert [record["step"] for record in records if "skipped" in record] == [3]
-    adapter = common.tensors.load_tensors(folder_of(tmp_path / "skips") / "epoch_1.pth")
+    adapter = load_tensors(folder_of(tmp_path / "skips") / "epoch_1.pth")
     assert all(value.isfinite().all() for value in adapter.values() if torch.is_tensor(value))
 
 

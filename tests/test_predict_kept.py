@@ -13,7 +13,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from test_predict import SPEC, Bands, make_adapter, marked, run
+from test_predict import SPEC, Bands, make_adapter, run
 from test_predict_again import write_scans
 
 import predict

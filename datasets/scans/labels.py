@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 
 from common.errors import InputError
-from common.writing import atomic_path
+from common.writing import atomic_path, require_room, require_same, write_text
 from datasets.colours import label_colours
 from datasets.registry import DatasetSpec
 from datasets.scans.files import DICOM, ScanFile
 from datasets.scans.nifti import nifti_header
-from datasets.scans.volumes import Geometry, read_header, write_volume
+from datasets.scans.volumes import Geometry, read_header, refuse_other_voxels, write_volume
 
 NIFTI = (".nii.gz", ".nii")
 # The format of the label file where it is not the format of the scan. A DICOM series does not
@@ -97,6 +97,7 @@ def write_like(path: Path, array: np.ndarray, scan: ScanFile, geometry: Geometry
         with atomic_path(path) as temporary:
             _write_nifti_like(temporary, array, scan.path)
             finish(temporary)
+            refuse_other_voxels(path, temporary, array)
     else:
         write_volume(path, array, geometry, finish)
 
@@ -112,6 +113,13 @@ def write_index_picture(
         picture.putpalette(palette.ravel().tolist())
     with atomic_path(path) as temporary:
         picture.save(temporary)
+        require_room(temporary)
+        try:
+            with Image.open(temporary, formats=("PNG",)) as written:
+                same = written.mode == picture.mode and written.tobytes() == picture.tobytes()
+        except (OSError, SyntaxError, ValueError):  # as Pillow has it for damaged files
+            same = False
+        require_same(path, same)
 
 
 def write_label_tables(folder: Path, spec: DatasetSpec) -> None:
@@ -129,8 +137,7 @@ def write_label_tables(folder: Path, spec: DatasetSpec) -> None:
         snap.append(line.replace("\n", " "))
         slicer.append(f"{value} {'_'.join(name.split())} {r} {g} {b} {255 * shown}")
     for file, lines in (("labels.txt", snap), ("labels.ctbl", slicer)):
-        with atomic_path(folder / file) as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(folder / file, "\n".join(lines) + "\n")
 
 
 def _write_nifti_like(path: Path, array: np.ndarray, source: Path) -> None:

@@ -6,9 +6,8 @@ of `SimpleITK.GetArrayFromImage` and `GetSpacing`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import InitVar, dataclass
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from nibabel import Nifti1Header
 
 from common.errors import InputError, warn
 from common.files import require_file
-from common.writing import atomic_path
+from common.writing import atomic_path, require_room, require_same
 from datasets.scans.errors import (
     reporting_itk_errors,
     reporting_os_errors,
@@ -27,6 +26,7 @@ from datasets.scans.errors import (
     without_itk_warnings,
 )
 from datasets.scans.formats import checked_reader, refuse_bad_voxels
+from datasets.scans.geometry import Geometry, geometry_of
 from datasets.scans.nifti import (
     SKEWED,
     STRAIGHTEN,
@@ -36,58 +36,11 @@ from datasets.scans.nifti import (
     refuse_bad_slices,
     skew,
     straightened,
+    unpacked,
 )
 
-SPACING_TOLERANCE = 1e-3  # relative
-ORIGIN_TOLERANCE = 1e-2  # mm
-DIRECTION_TOLERANCE = 1e-3  # of each cosine
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Where the voxels of a scan lie in the patient, in SimpleITK's order."""
-
-    spacing: tuple[float, ...]  # (x, y, z), mm
-    origin: tuple[float, ...]  # (x, y, z) of the centre of the first voxel, mm
-    direction: tuple[float, ...]  # 3 × 3 cosines, row-major; the columns are the axes x, y, z
-    # How far rounding in the file may have moved origin and spacing, mm. It is no part of where the
-    # voxels lie, so it is neither compared nor stored.
-    rounding: InitVar[tuple[float, float]] = (0.0, 0.0)
-
-    def __post_init__(self, rounding: tuple[float, float]) -> None:
-        object.__setattr__(self, "rounding", rounding)
-
-    @classmethod
-    def unknown(cls) -> Geometry:
-        """Return the geometry for an array without one: 1 mm voxels along the axes."""
-        return cls((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))
-
-    @property
-    def voxel_spacing(self) -> tuple[float, ...]:
-        """Spacing in mm along (slice, row, column), the axes of an array."""
-        return self.spacing[::-1]
-
-    def matches(self, other: Geometry) -> bool:
-        """Return whether both place voxels alike, up to the rounding of file headers."""
-        return not self.differences(other)
-
-    def differences(self, other: Geometry) -> list[str]:
-        """Return what differs, e.g. `spacing (1, 1, 3) and (1, 1, 5)`."""
-        origin_error, spacing_error = map(max, zip(self.rounding, other.rounding, strict=True))
-        close = {
-            "spacing": _all_close(
-                self.spacing, other.spacing, relative=SPACING_TOLERANCE, absolute=spacing_error
-            ),
-            "origin": _all_close(
-                self.origin, other.origin, absolute=ORIGIN_TOLERANCE + origin_error
-            ),
-            "direction": _all_close(self.direction, other.direction, absolute=DIRECTION_TOLERANCE),
-        }
-        return [
-            f"{name} {_numbers(getattr(self, name))} and {_numbers(getattr(other, name))}"
-            for name, same in close.items()
-            if not same
-        ]
+# Formats that SimpleITK writes as two files, of which only one could get its name at once.
+TWO_FILES = (".mhd", ".nhdr", ".hdr", ".img", ".img.gz")
 
 
 def read_volume(
@@ -106,11 +59,7 @@ def read_volume(
             NaN or infinite values, or does not tell where its voxels lie.
     """
     path = Path(path)
-    source = image = _open(path, channel)
-    if isinstance(source, sitk.ImageFileReader):
-        refuse_bad_voxels(path)
-        with reporting_itk_errors(path):
-            image = source.Execute()
+    image = _read(path, channel)
     array = sitk.GetArrayFromImage(image)
     array = array[None] if array.ndim == 2 else array
     if array.dtype.kind == "f":
@@ -135,13 +84,20 @@ def write_volume(
 ) -> None:
     """Write (D, H, W) voxels in their dtype, with their geometry; whole or not at all.
 
+    SimpleITK does not tell of a full disk in every format, so the file is read back.
+
     Args:
         finish: changes or checks the temporary file before it gets its final name.
 
     Raises:
         InputError: the array is not 3-D, scan formats cannot hold its dtype, the suffix is not the
-            suffix of a format, or the file cannot be written.
+            suffix of a format with one file, or the file cannot be written.
     """
+    if str(path).lower().endswith(TWO_FILES):
+        raise InputError(
+            f"cannot write {path}: the format has two files; choose one that has a single file, "
+            "e.g. .nii.gz, .nrrd or .mha"
+        )
     if array.ndim != 3 or not array.size:
         raise InputError(
             f"cannot write {path}: the array has shape {array.shape}, expected non-empty (D, H, W)"
@@ -157,16 +113,65 @@ def write_volume(
     image.SetSpacing(geometry.spacing)
     image.SetOrigin(geometry.origin)
     image.SetDirection(geometry.direction)
-    try:
-        with without_itk_warnings(), atomic_path(path) as temporary:
+    with without_itk_warnings(), atomic_path(path) as temporary:
+        try:
             sitk.WriteImage(image, temporary, useCompression=True)
-            if finish is not None:
-                finish(temporary)
-    except (RuntimeError, OSError) as error:
-        raise InputError(
-            f"cannot write {path} ({short_reason(error)}); check that the folder is writable and "
-            "that the name has the suffix of a scan, e.g. .nii.gz"
-        ) from None
+        except RuntimeError as error:
+            if temporary.exists():
+                require_room(temporary)  # tells the reason if it is a full disk
+            raise InputError(
+                f"cannot write {path} ({short_reason(error)}); check that the folder is writable "
+                "and that the name has the suffix of a scan, e.g. .nii.gz"
+            ) from None
+        if finish is not None:
+            require_room(temporary)
+            finish(temporary)
+        refuse_other_voxels(path, temporary, array)
+
+
+def refuse_other_voxels(path: str | Path, temporary: Path, array: np.ndarray) -> None:
+    """Raise an error if a file that was just written does not hold these voxels (D, H, W).
+
+    Args:
+        path: the name that the file will get.
+
+    Raises:
+        InputError: it reads back differently.
+        OSError: the disk is full.
+    """
+    require_room(temporary)
+    try:
+        same = all(
+            np.asarray(given, found.dtype).tobytes() == found.tobytes()  # NaN equals NaN
+            for given, found in zip(array, _written_planes(temporary, array.shape), strict=True)
+        )
+    except (InputError, OSError, EOFError, ValueError, zlib.error):
+        same = False
+    require_same(path, same)
+
+
+def _written_planes(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:  # (H, W)
+    """Yield the slices of a file that was written with this shape."""
+    header = nifti_header(path)
+    if header is None:
+        image = _read(path)
+        yield from sitk.GetArrayViewFromImage(image).reshape(shape)
+        return
+    dtype = header.get_data_dtype()
+    with unpacked(path) as file:  # faster than SimpleITK, and compares the checksum at its end
+        file.read(int(header["vox_offset"]))
+        while content := file.read(dtype.itemsize * shape[1] * shape[2]):
+            yield np.frombuffer(content, dtype).reshape(shape[1:])
+
+
+def _read(path: Path, channel: int | None = None) -> sitk.Image:
+    """Read all voxels, or those of one channel."""
+    source = _open(path, channel)
+    if not isinstance(source, sitk.ImageFileReader):
+        return source
+    refuse_bad_voxels(Path(path))
+    with reporting_itk_errors(path):
+        return source.Execute()
 
 
 def _open(path: str | Path, channel: int | None = None) -> sitk.ImageFileReader | sitk.Image:
@@ -270,40 +275,3 @@ def _place(
 def _from_affine(affine: np.ndarray) -> Geometry:
     spacing, origin, axes = straightened(affine)
     return Geometry(tuple(spacing.tolist()), tuple(origin.tolist()), tuple(axes.ravel().tolist()))
-
-
-def geometry_of(source: sitk.Image | sitk.ImageFileReader) -> Geometry:
-    """Return the geometry of an image, or of one volume of a 4-D file.
-
-    Some headers hold a negative spacing. It becomes a positive spacing along the opposite axis,
-    because SimpleITK reads the voxels in that way.
-    """
-    dimension = min(source.GetDimension(), 3)  # 2 for a single slice
-    spacing, origin, axes = np.ones(3), np.zeros(3), np.eye(3)
-    spacing[:dimension] = source.GetSpacing()[:3]
-    origin[:dimension] = source.GetOrigin()[:3]
-    full = np.reshape(source.GetDirection(), (source.GetDimension(),) * 2)
-    axes[:dimension, :dimension] = full[:3, :3]
-    signs = np.where(spacing < 0, -1.0, 1.0)
-    return Geometry(
-        spacing=tuple((spacing * signs).tolist()),
-        origin=tuple(origin.tolist()),
-        direction=tuple((axes * signs).ravel().tolist()),
-    )
-
-
-def _all_close(
-    first: tuple[float, ...],
-    second: tuple[float, ...],
-    *,
-    relative: float = 0.0,
-    absolute: float = 0.0,
-) -> bool:
-    return len(first) == len(second) and all(
-        math.isclose(a, b, rel_tol=relative, abs_tol=absolute)
-        for a, b in zip(first, second, strict=True)
-    )
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return f"({', '.join(f'{value:.5g}' for value in values)})"

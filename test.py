@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from common.errors import exit_on_bad_input, warn
 from common.files import make_folder
+from common.writing import remove_partials
 from config.flags import test_parser
 from config.settings import class_names, dataset_spec, parse_args, recorded_values
 from datasets.dataset_synapse import Synapse_dataset
@@ -99,6 +100,9 @@ def test(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
         pack_encoder(model)
 
     folder = make_folder(args.output_dir, flag="--output_dir")
+    if ranks.first:
+        for place in (folder, folder / "predictions", folder / "slices"):
+            remove_partials(place)
     start_logging(folder / "log.txt" if ranks.first else None)
     logging.info(
         "%d volumes of %s, on %d × %s", len(dataset), dataset.list_path, ranks.count, device

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from common.errors import InputError, exit_on_bad_input
-from common.writing import atomic_path, write_json
+from common.writing import write_json, write_text
 from config.data_spec import record_training_data
 from config.flags import train_parser
 from config.run_folder import (
@@ -140,14 +140,13 @@ def write_facts(
     """
     starts_file = folder / "environment.json"
     starts = earlier_starts(starts_file)
-    save_config(args, folder)
-    write_json(starts_file, [*starts, start])
     if page is None and (told := unlike_before(starts, start)):
         logging.info(told)
     if page is not None:
         write_json(folder / "check.json", page.facts)
-        with atomic_path(folder / "check.txt") as temporary:
-            temporary.write_text(f"{page}\n", encoding="utf-8")
+        write_text(folder / "check.txt", f"{page}\n")
+    write_json(starts_file, [*starts, start])
+    save_config(args, folder)  # last: a folder with this file is a run that can be continued
 
 
 def log_warnings(args: argparse.Namespace, page: Page | None) -> None:

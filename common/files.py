@@ -18,6 +18,7 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 
 from common.errors import InputError, MissingFileError, cannot_make, first_line
+from common.writing import make_folders
 
 # Readers of the header of an array, by the version of its format; later ones hold no numbers.
 HEADERS = {
@@ -46,10 +47,10 @@ def require_folder(path: str | Path, *, what: str, remedy: str) -> Path:
     return path
 
 
-def make_folder(path: str | Path, *, flag: str, exist_ok: bool = True) -> Path:
+def make_folder(path: str | Path, *, flag: str) -> Path:
     """Make a folder and those above it, or raise an `InputError` that names the flag to change."""
     try:
-        Path(path).mkdir(parents=True, exist_ok=exist_ok)
+        make_folders(Path(path))
     except OSError as error:
         raise cannot_make(path, error, flag=flag) from None
     return Path(path)

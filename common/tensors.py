@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from common.errors import NOT_WRITABLE, InputError, cannot_write, first_line
 from common.files import require_file, sha256_of
-from common.writing import NotingFile, partial_name, require_same, settle
+from common.writing import make_folders, partial_name, require_same, settle
 
 WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Weights are computed with in this type.
@@ -137,21 +137,35 @@ def _problem_of_kind(value: Any) -> str | None:
 
 
 class _HashingFile:
-    """A file opened for writing that computes the SHA-256 of its content."""
+    """A file opened for writing that computes the SHA-256 of its content.
+
+    PyTorch would only report that writing failed. So the first error is noted, and what follows is
+    dropped.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.file = NotingFile(path)
+        self.file = path.open("wb")
         self.digest = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
-        written = 0
-        while written < len(data):  # Linux writes at most 2 GiB at once.
-            written += self.file.write(memoryview(data)[written:])
-        return written
+        self._noting(self.file.write, data)
+        return len(data)
 
     def flush(self) -> None:
-        """Do nothing: there is no buffer."""
+        self._noting(self.file.flush)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # It is closed in any case.
+            self.file.close()
+
+    def _noting(self, call: Callable[..., object], *values: bytes) -> None:
+        try:
+            if self.error is None:
+                call(*values)
+        except OSError as error:
+            self.error = error
 
 
 def save_tensors(
@@ -174,12 +188,12 @@ def save_tensors(
     path = Path(path)
     temporary = partial_name(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        target = _HashingFile(temporary)
-        with target.file:
+        make_folders(path.parent)
+        with contextlib.closing(_HashingFile(temporary)) as target:
             torch.save(state, target)
-        if target.file.error is not None:
-            raise target.file.error
+            target.flush()
+        if target.error is not None:
+            raise target.error
         digest = target.digest.hexdigest()
         require_same(path, sha256_of(temporary) == digest)
         if hash_in_name:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import platform
@@ -18,7 +17,6 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from common.errors import NOT_WRITABLE, InputError, cannot_write
 
@@ -26,7 +24,7 @@ from common.errors import NOT_WRITABLE, InputError, cannot_write
 PARTIAL = r"\.(\d+)-([0-9a-f]{4})\.partial\."
 # Seconds after which an unfinished file of another machine counts as left by a dead process.
 FORGOTTEN = 24 * 3600
-BUFFER = 1 << 20  # bytes that are written at once
+BLOCK = 1 << 24  # bytes that are compared at once
 # What file systems answer that cannot flush a folder; its names are then as safe as they can be.
 NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM}
 # Called with the temporary and the final name of each file before it is renamed.
@@ -43,7 +41,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = partial_name(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         yield temporary
         settle(temporary, path)
     except OSError as error:
@@ -53,52 +51,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # It may not exist.
             temporary.unlink()
-
-
-@contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[io.BufferedRandom]:
-    """Open a file for a library that writes bytes; it gets its name as in `atomic_path`.
-
-    The library never sees an error of the disk, after which some cannot close their file: the
-    error is raised when the library is done.
-
-    Raises:
-        InputError: no room or no right to write there; an older file of the name is untouched.
-    """
-    with atomic_path(path) as temporary:
-        noting = NotingFile(temporary)
-        try:
-            with io.BufferedRandom(noting, BUFFER) as file:
-                yield file
-        finally:
-            if noting.error is not None:
-                raise noting.error
-
-
-class NotingFile(io.FileIO):
-    """A new file for writing and reading that notes the first error and then takes everything."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "w+")
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write bytes, or drop them after an error."""
-        if self.error is None:
-            try:
-                return super().write(data)
-            except OSError as error:
-                self.error = error
-        return memoryview(data).nbytes
-
-    def truncate(self, size: int | None = None) -> int:
-        """Set the size, unless there was an error."""
-        if self.error is None:
-            try:
-                return super().truncate(size)
-            except OSError as error:
-                self.error = error
-        return self.tell() if size is None else size
 
 
 def settle(temporary: Path, path: Path) -> None:
@@ -127,11 +79,18 @@ def require_room(path: Path) -> None:
         file.truncate(size)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, completely or not at all."""
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file, completely or not at all, and read it back before it gets its name.
+
+    A library that cannot tell of a full disk, as HDF5, writes into memory and this into the file.
+    """
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
-        require_same(path, temporary.read_bytes() == content)
+        same, view = temporary.stat().st_size == len(content), memoryview(content)
+        with temporary.open("rb") as file:
+            for start in range(0, len(content), BLOCK):
+                same = same and file.read(BLOCK) == view[start : start + BLOCK]
+        require_same(path, same)
 
 
 def require_same(path: str | Path, same: bool) -> None:
@@ -151,6 +110,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file, completely or not at all; values of other types become texts."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False, default=str) + "\n")
+
+
+def make_folders(folder: Path) -> None:
+    """Make a folder and those above it, so that a power cut does not undo them."""
+    if folder.is_dir():
+        return
+    if not folder.parent.exists():
+        make_folders(folder.parent)
+    folder.mkdir(exist_ok=True)
+    flush_folder(folder.parent)
 
 
 def flush_folder(folder: Path) -> None:

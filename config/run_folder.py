@@ -12,7 +12,7 @@ from typing import Any
 
 from common.errors import InputError, cannot_make, cannot_write, first_few, warn
 from common.files import make_folder, read_json, require_folder, sha256_of
-from common.writing import write_json
+from common.writing import flush_folder, write_json
 from config.parser import by_name, that_change_numbers
 from config.shared_flags import AUTO, SCRATCH
 from config.source_code import changed_files
@@ -48,6 +48,7 @@ def make_run_folder(args: argparse.Namespace) -> Path:
     while True:
         try:
             folder.mkdir()
+            flush_folder(folder.parent)
             return folder
         except FileExistsError:  # Another run may have started at the same moment.
             number += 1

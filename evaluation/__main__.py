@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.arguments import ArgumentParser
 from common.errors import exit_on_bad_input
+from common.writing import remove_partials
 from evaluation.page import write_page
 from evaluation.test_runs import TestRun, read_json
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_bad_input():
         runs = [read_json(results_file(run)) for run in args.runs]
         output = args.output or default_page(runs)
+        remove_partials(output.parent)
         write_page(output, runs)
     print(f"written: {output}")
 

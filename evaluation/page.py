@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from common.errors import InputError
-from common.writing import atomic_path
+from common.writing import write_text
 from datasets.colours import label_colours
 from datasets.intensity import Intensity
 from evaluation.charts import as_data, draw_boxes, draw_differences
@@ -71,8 +71,7 @@ def write_page(path: Path, runs: Sequence[TestRun]) -> None:
         fewest_groups=FEWEST_GROUPS,
         worst_a_case=WORST_A_CASE,
     )
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def run_names(runs: Sequence[TestRun]) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from common.errors import InputError, warn
-from common.writing import whole_file, write_json
+from common.writing import atomic_path, write_json
 from datasets.digests import slice_digests
 from datasets.intensity import to_unit, with_channels
 from datasets.resampling import resize_images, resize_labels
@@ -125,8 +125,8 @@ def write_slices(job: Job, unit: np.ndarray, labels: np.ndarray) -> None:
         images, classes = resize_images(images, side), resize_labels(classes, side)
     names = job.slice_names(len(unit))
     for name, image, label in zip(names, images.numpy(), classes.numpy(), strict=True):
-        with whole_file(job.slice_path(name)) as file:
-            np.savez(file, image=image, label=label.astype(np.float32))
+        with atomic_path(job.slice_path(name)) as temporary:
+            np.savez(temporary, image=image, label=label.astype(np.float32))
 
 
 def write_test_volume(
@@ -137,7 +137,7 @@ def write_test_volume(
     If the array was turned, the attribute `orientation` holds its orientation. If the scan does not
     state the size of its voxels, the attribute `size_is_stated` is False.
     """
-    with whole_file(job.volume_path) as stream, h5py.File(stream, "w") as file:
+    with atomic_path(job.volume_path) as temporary, h5py.File(temporary, "w") as file:
         file["image"], file["label"] = unit, labels
         if geometry:
             file.attrs.update(asdict(geometry))

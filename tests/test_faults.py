@@ -21,8 +21,7 @@ from test_resume import assert_equal_runs, folder_of, small_flags_of, wait_for_s
 import train
 import trainer
 from common.errors import InputError
-from common.tensors import load_tensors
-from common.writing import NotingFile
+from common.tensors import _HashingFile, load_tensors
 from config.flags import train_parser
 from distributed.signals import EXIT_INTERRUPTED
 from training import checkpoint as training_state
@@ -112,11 +111,11 @@ def test_the_older_state_survives_any_disk_error(
     folder = folder_of(tmp_path)
     before = {path: path.read_bytes() for path in saved_states(folder)}
 
-    def refuse(file: NotingFile, data: bytes) -> int:
+    def refuse(file: _HashingFile, data: bytes) -> int:
         file.error = OSError(number, os.strerror(number))
         return len(data)
 
-    monkeypatch.setattr(NotingFile, "write", refuse)
+    monkeypatch.setattr(_HashingFile, "write", refuse)
     with pytest.raises(InputError, match=os.strerror(number)) as caught:
         train.main(["--resume", str(folder), "--max_iterations", "9"])
     assert "cannot write" in str(caught.value)

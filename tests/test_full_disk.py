@@ -22,7 +22,7 @@ from PIL import Image
 from common import writing
 from common.errors import InputError
 from common.tensors import save_tensors
-from common.writing import atomic_path, whole_file, write_json, write_text
+from common.writing import atomic_path, write_bytes, write_json, write_text
 from datasets.registry import DATASETS
 from datasets.scans.files import ScanFile
 from datasets.scans.labels import write_index_picture, write_like
@@ -79,14 +79,12 @@ def tensors(path: Path, seed: int) -> None:
     save_tensors({"a": torch.full((400,), float(seed))}, path)
 
 
-def slices(path: Path, seed: int) -> None:
-    with whole_file(path) as file:
-        np.savez(file, image=np.roll(NOISE, seed), label=NOISE)
-
-
 def hdf5(path: Path, seed: int) -> None:
-    with whole_file(path) as stream, h5py.File(stream, "w") as file:
-        file["image"], file.attrs["spacing"] = np.roll(NOISE, seed), (1.0, 1.0, 2.0)
+    with h5py.File(path, "w", driver="core", backing_store=False) as file:
+        file["image"] = np.roll(NOISE, seed)
+        file.flush()
+        content = file.id.get_file_image()
+    write_bytes(path, memoryview(content))
 
 
 WRITERS = {
@@ -102,7 +100,6 @@ WRITERS = {
     "picture.png": picture,
     "figure.png": figure,
     "a.pth": tensors,
-    "a.npz": slices,
     "a.h5": hdf5,
     "a.json": lambda path, seed: write_json(path, [seed] * 99),
     "a.txt": lambda path, seed: write_text(path, f"{seed}\n" * 99),

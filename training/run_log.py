@@ -21,6 +21,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from common.errors import EXIT_BAD_INPUT, InputError, cannot_write
+from common.writing import flush_folder
 from datasets.colours import label_colours
 
 METRICS = "metrics.jsonl"
@@ -67,6 +68,7 @@ class RunLog:
             try:
                 self.events = Events(folder / "log", step)
                 self.metrics = (folder / METRICS).open("ab")
+                flush_folder(folder)
             except OSError as error:
                 raise cannot_write(folder / METRICS, error) from None
             self._cut()

@@ -69,9 +69,9 @@ def exit_on_bad_input() -> Iterator[None]:
     except InputError as error:
         _say_once(f"error: {error}")
         raise SystemExit(EXIT_BAD_INPUT) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\ninterrupted", file=sys.stderr)
-        raise SystemExit(EXIT_KEYBOARD) from None
+        raise SystemExit(exit_code_of(stop)) from None
     except SystemExit as stop:
         if not stop.code:
             _require_output()
@@ -94,6 +94,15 @@ def _require_output() -> None:
             "complete, so make room and look there, or redirect the output to another place"
         )
         raise SystemExit(EXIT_BAD_INPUT)
+
+
+def exit_code_of(stop: KeyboardInterrupt) -> int:
+    """Return the code that shells report for a program that a signal ended.
+
+    Args:
+        stop: from Ctrl-C, or with the number of another signal as its only argument.
+    """
+    return 128 + stop.args[0] if stop.args else EXIT_KEYBOARD
 
 
 def _say_once(text: str, suffix: str = "") -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError, cannot_make, cannot_write, first_few, warn
+from common.errors import InputError, cannot_make, first_few, warn
 from common.files import make_folder, read_json, require_folder, sha256_of
+from common.locks import only_user
 from common.writing import flush_folder, write_json
 from config.parser import by_name, that_change_numbers
 from config.shared_flags import AUTO, SCRATCH
@@ -258,20 +258,10 @@ def only_writer(folder: Path, first: bool = True) -> Iterator[None]:
     if not first:
         yield
         return
-    try:
-        lock = (folder / LOCK_FILE).open("w")
-    except OSError as error:
-        raise cannot_write(folder / LOCK_FILE, error) from None
-    with lock:
-        try:  # This lock is not inherited: a loader's worker may live longer than this process.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise InputError(
-                f"another process is training in {folder}; wait for it, or start a new run "
-                "without --resume"
-            ) from None
-        except OSError as error:  # Some network file systems cannot lock.
-            warn(f"{folder} cannot be locked ({error.strerror}); start no second run in it")
+    taken = (
+        f"another process is training in {folder}; wait for it, or start a new run without --resume"
+    )
+    with only_user(folder / LOCK_FILE, taken=taken):
         yield
 
 

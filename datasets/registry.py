@@ -7,7 +7,6 @@ from its `dataset.json` or its files. A description is stored as plain JSON in t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError, first_few
+from common.files import read_json
 from datasets.intensity import CT, NOT_RECORDED, PERCENTILES, RANGE, UNKNOWN, WINDOW, Intensity
 from datasets.names import case_names
 
@@ -147,18 +147,6 @@ def stored_spec(folder: str | Path) -> DatasetSpec | None:
         if path.is_file():
             return spec_from_json(read_json(path, remedy="prepare the data again"), path)
     return None
-
-
-def read_json(path: Path, *, remedy: str) -> Any:
-    """Read a JSON file that a user may have edited; a byte order mark is allowed.
-
-    Raises:
-        InputError: the file is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({str(error)[:160]}); {remedy}") from None
 
 
 def check_class_names(names: Sequence[str], source: object) -> None:

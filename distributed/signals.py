@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -26,6 +27,32 @@ def heeded_signals() -> list[signal.Signals]:
     """Return the signals that ask to stop. Under nohup, a closed terminal does not."""
     nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in SIGNALS if not (nohup and number is signal.SIGHUP)]
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let the first signal raise `KeyboardInterrupt(number)`, so that every program cleans up.
+
+    Later signals are ignored, because cleaning up takes a moment. `exit_on_bad_input` around this
+    context turns the exception into one line and an exit code.
+    """
+    # Python allows signal handlers in the main thread only.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = heeded_signals()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt(signal.Signals(number))
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Interruption:

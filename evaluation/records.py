@@ -17,8 +17,9 @@ from common.files import read_json, sha256_of
 from common.writing import write_json
 from common.written import Written
 from datasets.scans.errors import reporting_os_errors
-from datasets.scans.files import ScanFile, stamp
+from datasets.scans.files import ScanFile
 from datasets.scans.labels import label_suffix
+from datasets.scans.stamps import stamp
 
 RECORDS, OVERLAYS, PROBABILITIES = ".done", "overlays", "probabilities"
 CORRECTED = "its label file was changed after it was written; the volumes are those before"

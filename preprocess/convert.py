@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 
 from common.errors import InputError, warn
-from common.writing import atomic_path, write_json
+from common.writing import atomic_path
 from datasets.digests import slice_digests
 from datasets.intensity import to_unit, with_channels
 from datasets.resampling import resize_images, resize_labels
@@ -22,28 +24,42 @@ from datasets.scans.volumes import Geometry
 from datasets.scans.voxel_size import distances_are_known
 from preprocess.jobs import Job, label_on_image_grid
 from preprocess.labels import map_labels, read_label
+from preprocess.records import are_current, facts_of_sources, write_record
 from preprocess.split import TEST, TRAIN
 
+BLOCK = 1 << 24  # bytes that are compared at once
 
-def try_convert(job: Job) -> tuple[str, dict[str, Any] | str]:
-    """Convert a case, and return its name with its result or with what is wrong.
+
+def try_convert(job: Job) -> dict[str, Any] | str:
+    """Convert a case, and return its result or a sentence that says what is wrong.
 
     A faulty case therefore does not stop the other cases.
     """
     try:
-        return job.name, convert_case(job)
+        return convert_case(job)
     except InputError as error:
-        return job.name, f"{job.name}: {error}"
-    except (OSError, MemoryError) as error:  # the disk is full, or the scan is too large
-        return job.name, f"{job.name}: {type(error).__name__} {error}"
+        return f"{job.name}: {error}"
+    except OSError as error:  # a file cannot be read or written
+        return f"{job.name}: {type(error).__name__} {error}"
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # of torch
+            raise
+        return (
+            f"{job.name}: the memory is too small to convert {job.case.image.path}; use fewer "
+            "--workers or a smaller --size"
+        )
 
 
 def convert_case(job: Job) -> dict[str, Any]:
     """Write the slices and the volume of a case, then the record that the case is finished."""
-    for path in job.leftovers():
-        path.unlink(missing_ok=True)
     spec, source = job.spec, job.case.image.path
+    sources = facts_of_sources(job.case)
     image, values, geometry = _read_case(job)
+    if not are_current(sources, job.case):
+        raise InputError(
+            f"{source} or {job.case.label.path} changed while it was read; run the same command "
+            "again when nothing writes there"
+        )
     labels = map_labels(values, spec, job.label_values, job.case.label.path)
     low, high = spec.intensity.limits(image, source)
     clipped = clipped_share(image, labels, low, high)
@@ -72,14 +88,8 @@ def convert_case(job: Job) -> dict[str, Any]:
             f"{scan.path.parent.name}/{scan.path.name}" for scan in (job.case.image, job.case.label)
         ],
     }
-    write_json(job.record_path, {"key": job.key(), "result": result})
+    write_record(job, sources, result)
     return result
-
-
-def digests_of(job: Job) -> list[str]:
-    """Return the digests that `convert_case` records for a case."""
-    image, *_ = _read_case(job)
-    return slice_digests(image)
 
 
 def _modality(scan: ScanFile) -> str | None:
@@ -125,8 +135,9 @@ def write_slices(job: Job, unit: np.ndarray, labels: np.ndarray) -> None:
         images, classes = resize_images(images, side), resize_labels(classes, side)
     names = job.slice_names(len(unit))
     for name, image, label in zip(names, images.numpy(), classes.numpy(), strict=True):
-        with atomic_path(job.slice_path(name)) as temporary:
-            np.savez(temporary, image=image, label=label.astype(np.float32))
+        content = io.BytesIO()
+        np.savez(content, image=image, label=label.astype(np.float32))
+        _write_bytes(job.slice_path(name), content.getbuffer())
 
 
 def write_test_volume(
@@ -137,7 +148,8 @@ def write_test_volume(
     If the array was turned, the attribute `orientation` holds its orientation. If the scan does not
     state the size of its voxels, the attribute `size_is_stated` is False.
     """
-    with atomic_path(job.volume_path) as temporary, h5py.File(temporary, "w") as file:
+    # HDF5 writes into memory, because it cannot close a file on a full disk.
+    with h5py.File(job.volume_path, "w", driver="core", backing_store=False) as file:
         file["image"], file["label"] = unit, labels
         if geometry:
             file.attrs.update(asdict(geometry))
@@ -149,3 +161,23 @@ def write_test_volume(
                     "gives no distances in mm for it"
                 )
                 file.attrs["size_is_stated"] = False
+        file.flush()
+        content = file.id.get_file_image()
+    _write_bytes(job.volume_path, memoryview(content))
+
+
+def _write_bytes(path: Path, content: memoryview) -> None:
+    """Write a file completely or not at all, and read it back before it gets its name.
+
+    Raises:
+        InputError: it cannot be written, or the disk returns other bytes.
+    """
+    with atomic_path(path) as temporary:
+        with temporary.open("wb") as file:
+            file.write(content)
+        with temporary.open("rb") as file:
+            for start in range(0, len(content), BLOCK):
+                if file.read(BLOCK) != content[start : start + BLOCK]:
+                    raise InputError(f"{path} reads back other than it was written; check the disk")
+            if file.read(1):
+                raise InputError(f"{path} reads back longer than it was written; check the disk")

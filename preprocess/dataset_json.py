@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
-from datasets.registry import check_class_names, read_json
+from common.files import read_json
+from datasets.registry import check_class_names
 
 DATASET_JSON = "dataset.json"
 

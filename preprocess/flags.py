@@ -12,6 +12,8 @@ from datasets.registry import DATASETS
 from datasets.scans.planes import PLANES
 from preprocess.groups import AUTO, check_group_flag
 
+LARGEST_SIZE = 8192  # pixels: one slice in float32 takes 256 MiB
+
 DESCRIPTION = (
     "Convert scans or pictures and their labels to the files that train.py and test.py read.\n\n"
     "Your own data, in the layout of nnU-Net or the Medical Segmentation Decathlon (dataset.json,\n"
@@ -149,6 +151,8 @@ def check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < low:
             raise InputError(f"--{flag} is {value}, expected at least {low}")
+    if args.size is not None and args.size > LARGEST_SIZE:
+        raise InputError(f"--size is {args.size}, expected at most {LARGEST_SIZE}")
     if args.label_threshold is not None and not 0 < args.label_threshold < 65536:
         raise InputError(f"--label_threshold is {args.label_threshold:g}, expected 0 < N < 65536")
     if args.label_threshold is not None and args.label_values == "classes":

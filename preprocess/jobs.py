@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
-from common.writing import PARTIAL
 from datasets.names import slice_name
 from datasets.registry import DatasetSpec
-from datasets.scans.files import read_scan_header, stamp
+from datasets.scans.files import read_scan_header
 from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
 from datasets.scans.volumes import Geometry
 from preprocess.raw_cases import RawCase
@@ -66,16 +64,8 @@ class Job:
         if TEST in self.roles:
             yield self.volume_path
 
-    def leftovers(self) -> Iterator[Path]:
-        """Yield all files of the case from earlier runs, and unfinished files of killed runs."""
-        number = "" if self.case.is_slice else r"_slice\d+"
-        endings = {SLICES: rf"{number}\.npz", VOLUMES: r"\.npy\.h5", RECORDS: r"\.json"}
-        for folder, ending in endings.items():
-            name = re.compile(rf"({PARTIAL})?{re.escape(self.name)}{ending}")
-            yield from (p for p in (self.output / folder).iterdir() if name.fullmatch(p.name))
-
     def key(self) -> dict[str, Any]:
-        """Return, as plain JSON, what a record must hold if the outputs of the case are current."""
+        """Return, as plain JSON, the settings that the outputs of the case depend on."""
         spec = self.spec.to_json()
         if TRAIN not in self.roles:
             spec["size"] = None  # only training slices are resized
@@ -85,7 +75,6 @@ class Job:
             "label_values": self.label_values,
             "roles": list(self.roles),
             "channel": self.case.image.channel,
-            "sources": [stamp(scan.path) for scan in (self.case.image, self.case.label)],
         }
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import contextlib
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,8 @@ from common.files import make_folder
 from common.writing import write_json
 from datasets.registry import SPEC_FILE, SYNAPSE
 from datasets.scans.volumes import Geometry, write_volume
+from distributed.signals import ended_by_signals
+from distributed.workers import Killed, in_processes
 from preprocess.phantom_volume import make_phantom
 
 # The numbers of BTCV's cases; the published split is of real scans, so phantoms have none.
@@ -58,7 +59,7 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the flags, then make the cases in parallel."""
     args = build_parser().parse_args(argv)
-    with exit_on_bad_input():
+    with exit_on_bad_input(), ended_by_signals():
         for name, low, high in (
             ("cases", 1, len(NUMBERS)),
             ("size", 32, 1024),
@@ -75,9 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             make_folder(args.output / "Training" / kind, flag="--output")
         write_json(args.output / "Training" / SPEC_FILE, PHANTOM.to_json())
         workers = min(args.workers or os.cpu_count() or 1, len(numbers))
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for _ in tqdm(pool.map(make, numbers), total=len(numbers), desc="making", unit="case"):
-                pass
+        with contextlib.closing(in_processes(make, numbers, workers)) as made:
+            for index, end in tqdm(made, total=len(numbers), desc="making", unit="case"):
+                if isinstance(end, Killed):
+                    raise InputError(
+                        f"the process that made phantom {numbers[index]} {end}; if memory ran out, "
+                        "pass fewer --workers or a smaller --size"
+                    )
     print(f"{len(numbers)} phantoms in {args.output}. Next:")
     print(f"  python -m preprocess.prepare --input {args.output} --output DATA")
 

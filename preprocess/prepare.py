@@ -9,80 +9,72 @@ next run skips it.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
+import contextlib
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from common.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_KEYBOARD,
-    InputError,
-    exit_on_bad_input,
-    first_few,
-    warn,
-)
-from common.files import make_folder
-from common.writing import write_json
+from common.errors import EXIT_BAD_INPUT, InputError, exit_on_bad_input, first_few, warn
+from common.locks import only_user
+from common.names import safe_name
+from common.writing import flush_folder, write_json
 from datasets.registry import SPEC_FILE, SUMMARY_FILE, DatasetSpec
-from preprocess.convert import digests_of, try_convert
+from distributed.signals import ended_by_signals
+from distributed.workers import Killed, in_processes
+from preprocess.convert import try_convert
 from preprocess.flags import build_parser, check_flags
-from preprocess.jobs import LISTS, RECORDS, SLICES, VOLUMES, Job, check_headers, turned
+from preprocess.jobs import LISTS, RECORDS, Job, check_headers, turned
 from preprocess.planes import with_common_orientation, with_plane
 from preprocess.raw_data import find_raw_data
+from preprocess.records import (
+    LOCK_FILE,
+    finished_results,
+    open_output,
+    refuse_lost,
+    remove_outdated,
+    remove_unfinished,
+)
 from preprocess.split import TEST, TRAIN, Split, choose_roles, warn_of_split_groups
 from preprocess.summary import (
     LIST_FILES,
     find_leaks,
     print_table,
+    recorded_geometry,
     warn_of_labels,
     write_lists,
     write_summary,
 )
 
+LARGEST_CASE = 2**30  # pixels of the resized slices of one case: 4 GiB, and as much to compute them
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check flags and headers, convert the cases, then write lists and summary."""
     args = build_parser().parse_args(argv)
-    with exit_on_bad_input():
+    with exit_on_bad_input(), ended_by_signals():
         check_flags(args)
         jobs = plan_jobs(args)
         headers, problems = check_headers(jobs)
         _stop_on(problems, len(jobs), "nothing was converted")
         jobs = with_plane(jobs, headers, args.plane)
-        spec = jobs[0].spec
-        shapes = [turned(*header, spec.orientation)[0] for header in headers]
-        if args.size and any(rows != columns for _, rows, columns in shapes):
-            warn(f"some slices are not square; --size {args.size} changes their proportions")
+        shapes = [turned(*header, jobs[0].spec.orientation)[0] for header in headers]
+        _check_size(args.size, jobs, shapes)
         refuse_input_folders(args.output, jobs)
         open_output(args.output, args.overwrite)
-
-        results = {} if args.overwrite else dict(finished_results(jobs))
-        kept = set(results)
-        pending = [job for job in jobs if job.name not in results]
-        if pending:  # lists must not name files that are being replaced
-            for stale in (*LIST_FILES.values(), SUMMARY_FILE, SPEC_FILE):
-                (args.output / stale).unlink(missing_ok=True)
-        problems = convert_all(pending, args.workers or min(4, _cpu_count()), results)
-        _stop_on(problems, len(jobs), "lists were not written, finished cases are kept")
-
-        cases = [results[job.name] for job in jobs]
-        write_lists(jobs, args.output, cases)
-        leaks = find_leaks(cases)
-        write_summary(args, spec, cases, leaks)
-        geometries = [geometry for _, geometry in headers]
-        described = with_facts(with_common_orientation(spec, geometries), cases)
-        write_json(args.output / SPEC_FILE, described.to_json())
+        taken = f"another process is preparing {args.output}; wait for it, or choose another folder"
+        with only_user(args.output / RECORDS / LOCK_FILE, taken=taken):
+            remove_unfinished(args.output)
+            try:
+                results, kept = convert(args, jobs)
+            finally:
+                remove_unfinished(args.output)  # of workers that were killed
+            leaks = describe(args, jobs, results)
+    spec, cases = jobs[0].spec, [results[job.name] for job in jobs]
     print_table(spec, cases, kept)
     warn_of_labels(args, spec, cases)
     for leak in leaks:
@@ -92,6 +84,65 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\n{spec.name}: {spec.num_classes} classes, {spec.intensity}")
     print(f"{args.output}: {slices} training slices, {tests} test volumes. Next:")
     print(f"  python train.py --root_path {args.output} --warmup --AdamW")
+
+
+def convert(
+    args: argparse.Namespace, jobs: list[Job]
+) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """Convert the cases that are not finished.
+
+    Returns:
+        The results of all cases by name, and the names of those that were finished before.
+    """
+    results = {} if args.overwrite else dict(finished_results(jobs))
+    kept = set(results)
+    pending = [job for job in jobs if job.name not in results]
+    if pending:  # lists must not name files that are being replaced
+        for stale in (*LIST_FILES.values(), SUMMARY_FILE, SPEC_FILE):
+            (args.output / stale).unlink(missing_ok=True)
+        flush_folder(args.output / LISTS)
+        remove_outdated(args.output, pending)
+    problems = convert_all(pending, args.workers or min(4, _cpu_count()), results)
+    _stop_on(problems, len(jobs), "lists were not written, finished cases are kept")
+    return results, kept
+
+
+def describe(
+    args: argparse.Namespace, jobs: list[Job], results: dict[str, dict[str, Any]]
+) -> list[str]:
+    """Write summary, description and lists, which are last: they make the folder usable.
+
+    Returns:
+        Warnings of slices that are both trained on and tested.
+    """
+    refuse_lost(jobs, results)
+    spec, cases = jobs[0].spec, [results[job.name] for job in jobs]
+    leaks = find_leaks(cases)
+    write_summary(args, spec, cases, leaks)
+    # The headers that were checked first may belong to scans that were replaced since.
+    geometries = [recorded_geometry(case) for case in cases]
+    described = with_facts(with_common_orientation(spec, geometries), cases)
+    write_json(args.output / SPEC_FILE, described.to_json())
+    write_lists(jobs, args.output, cases)
+    return leaks
+
+
+def _check_size(size: int | None, jobs: Sequence[Job], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Warn if `--size` changes proportions; refuse it if a case would not fit into memory.
+
+    Args:
+        shapes: (D, H, W) of the slices of each case.
+    """
+    if size is None:
+        return
+    if any(rows != columns for _, rows, columns in shapes):
+        warn(f"some slices are not square; --size {size} changes their proportions")
+    for job, (slices, _, _) in zip(jobs, shapes, strict=True):
+        if TRAIN in job.roles and slices * size**2 > LARGEST_CASE:
+            raise InputError(
+                f"--size is {size}, but {job.case.image.path} has {slices} slices, whose images "
+                f"would take {slices * size**2 / 2**28:.0f} GiB of memory; pass a smaller --size"
+            )
 
 
 def plan_jobs(args: argparse.Namespace) -> list[Job]:
@@ -126,7 +177,7 @@ def plan_jobs(args: argparse.Namespace) -> list[Job]:
             output=args.output,
         )
         for name, case in data.cases.items()
-        if roles[name]
+        if roles[safe_name(name, source=args.input)]
     ]
     if not jobs:
         raise InputError("--train_cases and --test_cases name no case, expected at least one")
@@ -162,83 +213,36 @@ def refuse_input_folders(output: Path, jobs: Sequence[Job]) -> None:
         )
 
 
-def open_output(output: Path, overwrite: bool) -> None:
-    """Make the output folder and its subfolders.
-
-    Raises:
-        InputError: a folder cannot be made, or the output holds data that this program did not
-            write and `overwrite` is off.
-    """
-    foreign = [name for name in (SLICES, VOLUMES) if (output / name).exists()]
-    if foreign and not (output / RECORDS).is_dir() and not overwrite:
-        raise InputError(
-            f"{output} already holds {' and '.join(foreign)} that were made elsewhere; choose "
-            "another --output, or pass --overwrite to replace the cases of this run"
-        )
-    for name in (SLICES, VOLUMES, LISTS, RECORDS):
-        make_folder(output / name, flag="--output")
-
-
-def finished_results(jobs: list[Job]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the recorded results of cases whose settings, sources and outputs are unchanged."""
-    for job in jobs:
-        try:
-            record = json.loads(job.record_path.read_text(encoding="utf-8"))
-            result = record["result"]
-            files = job.outputs(result["slices"])
-            finished = record["key"] == job.key() and all(path.is_file() for path in files)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # the case has no valid record, so it will be converted
-        if finished:
-            # What the outputs do not depend on may be new: the group, and digests in old records.
-            result["group"] = job.case.group
-            if "digests" not in result:
-                result["digests"] = digests_of(job)
-                write_json(job.record_path, record)
-            yield job.name, result
-
-
 def convert_all(jobs: list[Job], workers: int, results: dict[str, dict[str, Any]]) -> list[str]:
     """Convert the cases, add their results to `results` by name, and return the problems."""
     if not jobs:
         return []
     problems = []
-    attempts = _attempts(jobs, min(workers, len(jobs)))
-    try:
-        for name, result in tqdm(attempts, total=len(jobs), desc="converting", unit="case"):
+    with contextlib.closing(_attempts(jobs, min(workers, len(jobs)))) as attempts:
+        for job, result in tqdm(attempts, total=len(jobs), desc="converting", unit="case"):
             if isinstance(result, str):
                 problems.append(result)
             else:
-                results[name] = result
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to continue", file=sys.stderr)
-        raise SystemExit(EXIT_KEYBOARD) from None
+                results[job.name] = result
     return problems
 
 
-def _attempts(jobs: list[Job], workers: int) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _attempts(jobs: list[Job], workers: int) -> Iterator[tuple[Job, dict[str, Any] | str]]:
     """Yield the results of `try_convert` as the cases finish."""
     if workers <= 1:
-        yield from map(try_convert, jobs)
+        for job in jobs:
+            yield job, try_convert(job)
         return
-    # Workers are spawned, because a forked process would inherit locked threads of torch.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker)
-    try:
-        for future in as_completed([pool.submit(try_convert, job) for job in jobs]):
-            yield future.result()
-    except BrokenProcessPool:
-        raise InputError(
-            "a worker process was killed, probably because memory ran out; run the same command "
-            "with a smaller --workers (finished cases are kept)"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)  # the workers run in parallel already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C, workers finish their cases
+    with contextlib.closing(in_processes(try_convert, jobs, workers)) as results:
+        for index, result in results:
+            if isinstance(result, Killed):
+                case = jobs[index].case
+                result = (
+                    f"{case.name}: the process that read {case.image.path} and {case.label.path} "
+                    f"{result}; if memory ran out, run the same command with fewer --workers, "
+                    "otherwise check these files"
+                )
+            yield jobs[index], result
 
 
 def _stop_on(problems: list[str], total: int, consequence: str) -> None:

@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import InputError, MissingFileError, first_few, warn
-from common.files import require_folder
+from common.files import read_json, require_folder
 from datasets.intensity import choose_intensity
 from datasets.registry import (
     SPEC_FILE,
     SYNAPSE,
     DatasetSpec,
     get_dataset,
-    read_json,
     spec_from_json,
 )
 from preprocess.dataset_json import DATASET_JSON, read_dataset_json

@@ -89,11 +89,18 @@ def print_table(spec: DatasetSpec, cases: Sequence[dict[str, Any]], kept: set[st
         print(f"… and {len(cases) - TABLE_ROWS} more, in {SUMMARY_FILE}")
 
 
+def recorded_geometry(case: dict[str, Any]) -> Geometry | None:
+    """Return the geometry in the result of a case; None for a picture."""
+    if "spacing" not in case:
+        return None
+    return Geometry(*(tuple(case[name]) for name in ("spacing", "origin", "direction")))
+
+
 def _slice_spacing(case: dict[str, Any], spec: DatasetSpec) -> tuple[float, ...]:
     """Return the spacing (x, y, z) of the slices of a case in mm; empty for a picture."""
-    if "spacing" not in case:
+    scan = recorded_geometry(case)
+    if scan is None:
         return ()
-    scan = Geometry(*(tuple(case[name]) for name in ("spacing", "origin", "direction")))
     return reorient_geometry(scan, (1, 1, 1), spec.orientation or orientation_of(scan)).spacing
 
 

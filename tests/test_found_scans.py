@@ -15,7 +15,8 @@ import SimpleITK as sitk
 from test_scans import placed, volume, write_dicom
 
 from common.errors import InputError
-from datasets.scans.files import DICOM, ScanFile, find_scans, read_scan, read_scan_header, stamp
+from datasets.scans.files import DICOM, ScanFile, find_scans, read_scan, read_scan_header
+from datasets.scans.stamps import stamp
 from datasets.scans.volumes import read_volume, write_volume
 
 

@@ -7,9 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +19,7 @@ from datasets.scans.errors import reporting_os_errors, utf8_path
 from datasets.scans.identity import names_patient, short_name
 from datasets.scans.pictures import opened_picture, read_picture
 from datasets.scans.series_header import series_tags
+from datasets.scans.stamps import data_files
 from datasets.scans.unused import (
     BELOW_SERIES,
     BESIDE_SERIES,
@@ -98,7 +97,7 @@ def search(path: str | Path, *, keep_names: bool = True) -> tuple[list[ScanFile]
             found = [scan_file(path.resolve(), DICOM)]
             unused = [Unused(f"{p.name}/", BELOW_SERIES) for p in below]
         else:
-            data = {file for scan in found for file in _data_files(scan.path)}
+            data = {file for scan in found for file in data_files(scan.path)}
             rest = [p for p in inside if p not in data and not p.is_dir()]
             unused += [Unused(p.name, reason) for p in rest if (reason := _reason(p))]
             found += series
@@ -279,27 +278,6 @@ def scan_file(path: Path, suffix: str, channel: int | None = None) -> ScanFile:
     utf8_path(path)
     name = path.name if suffix == DICOM else path.name[: -len(suffix)]
     return ScanFile(safe_name(name, source=path.parent), path, suffix, channel)
-
-
-def stamp(path: Path) -> list[list[Any]]:
-    """Return name, size and time of each file of a scan as plain JSON, to recognise changes."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path, *_data_files(path)]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def _data_files(path: Path) -> list[Path]:
-    """Return the files that a header file names: a file, a list of files, or a numbered pattern."""
-    if suffix_of(path) not in (".mhd", ".nhdr"):
-        return []
-    with path.open("rb") as file:
-        lines = file.read(1 << 20).decode("utf-8", "replace").splitlines()
-    named = [re.split(r"[:=]+", line, maxsplit=1)[-1].strip() for line in lines]
-    numbered = [re.sub(r"%\d*d", "*", name.split()[0]) for name in named if "%" in name]
-    return [
-        file
-        for file in sorted(path.parent.iterdir())
-        if file.name in named or any(fnmatchcase(file.name, pattern) for pattern in numbered)
-    ]
 
 
 def read_scan(scan: ScanFile) -> tuple[np.ndarray, Geometry | None]:

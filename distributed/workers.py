@@ -1,0 +1,160 @@
+"""Work in several processes, none of which outlives this one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+from distributed.signals import SIGNALS
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+# Seconds that a process may take to drop its work before it is killed.
+GRACE = 5.0
+
+
+@dataclass(frozen=True)
+class Killed:
+    """Stands for the result of a task whose process ended before it had one."""
+
+    code: int  # exit code as in `multiprocessing`; below 0: minus the signal's number
+
+    def __str__(self) -> str:
+        if self.code >= 0:
+            return f"ended with code {self.code}"
+        try:
+            return f"was killed by {signal.Signals(-self.code).name}"
+        except ValueError:
+            return f"was killed by signal {-self.code}"
+
+
+@dataclass(frozen=True)
+class _Failure:
+    traceback: str
+
+
+def end_with_parent() -> None:
+    """Let the system kill this process when its parent ends, however the parent ended.
+
+    Call it first in a process that `multiprocessing` started from the main thread of its parent:
+    Linux takes the end of the starting thread for the end of the parent.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if not parent.is_alive():  # It ended before the call.
+            os._exit(1)
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def in_processes(
+    function: Callable[[Any], Any], tasks: Sequence[Any], workers: int
+) -> Iterator[tuple[int, Any]]:
+    """Yield the index of each task with its result, as they finish.
+
+    A task whose process was killed gives `Killed`, and another process does the remaining tasks. On
+    leaving early, e.g. by Ctrl-C, the processes drop their tasks and end; wrap the call by
+    `contextlib.closing` so that this happens at once.
+
+    Args:
+        function: of one task; it must be importable, because the processes are spawned. (A forked
+            process would inherit locked threads of torch.)
+
+    Raises:
+        RuntimeError: the function raised an error, whose traceback is the message.
+    """
+    waiting = deque(enumerate(tasks))
+    crew: list[BaseProcess] = []
+    busy: dict[Connection, tuple[BaseProcess, int]] = {}
+
+    def give(process: BaseProcess, connection: Connection) -> None:
+        index, task = waiting.popleft()
+        busy[connection] = process, index
+        with contextlib.suppress(OSError):  # It is dead already, which `recv` finds out.
+            connection.send(task)
+
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < workers:
+                give(*_start(function, crew))
+            for connection in wait(list(busy)):
+                process, index = busy.pop(connection)
+                try:
+                    result = connection.recv()
+                except (EOFError, OSError):
+                    process.join()
+                    result = Killed(process.exitcode)
+                if isinstance(result, _Failure):
+                    raise RuntimeError(result.traceback)
+                if waiting and not isinstance(result, Killed):
+                    give(process, connection)
+                else:
+                    connection.close()  # The process ends.
+                yield index, result
+    except BaseException:
+        for process in crew:
+            process.terminate()
+        raise
+    finally:
+        for process in crew:
+            process.join(GRACE)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _start(
+    function: Callable[[Any], Any], crew: list[BaseProcess]
+) -> tuple[BaseProcess, Connection]:
+    """Start a process and add it to the crew."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(function, theirs))
+    process.start()
+    crew.append(process)
+    theirs.close()
+    return process, ours
+
+
+def _work(function: Callable[[Any], Any], connection: Connection) -> None:
+    """Do the tasks that come through a connection until it is closed."""
+    end_with_parent()
+    for number in SIGNALS:  # A terminal or scheduler sends them to all; the parent decides.
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _drop)
+    torch.set_num_threads(1)  # The processes run in parallel already.
+    # A closed connection ends the process without a word.
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            task = connection.recv()
+            try:
+                result = function(task)
+            except Exception:
+                result = _Failure(traceback.format_exc())
+            connection.send(result)
+
+
+def _drop(*_: object) -> None:
+    """Drop the task; its unfinished files are removed on the way out."""
+    raise SystemExit(128 + signal.SIGTERM)

@@ -7,6 +7,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -101,15 +102,27 @@ class Interruption:
             os.kill(os.getpid(), number)
 
 
-def end_with_parent(parent: int) -> None:
-    """Get SIGTERM when the parent process ends, also if it was killed; at once if it has ended.
+def end_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Get a signal when the parent process ends, however it ended; at once if it has ended.
+
+    Call it in a process that the main thread of its parent started: Linux takes the end of that
+    thread for the end of the parent.
 
     Args:
         parent: the number of the process that started this one.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    else:
+        threading.Thread(target=_watch, args=(parent, number), daemon=True).start()
     if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
+
+
+def _watch(parent: int, number: signal.Signals) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), number)
 
 
 def ignore_in_worker(worker: int) -> None:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
-import os
 import signal
-import sys
-import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +15,8 @@ from typing import Any
 
 import torch
 
-from distributed.signals import SIGNALS
+from distributed.signals import SIGNALS, end_with_parent
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # Seconds that a process may take to drop its work before it is killed.
 GRACE = 5.0
 
@@ -44,28 +39,6 @@ class Killed:
 @dataclass(frozen=True)
 class _Failure:
     traceback: str
-
-
-def end_with_parent() -> None:
-    """Let the system kill this process when its parent ends, however the parent ended.
-
-    Call it first in a process that `multiprocessing` started from the main thread of its parent:
-    Linux takes the end of the starting thread for the end of the parent.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if not parent.is_alive():  # It ended before the call.
-            os._exit(1)
-        return
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def in_processes(
@@ -139,7 +112,7 @@ def _start(
 
 def _work(function: Callable[[Any], Any], connection: Connection) -> None:
     """Do the tasks that come through a connection until it is closed."""
-    end_with_parent()
+    end_with_parent(multiprocessing.parent_process().pid, signal.SIGKILL)
     for number in SIGNALS:  # A terminal or scheduler sends them to all; the parent decides.
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _drop)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import re
-import stat
 from pathlib import Path
 from typing import Any
 
+from common.errors import InputError
 from common.files import sha256_of
-from datasets.scans.text_headers import META, NRRD
+from datasets.scans import stored_data
+from datasets.scans.text_headers import text_header
 
-# Bytes in which the names of data files are searched; a list may name thousands.
-LONGEST_LIST = 1 << 20
-NAMES_DATA = re.compile(r"^[ \t]*(?:ElementDataFile[ \t]*=|data ?file:=?)(.*)$", re.M | re.I)
+TEXT_HEADERS = (".nrrd", ".nhdr", ".mha", ".mhd")
 
 
 def stamp(path: Path) -> list[list[Any]]:
@@ -54,34 +51,11 @@ def files_of(path: Path) -> list[Path]:
 
 
 def data_files(path: Path) -> list[Path]:
-    """Return the files with the voxels of a text header: a file, a list, or a numbered pattern."""
-    if path.suffix.lower() not in NRRD + META or not stat.S_ISREG(path.stat().st_mode):
+    """Return the other files that the text header of a scan names; none if it is not sound."""
+    if path.suffix.lower() not in TEXT_HEADERS or not path.is_file():
         return []
-    with path.open("rb") as file:
-        text = os.fsdecode(file.read(LONGEST_LIST))
-    if path.suffix.lower() in NRRD:  # an empty line ends the header
-        text = re.split(r"\n\r?\n", text, maxsplit=1)[0]
-    match = NAMES_DATA.search(text)
-    named = match[1].strip() if match else "LOCAL"
-    if named.upper() == "LOCAL":
+    try:
+        header = text_header(path)
+        return [] if header is None else sorted({*stored_data.data_files(header)} - {path})
+    except (InputError, OSError):  # reading it tells what is wrong
         return []
-    names = [named]
-    if named.upper().split()[:1] == ["LIST"]:
-        names = [line.strip() for line in text[match.end() :].splitlines() if line.strip()]
-    found: list[Path] = []
-    for name in names:
-        with contextlib.suppress(OSError, ValueError):  # no name that a file could have
-            if (path.parent / name).is_file():
-                found.append(path.parent / name)
-            elif "%" in name:
-                found += _numbered(path.parent, name)
-    return sorted(set(found) - {path})
-
-
-def _numbered(folder: Path, text: str) -> list[Path]:
-    """Return the files that a pattern with numbers names: `slices/s%03d.raw 1 20 1`."""
-    match = re.match(r"(.*/)?([^/]*)%\d*[di](\S*)", text)
-    if match is None:
-        return []
-    name = re.compile(rf"{re.escape(match[2])}\d+{re.escape(match[3])}")
-    return [p for p in (folder / (match[1] or "")).iterdir() if name.fullmatch(p.name)]

@@ -226,6 +226,9 @@ def _packing(header: TextHeader) -> str:
     local = data_files(header) == [header.path]
     if (local and _skipped(header) > 0) or (packed and _skipped(header) < 0):
         raise header.error(f"has a HeaderSize of {_skipped(header)}, which does not fit its voxels")
+    size = header.number("compresseddatasize", 0)
+    if packed and (size < 0 or (local and size == 0)):
+        raise header.error("does not give the size of its packed voxels (CompressedDataSize)")
     return GZIP if packed else RAW
 
 

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from dicom_files import slice_tags, write_dicom_file, write_series
+from PIL import Image
 
 from common.errors import InputError
 from datasets.scans.dicom import read_dicom
 from datasets.scans.files import DICOM, ScanFile, search, unused_in_series
 from datasets.scans.isolated import IsolatedReader
 from datasets.scans.nifti import nifti_header
+from datasets.scans.pictures import read_picture
 from datasets.scans.unused import BROKEN
 from datasets.scans.volumes import Geometry, read_header, read_volume, write_volume
 from datasets.scans.voxel_size import voxel_size_is_known
@@ -399,6 +401,51 @@ def test_what_is_no_file_in_a_series_is_named_and_never_opened(
     if kind in ("pipe", "device"):
         with pytest.raises(InputError, match="is a pipe or a device"):
             search(path)
+
+
+def picture(path: Path) -> bytes:
+    values = np.random.default_rng(0).integers(0, 255, (60, 50, 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif"])
+def test_pictures_cut_short(tmp_path: Path, suffix: str):
+    path = tmp_path / f"a{suffix}"
+    good = picture(path)
+    for part in (0.3, 0.6, 0.9):
+        cut = good[: int(part * len(good))]
+        for bad in (cut, cut + bytes(len(good) - len(cut))):
+            if suffix in (".bmp", ".tif") and bad != cut:
+                continue  # nothing tells that such zeros are none of the picture
+            path.write_bytes(bad)
+            with pytest.raises(InputError, match="is not a readable picture"):
+                read_picture(path)
+
+
+def test_a_png_is_compared_with_its_checksum(tmp_path: Path):
+    path = tmp_path / "a.png"
+    good = picture(path)
+    for start in range(60, len(good) - 20, 97):
+        path.write_bytes(good[:start] + bytes([good[start] ^ 4]) + good[start + 1 :])
+        with pytest.raises(InputError, match="is not a readable picture"):
+            read_picture(path)
+
+
+@pytest.mark.parametrize("sides", [(40_000, 40_000), (2**31 - 1, 2**31 - 1), (0, 5)])
+def test_a_picture_of_too_many_pixels_takes_no_memory(tmp_path: Path, sides: tuple[int, int]):
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *sides, 8, 0, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + body)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match="is not a readable picture") as caught:
+        read_picture(tmp_path / "a.png")
+    assert "\n" not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
 
 @pytest.mark.slow

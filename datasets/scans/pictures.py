@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shlex
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from datasets.scans.errors import reporting_itk_errors, reporting_os_errors, utf
 # Pillow opens by content, whatever the suffix is. It is offered no format that starts a program
 # (PostScript) or reads other files.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")  # a JPEG may turn out to be an MPO
+TAIL = 64  # bytes at the end of a file
 LOSSY = ("JPEG", "MPO", "WEBP")
 PLAIN = ("1", "L", "I;16", "I;16B", "I", "F", "RGB", "RGBA")  # modes whose values are taken as is
 CONVERTED = {"P": "RGB", "PA": "RGBA", "LA": "RGBA", "RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
@@ -147,7 +150,10 @@ def opened_picture(path: Path) -> Iterator[Image.Image]:
         require_file(path, what="picture", remedy="check the path")
         with path.open("rb") as file:
             head = file.read(132)
-    with contextlib.ExitStack() as stack:
+            file.seek(-min(TAIL, path.stat().st_size), os.SEEK_END)
+            tail = file.read()
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tags that Pillow does not need
         try:
             picture = stack.enter_context(Image.open(path, formats=FORMATS))
             _select_page(picture, path)
@@ -155,6 +161,8 @@ def opened_picture(path: Path) -> Iterator[Image.Image]:
                 raise ValueError(
                     "a TIFF stored on its side, which is read incorrectly; expected upright"
                 )
+            if picture.format in ("JPEG", "MPO") and not any(tail):  # the decoder makes up the rest
+                raise ValueError("it ends in zeros, as after a broken download")
             picture.load()
             ImageOps.exif_transpose(picture, in_place=True)  # the orientation in which it is shown
         except InputError:

@@ -72,21 +72,20 @@ def nifti_affines(path: Path, header: Nifti1Header) -> list[np.ndarray]:  # of (
     pixdim = np.abs(header["pixdim"][1:4].astype(float)) * unit
     known = np.isfinite(pixdim) & (pixdim > 0)
     size = np.where(known, pixdim, 1.0)
-    sized = bool((known | (counts == 1)).all())  # a single slice may have no thickness
+    if not (known | (counts == 1)).all():  # a single slice may have no thickness
+        axes = ", ".join(axis for axis, good in zip("xyz", known, strict=True) if not good)
+        raise InputError(
+            f"{path} gives no size of its voxels along {axes} (pixdim {header['pixdim'][1:4]}); "
+            "write the real size into the header, e.g. with nibabel's header.set_zooms"
+        )
 
     sform = qform = None
     if header["sform_code"] > 0 and np.isfinite(header.get_sform()).all():
         sform = _in_mm(header.get_sform(), unit)
         if not np.isfinite(sform).all() or abs(np.linalg.det(sform[:3, :3])) < 1e-12:
             sform = None
-    if header["qform_code"] > 0 and sized:
+    if header["qform_code"] > 0:
         qform = _qform(path, header, size, unit)
-    if sform is None and not sized:
-        axes = ", ".join(axis for axis, good in zip("xyz", known, strict=True) if not good)
-        raise InputError(
-            f"{path} gives no size of its voxels along {axes} (pixdim {header['pixdim'][1:4]}); "
-            "write the real size into the header, e.g. with nibabel's header.set_zooms"
-        )
     if sform is None and header["sform_code"] > 0 and qform is None:
         raise InputError(
             f"{path} has an sform that gives no place to its voxels ({sform_text(header)}); export "
@@ -100,7 +99,7 @@ def nifti_affines(path: Path, header: Nifti1Header) -> list[np.ndarray]:  # of (
                 f"registration); {STRAIGHTEN}"
             )
         sform = None
-    if sform is not None and sized:
+    if sform is not None:
         by_sform = np.linalg.norm(sform[:3, :3], axis=0)
         if not np.allclose(by_sform[counts > 1], size[counts > 1], rtol=5e-3, atol=0):
             raise InputError(
@@ -111,7 +110,7 @@ def nifti_affines(path: Path, header: Nifti1Header) -> list[np.ndarray]:  # of (
     return [affine for affine in (sform, qform) if affine is not None]
 
 
-def _qform(path: Path, header: Nifti1Header, size: np.ndarray, unit: float) -> np.ndarray | None:
+def _qform(path: Path, header: Nifti1Header, size: np.ndarray, unit: float) -> np.ndarray:
     """Return the affine matrix of the qform to LPS in mm for this size of voxels, in mm."""
     straight = header.copy()
     # A handedness of 0 means 1, by the standard.

@@ -40,8 +40,7 @@ def stated_sizes(scan: ScanFile, slices: int, geometry: Geometry | None) -> int:
         fields = text_header(scan.path)
         text = voxel_size_text(fields.fields) if fields else None
         return 0 if text is None else min(3, len(sized_axes(text)))
-    # `pixdim` is the size by the standard. Where it is 0 or NaN, an sform places the voxels, but a
-    # header that is damaged there is not trusted with volumes.
+    # A file of several slices without a size along an axis is refused.
     sides = header["pixdim"][1:4].astype(float)
     stated = np.isfinite(sides) & (sides != 0)
     if header["dim"][0] >= 3 and stated.all():

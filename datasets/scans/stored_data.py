@@ -23,6 +23,7 @@ BLOCK = 1 << 20  # bytes that are unpacked at once
 DEFLATE_RATIO = 1032  # the most bytes that gzip and zlib pack into one
 MOST_PER_CHARACTER = 8  # bytes of a number of one digit and the blank behind it
 MOST_FILES = 100_000
+LONGEST_NAME = 255  # characters
 # Bytes of a voxel by its type.
 NRRD_SIZES = {
     name: size
@@ -179,10 +180,12 @@ def data_files(header: TextHeader) -> list[Path]:
     if not 1 <= len(named) <= MOST_FILES:
         raise header.error(f"names {len(named)} files of voxels")
     for name in named:
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise header.error("names a file of voxels by no name of a file")
         parts = re.split(r"[/\\]", name)
         if parts[0] in ("", "~") or ".." in parts or ":" in parts[0]:
             raise InputError(
-                f"{header.path} takes its voxels from {name:.200}, which is not in the folder of "
+                f"{header.path} takes its voxels from {name}, which is not in the folder of "
                 "the header; put the file beside the header, and its plain name into the header"
             )
     remedy = "put it beside the header"

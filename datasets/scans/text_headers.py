@@ -14,15 +14,22 @@ from pathlib import Path
 from common.errors import InputError
 
 LONGEST = 1 << 20  # bytes of a header
-META_SUFFIXES = (".mha", ".mhd")
+NRRD, META = (".nrrd", ".nhdr"), (".mha", ".mhd")  # suffixes
 # Units of length that mean mm, or that nobody gave; units of axes that are no lengths.
 MM = ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "none", "unknown", "???")
 NO_LENGTHS = ("s", "sec", "second", "seconds", "ms", "us", "hz", "ppm", "rad", "rads")
 REMEDY = "write the sizes in mm into the header, or export the scan again as NIfTI"
+LONGEST_WORD, LONGEST_LINE = 40, 500  # characters; SimpleITK's library for NRRD dies of longer ones
+FREE_TEXT = ("content", "data file", "datafile")  # fields of NRRD that it only copies
+LIST = re.compile(r"^data ?file:\s*LIST[^\n]*\n", re.MULTILINE)  # the files follow
 MOST_DIMENSIONS = 10  # SimpleITK's library would write beyond its arrays
 # Fields of MetaImage that hold numbers: one for each dimension, or a matrix.
 VECTORS = ("elementspacing", "elementsize", "offset", "position", "origin", "centerofrotation")
 MATRICES = ("transformmatrix", "rotation", "orientation")
+# Fields of text that its library copies into places of 255 characters.
+TEXTS = ("comment", "name", "objecttype", "objectsubtype", "transformtype", "acquisitiondate")
+TEXTS += ("anatomicalorientation", "modality", "distanceunits", "binarydatabyteordermsb")
+LONGEST_TEXT, LONGEST_FIELD = 250, 4000
 # Fields that SimpleITK reads: written twice, the header says two things.
 ONCE = (*VECTORS, *MATRICES, "ndims", "dimsize", "elementtype", "elementdatafile", "headersize")
 ONCE += ("binarydata", "binarydatabyteordermsb", "elementbyteordermsb", "compresseddata")
@@ -60,7 +67,7 @@ def text_header(path: Path) -> TextHeader | None:
         content = file.read(LONGEST)
     if content.startswith(b"NRRD000"):
         return _nrrd(path, content)
-    if content.startswith(b"ObjectType") or path.suffix.lower() in META_SUFFIXES:
+    if content.startswith(b"ObjectType") or path.suffix.lower() in META:
         return _metaimage(path, content)
     return None
 
@@ -69,10 +76,21 @@ def _nrrd(path: Path, content: bytes) -> TextHeader:
     blank = re.search(rb"\r?\n\r?\n", content)
     end = blank.end() if blank else len(content)
     text = content[:end].decode("latin-1")
-    lines = [line for line in re.split(r"[\r\n]+", text) if line[:1] != "#" and ":=" not in line]
+    head, *listed = re.split(LIST, text, maxsplit=1)
+    lines = [line for line in re.split(r"[\r\n]+", head) if line[:1] != "#" and ":=" not in line]
+    for line in lines:
+        words = re.split(r'[\s(),":]+', line)
+        if line.split(":")[0].lower() not in FREE_TEXT and (
+            len(line) > LONGEST_LINE or max(map(len, words)) > LONGEST_WORD
+        ):
+            raise InputError(
+                f"{path} has a line in its header that is no field of NRRD ({line[:60]!r}…); "
+                "export the scan again, e.g. as NIfTI"
+            )
     fields = _fields(path, [line.split(":", 1) for line in lines])
-    listed = re.split(r"^data ?file:\s*LIST[^\n]*\n", text, maxsplit=1, flags=re.MULTILINE)
-    return TextHeader(path, True, fields, end, listed[-1])
+    if listed:
+        fields["data file"] = "LIST"
+    return TextHeader(path, True, fields, end, "".join(listed))
 
 
 def _metaimage(path: Path, content: bytes) -> TextHeader:
@@ -85,6 +103,12 @@ def _metaimage(path: Path, content: bytes) -> TextHeader:
     lines = re.split(r"[\r\n]+", content[: last.end()].decode("latin-1"))
     # SimpleITK takes a colon for an equals sign as well.
     fields = _fields(path, [re.split("[=:]", line, maxsplit=1) for line in lines])
+    for name, value in fields.items():
+        if len(name) + len(value) > (LONGEST_TEXT if name in TEXTS else LONGEST_FIELD):
+            raise InputError(
+                f"{path} has {len(value)} characters in its field {name[:60]!r}, too many for "
+                "SimpleITK; shorten it, or export the scan again as NIfTI"
+            )
     return TextHeader(path, False, fields, last.end(), content[last.end() :].decode("latin-1"))
 
 

@@ -97,6 +97,28 @@ def test_fields_of_metaimage_that_do_not_fit(tmp_path: Path, line: str, told: st
     refused(mha(tmp_path / "a.mha", line), told)
 
 
+@pytest.mark.parametrize("field", ["Name", "Comment", "ObjectSubType", "Modality", "X" * 5000])
+def test_fields_of_metaimage_too_long_for_its_library(tmp_path: Path, field: str):
+    refused(mha(tmp_path / "a.mha", f"{field} = {'(1,1,1) ' * 41}\n"), "too many")
+
+
+@pytest.mark.parametrize("field", ["space origin", "kinds", "old min", "A" * 400, "centers"])
+@pytest.mark.parametrize("value", ["(1," + "A" * 5000, "(1,1,1) " * 600])
+def test_fields_of_nrrd_too_long_for_its_library(tmp_path: Path, field: str, value: str):
+    path = nrrd(tmp_path / "a.nrrd", "raw", VOXELS.tobytes(), f"{field}: {value}\n")
+    refused(path, "no field of NRRD")
+
+
+def test_free_text_of_nrrd_may_be_long(tmp_path: Path):
+    extra = f"# {'A' * 2000}\ncontent: {'B' * 2000}\nkey:={'C' * 2000}\n"
+    read_well(nrrd(tmp_path / "a.nrrd", "raw", VOXELS.tobytes(), extra))
+
+
+@pytest.mark.parametrize("name", ["a\x01.raw", "A" * 400, "LOCAL\x01"])
+def test_names_of_voxels_that_no_file_has(tmp_path: Path, name: str):
+    refused(mha(tmp_path / "a.mhd", data=name, voxels=b""), "no name of a file")
+
+
 @pytest.mark.parametrize("name", ["/etc/hostname", "../a.raw", "x/../../a.raw", "..\\a", "C:\\a"])
 @pytest.mark.parametrize("kind", [".mhd", ".nhdr", "list.mhd", "list.nhdr"])
 def test_voxels_elsewhere_are_refused(tmp_path: Path, name: str, kind: str):

@@ -15,7 +15,7 @@ import torch
 
 from common.errors import NOT_WRITABLE, InputError, cannot_write, first_line
 from common.files import require_file, sha256_of
-from common.writing import make_folders, partial_name, require_same, settle
+from common.writing import flush_file, flush_folder, make_folders, partial_name, require_same
 
 WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Weights are computed with in this type.
@@ -198,7 +198,9 @@ def save_tensors(
         require_same(path, sha256_of(temporary) == digest)
         if hash_in_name:
             path = path.with_name(f"{path.stem}-{digest[:16]}{path.suffix}")
-        settle(temporary, path)
+        flush_file(temporary)
+        temporary.replace(path)
+        flush_folder(path.parent)
         return path, digest
     except OSError as error:
         if error.errno not in NOT_WRITABLE:

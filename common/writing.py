@@ -43,7 +43,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         make_folders(path.parent)
         yield temporary
-        settle(temporary, path)
+        flush_file(temporary)
+        for note in before_rename:
+            note(temporary, path)
+        temporary.replace(path)
+        flush_folder(path.parent)
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
@@ -53,19 +57,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def settle(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, and make sure that name and content are on the disk.
+def flush_file(path: Path) -> None:
+    """Make sure that the content of a file that was just written is on the disk.
 
     Raises:
         OSError: the disk is full, or refuses otherwise; maybe the file is not complete.
     """
-    require_room(temporary)
-    with temporary.open("rb") as file:
+    require_room(path)
+    with path.open("rb") as file:
         os.fsync(file.fileno())
-    for note in before_rename:
-        note(temporary, path)
-    temporary.replace(path)
-    flush_folder(path.parent)
 
 
 def require_room(path: Path) -> None:

@@ -37,7 +37,7 @@ def open_output(output: Path, overwrite: bool) -> None:
             f"{output} already holds {' and '.join(foreign)} that were made elsewhere; choose "
             "another --output, or pass --overwrite to replace the cases of this run"
         )
-    for name in (SLICES, VOLUMES, LISTS, RECORDS):
+    for name in (RECORDS, SLICES, VOLUMES, LISTS):  # first what tells that the others are ours
         make_folder(output / name, flag="--output")
 
 

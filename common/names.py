@@ -14,8 +14,6 @@ from common.errors import InputError
 # Bytes of a name of a case. A file system allows 255, of which an unfinished file needs 22 more,
 # and the longest end (`_slice0123.npz`) 14.
 LONGEST_NAME = 200
-# Bytes of a name of a file of somebody else, with its suffix.
-LONGEST_FILE_NAME = 255
 # Bytes of the name of a class, which becomes a part of a file's name.
 LONGEST_LABEL = 80
 # A cell that begins with one of these is a formula to a spreadsheet.
@@ -28,7 +26,7 @@ def safe_name(name: Any, *, source: str | Path, longest: int = LONGEST_NAME) -> 
     Args:
         name: of a case, slice, run or data set, from a file or a flag.
         source: what holds the name, for the message.
-        longest: bytes that the name may have.
+        longest: bytes that the name may have; 255 where no file gets it.
 
     Raises:
         InputError: it is no text, leaves its folder (`../`, `/`), is hidden (`.a`), begins or ends

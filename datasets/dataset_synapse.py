@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.errors import InputError, MissingFileError, first_few, warn
 from common.files import load_arrays, require_file, require_folder
-from common.names import LONGEST_FILE_NAME, lines_of, safe_name
+from common.names import LONGEST_NAME, lines_of, safe_name
 from datasets.augmentation import (
     draw_augmentation,
     keyed_rng,
@@ -128,7 +128,8 @@ class Synapse_dataset(Dataset):
         )
         self.data_dir = _data_folder(base, files)
         self.list_path = find_list(base, self.data_dir, list_dir, files)
-        names = read_list(self.list_path, may_repeat=self.lenient)
+        longest = 255 if split == "train" else LONGEST_NAME  # the names of results are longer
+        names = read_list(self.list_path, may_repeat=self.lenient, longest=longest)
         self.sample_list = [_case_name(name, files) for name in names]
         self.paths = [_sample_path(self.data_dir, name, files) for name in self.sample_list]
         absent = [path.name for path in self.paths if not path.is_file()]
@@ -276,14 +277,14 @@ def find_list(base: Path, data_dir: Path, list_dir: str | Path | None, files: Sp
     return require_file(found, what="list", remedy="pass the list_dir of these data")
 
 
-def read_list(path: Path, *, may_repeat: bool = False) -> list[str]:
-    """Read the names in a list file, one per line; no name may leave the data folder.
+def read_list(path: Path, *, may_repeat: bool = False, longest: int = 255) -> list[str]:
+    """Read the names in a list file, one per line, of `longest` bytes; none may leave the folder.
 
     Args:
         may_repeat: a name that occurs more than once is warned of and kept.
     """
     lines = lines_of(path.read_bytes().decode("utf-8-sig", "surrogateescape"))
-    names = [safe_name(line, source=path, longest=LONGEST_FILE_NAME) for line in lines]
+    names = [safe_name(line, source=path, longest=longest) for line in lines]
     if not names:
         raise InputError(f"list {path} is empty, expected one case or slice name per line")
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)

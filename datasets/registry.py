@@ -15,6 +15,7 @@ from typing import Any
 
 from common.errors import InputError, first_few
 from common.files import read_json
+from common.names import safe_label
 from datasets.intensity import CT, NOT_RECORDED, PERCENTILES, RANGE, UNKNOWN, WINDOW, Intensity
 from datasets.names import case_names
 
@@ -22,7 +23,6 @@ SPEC_FILE = "dataset_spec.json"  # beside train_npz/ and test_vol_h5/
 SUMMARY_FILE = "preprocess.json"  # beside them too: what preprocessing did with each case
 AXIS_PAIRS = ("RL", "AP", "IS")  # an orientation has one letter of each pair
 LARGEST_SIDE = 16384  # of a slice, in pixels
-LONGEST_NAME = 80  # bytes of a class name, which becomes part of file names
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in (SYNAPSE,)}
 
 def plain_name(text: str) -> str:
     """Return a name for a data set that fits into the names of files and folders."""
-    return re.sub(r"[^\w.-]+", "_", text).strip(".") or "dataset"
+    return re.sub(r"[^\w.-]+", "_", text)[:50].strip(".") or "dataset"
 
 
 def undescribed(name: str, cases: Iterable[str]) -> DatasetSpec:
@@ -152,12 +152,7 @@ def stored_spec(folder: str | Path) -> DatasetSpec | None:
 def check_class_names(names: Sequence[str], source: object) -> None:
     """Raise an `InputError` for names that do not fit into tables, colour files or file names."""
     for name in names:
-        fits = name.isprintable() and 0 < len(name.encode()) <= LONGEST_NAME
-        if not fits or name != name.strip() or '"' in name:
-            raise InputError(
-                f"{source} has the class name {name!r:.60}, expected 1…{LONGEST_NAME} printable "
-                "characters without quotes and without spaces at the ends; rename the class"
-            )
+        safe_label(name, source=source)
     repeated = [repr(name) for name in dict.fromkeys(names) if names.count(name) > 1]
     if repeated:
         raise InputError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from common.errors import InputError, first_few
 from common.files import read_json
-from common.names import safe_label
+from common.names import safe_label, safe_name
 from datasets.intensity import CT, NOT_RECORDED, PERCENTILES, RANGE, UNKNOWN, WINDOW, Intensity
 from datasets.names import case_names
 
@@ -23,6 +23,8 @@ SPEC_FILE = "dataset_spec.json"  # beside train_npz/ and test_vol_h5/
 SUMMARY_FILE = "preprocess.json"  # beside them too: what preprocessing did with each case
 AXIS_PAIRS = ("RL", "AP", "IS")  # an orientation has one letter of each pair
 LARGEST_SIDE = 16384  # of a slice, in pixels
+LARGEST_VALUE = 1e12  # of an intensity
+LONGEST_TEXT = 1000  # characters of the name of a case
 
 
 @dataclass(frozen=True)
@@ -172,17 +174,18 @@ def spec_from_json(values: Any, source: object) -> DatasetSpec:
             for field in fields(DatasetSpec)
             if field.name in values or field.default is MISSING
         }
-        known["raw_labels"] = {int(raw): int(v) for raw, v in known["raw_labels"].items()}
+        known["raw_labels"] = {int(raw): value for raw, value in known["raw_labels"].items()}
         known["intensity"] = Intensity(**known["intensity"])
         spec = DatasetSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
         valid = _is_valid(spec)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         valid = False
     if not valid:
         raise InputError(
             f"{source} does not describe a data set in the form that preprocess writes; prepare "
             "the data again"
         )
+    safe_name(spec.name, source=source)
     check_class_names(spec.class_names, source)
     return spec
 
@@ -190,30 +193,50 @@ def spec_from_json(values: Any, source: object) -> DatasetSpec:
 def _is_valid(spec: DatasetSpec) -> bool:
     """Return whether the fields have the right types and fit together; may raise as well."""
     texts = (spec.name, *spec.class_names, *spec.train_cases, *spec.test_cases)
-    label_values = (*spec.ignored_labels, *spec.predicted_values)
-    intensity = spec.intensity
+    labels = (*spec.raw_labels, *spec.ignored_labels, *spec.predicted_values)
+    lists = (spec.class_names, spec.ignored_labels, spec.predicted_values)
+    given = (spec.label_threshold, *(spec.raw_range or (0, 1)))
+    numbers = (*(number for number in given if number is not None), spec.channels)
     return (
-        all(isinstance(text, str) for text in texts)
-        and all(isinstance(value, int) and 0 <= value < 65536 for value in label_values)
+        all(isinstance(values, tuple) for values in (*lists, spec.train_cases, spec.test_cases))
+        and all(type(text) is str and len(text) <= LONGEST_TEXT for text in texts)
+        and all(type(value) is int and 0 <= value < 65536 for value in labels)
+        and all(type(value) is int for value in spec.raw_labels.values())
         and set(spec.raw_labels.values()) == set(range(1, spec.num_classes + 1))
-        and len(spec.predicted_values) == spec.num_classes > 0
-        and intensity.rule in (WINDOW, PERCENTILES, RANGE, UNKNOWN)
-        and float(intensity.low) < float(intensity.high)
-        and isinstance(intensity.sure, bool)
+        and len(spec.predicted_values) == spec.num_classes
+        and 0 < spec.num_classes < 256
+        and _is_rule(spec.intensity)
+        and all(map(_is_number, numbers))
         and (spec.pictures is None or isinstance(spec.pictures, bool))
-        and (spec.label_threshold is None or float(spec.label_threshold) > 0)
+        and (spec.label_threshold is None or spec.label_threshold > 0)
         and (spec.raw_range is None or _is_range(spec.raw_range))
-        and (spec.modality is None or isinstance(spec.modality, str))
+        and (spec.modality is None or spec.modality.isprintable())
         and spec.channels in (1, 3)
-        and (spec.channel is None or 0 <= spec.channel < 65536)
-        and (spec.size is None or 0 < spec.size < 65536)
-        and (spec.orientation is None or is_orientation(spec.orientation))
+        and (spec.channel is None or (type(spec.channel) is int and 0 <= spec.channel < 65536))
+        and (spec.size is None or (type(spec.size) is int and 0 < spec.size <= LARGEST_SIDE))
+        and (spec.orientation is None or is_orientation("" + spec.orientation))
     )
+
+
+def _is_rule(intensity: Intensity) -> bool:
+    low, high = intensity.low, intensity.high
+    return (
+        intensity.rule in (WINDOW, PERCENTILES, RANGE, UNKNOWN)
+        and _is_number(low)
+        and _is_number(high)
+        and low < high
+        and (intensity.rule != PERCENTILES or (low >= 0 and high <= 100))
+        and isinstance(intensity.sure, bool)
+    )
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and -LARGEST_VALUE <= value <= LARGEST_VALUE
 
 
 def _is_range(values: tuple[float, ...]) -> bool:
     low, high = values
-    return float(low) <= float(high)
+    return low <= high
 
 
 def is_orientation(letters: str) -> bool:

@@ -6,6 +6,7 @@ that were prepared in another way give wrong scores without any error.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -52,16 +53,25 @@ class TrainedOn:
         """Read what `to_json` made; None if a file holds nothing of this form."""
         try:
             found = cls(
-                cases=tuple(str(case) for case in values["cases"]),
-                sizes=tuple((int(rows), int(columns)) for rows, columns in values["sizes"]),
-                low=float(values["low"]),
-                high=float(values["high"]),
-                voxels=tuple(map(int, values["voxels"])),
-                colour=bool(values["colour"]),
+                cases=tuple(values["cases"]),
+                sizes=tuple((rows, columns) for rows, columns in values["sizes"]),
+                low=values["low"],
+                high=values["high"],
+                voxels=tuple(values["voxels"]),
+                colour=values["colour"],
             )
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except (KeyError, TypeError, ValueError):
             return None
-        valid = found.sizes and min(map(min, found.sizes)) > 0 and found.low <= found.high
+        counts = (*(side for size in found.sizes for side in size), *found.voxels)
+        valid = (
+            all(type(case) is str for case in found.cases)
+            and all(type(count) is int and count >= 0 for count in counts)
+            and 0 < len(found.sizes) <= MOST_SIZES
+            and min(map(min, found.sizes)) > 0
+            and all(type(limit) in (int, float) for limit in (found.low, found.high))
+            and -math.inf < found.low <= found.high < math.inf
+            and type(found.colour) is bool
+        )
         return found if valid else None
 
     def to_json(self) -> dict[str, Any]:

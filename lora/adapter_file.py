@@ -72,7 +72,7 @@ def _plain_settings(settings: dict[Any, Any], filename: str | Path) -> dict[str,
     """
     try:
         text, size = [], 0
-        for piece in json.JSONEncoder(allow_nan=False, check_circular=False).iterencode(settings):
+        for piece in json.JSONEncoder(allow_nan=False).iterencode(settings):
             text.append(piece)
             size += len(piece)
             if size > LARGEST_SETTINGS:
@@ -84,9 +84,10 @@ def _plain_settings(settings: dict[Any, Any], filename: str | Path) -> dict[str,
         if layer:
             raise ValueError("they are nested too deeply")
     except (TypeError, ValueError, RecursionError) as error:
+        problem = "too deep" if isinstance(error, RecursionError) else first_line(error)
         raise InputError(
-            f"{filename} has settings that are no plain values ({first_line(error)}); save or "
-            "convert it again"
+            f"{filename} has settings that are no plain values ({problem}); save or convert it "
+            "again"
         ) from None
     return plain
 

@@ -138,7 +138,8 @@ def write_adapter(path: Path, state: dict[str, torch.Tensor], settings: dict[str
         return save_tensors(state | extra, path)[1]
     metadata = {SETTINGS_KEY: json.dumps(settings)} if settings else None
     with atomic_path(path) as temporary:
-        tensors = {key: value.contiguous() for key, value in state.items()}
+        # Two names may mean one tensor, which this format does not allow.
+        tensors = {key: value.clone() for key, value in state.items()}
         temporary.write_bytes(safetensors.torch.save(tensors, metadata))
     return sha256_of(path)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from common.arguments import ArgumentParser
 from common.errors import InputError
 from datasets.intensity import RULES
-from datasets.registry import DATASETS
+from datasets.registry import DATASETS, LARGEST_SIDE, LARGEST_VALUE
 from datasets.scans.planes import PLANES
 from preprocess.groups import AUTO, check_group_flag
 
@@ -29,6 +29,17 @@ DESCRIPTION = (
     "After an interruption or a corrected file, run the same command again: finished cases are\n"
     "kept, changed cases are converted again. See preprocess/README.md."
 )
+
+# The limits of every number, both included.
+LIMITS = {
+    "size": (1, LARGEST_SIDE),
+    "workers": (1, 256),
+    "folds": (2, 10**6),
+    "fold": (0, 10**6),
+    "channel": (0, 65535),
+    "seed": (0, 2**32 - 1),
+    "window": (-LARGEST_VALUE, LARGEST_VALUE),
+}
 
 
 def build_parser() -> ArgumentParser:
@@ -146,13 +157,11 @@ def build_parser() -> ArgumentParser:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse values that are not valid, before any file is read."""
-    lowest = {"size": 1, "workers": 1, "folds": 2, "fold": 0, "channel": 0, "seed": 0}
-    for flag, low in lowest.items():
+    for flag, (low, high) in LIMITS.items():
         value = getattr(args, flag)
-        if value is not None and value < low:
-            raise InputError(f"--{flag} is {value}, expected at least {low}")
-    if args.size is not None and args.size > LARGEST_SIZE:
-        raise InputError(f"--size is {args.size}, expected at most {LARGEST_SIZE}")
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not low <= number <= high:
+                raise InputError(f"--{flag} is {number!s:.40}, expected {low:,}…{high:,}")
     if args.label_threshold is not None and not 0 < args.label_threshold < 65536:
         raise InputError(f"--label_threshold is {args.label_threshold:g}, expected 0 < N < 65536")
     if args.label_threshold is not None and args.label_values == "classes":

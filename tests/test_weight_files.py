@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import pickle
@@ -21,6 +22,7 @@ from common.files import load_arrays
 from common.state_dicts import unwrapped
 from common.tensors import load_tensors, plain_tensors
 from config.flags import predict_parser
+from config.run_folder import differences
 from config.settings import parse_args
 from lora.adapter_file import SETTINGS_KEY, read_adapter
 from segment_anything.base_weights import fingerprint, read_base_weights, same_base
@@ -393,6 +395,21 @@ def test_a_fingerprint_sees_every_weight_but_the_heads(tmp_path: Path):
     heads = "mask_decoder.mask_tokens.weight"
     assert fingerprint({**state, heads: state[heads] + 1}) == first
     assert not same_base(None, first) and same_base(None, None)
+
+
+def test_a_run_goes_on_with_the_same_base_weights_only():
+    """Earlier versions recorded the first half of the fingerprint."""
+    neck, whole, other = "a" * 16, "a" * 16 + "1" * 16, "a" * 16 + "2" * 16
+
+    def found(before: str, now: str) -> list[str]:
+        flags = {"batch_size": 1, "n_gpu": 1, "code": {}, "same_code": False}
+        return differences({"weights": before}, argparse.Namespace(**flags, weights=now))
+
+    assert found(whole, whole) == found(neck, whole) == found(f"{neck} and b", f"{whole} and b")
+    assert found(whole, whole) == found("none", "none") == []
+    for before, now in ((other, whole), ("none", whole), (f"{neck} and b", f"{whole} and c")):
+        assert found(before, now) == [f"weights {before} → {now}"]
+    assert found(neck, f"{whole} and b") and found("", "none") and found("5", whole)
 
 
 def test_an_adapter_remembers_all_of_its_base_weights(tmp_path: Path):

@@ -28,7 +28,7 @@ from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
 from evaluation.cases import Case, read_case
 from evaluation.cpu_speed import pack_encoder
-from evaluation.output_folder import log_file, refuse_folder_of, start_in_folder
+from evaluation.output_folder import look_into_folder, open_folder, refuse_folder_of
 from evaluation.predict_volume import predict_volume
 from evaluation.records import (
     recorded,
@@ -80,7 +80,8 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
     scans, unused = choose_scans(args, spec)
     key = prediction_key(args)
     # Only the first rank looks: a late rank would also see files that others have just written.
-    done = ranks.from_first(start_in_folder(args, spec, scans, key, written) if ranks.first else {})
+    done = look_into_folder(args, spec, scans, key, written) if ranks.first else {}
+    done = ranks.from_first(done)
     model, _ = build_model(args, device)
     model.eval()
     model.merge()
@@ -88,7 +89,7 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
         pack_encoder(model)
 
     with written.noting():
-        start_logging(log_file(written) if ranks.first else None)
+        start_logging(open_folder(written, first=ranks.first))
         logging.info(
             "%d scans, %d of them done before, %d files not used, on %d × %s",
             len(scans),
@@ -112,6 +113,7 @@ def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Non
         for part in ranks.gather(found):
             outcomes |= part
         if ranks.first:
+            outcomes = {scan.name: outcomes[scan.name] for scan in scans}
             finish(args, spec, outcomes, unused, key, written)
 
 

@@ -32,16 +32,14 @@ def refuse_folder_of(scans: Sequence[ScanFile], source: Path, folder: Path) -> N
         )
 
 
-def start_in_folder(
+def look_into_folder(
     args: argparse.Namespace,
     spec: DatasetSpec,
     scans: Sequence[ScanFile],
     key: dict[str, Any],
     written: Written,
 ) -> dict[str, dict[str, Any]]:
-    """Look into the output folder before any work; return the results that are there already.
-
-    Unfinished files of killed runs are removed.
+    """Return the results that the output folder holds already; nothing is written.
 
     Raises:
         InputError: files would be replaced that predict.py has not written.
@@ -55,16 +53,26 @@ def start_in_folder(
     refuse_folders(folder, names)
     if not args.overwrite:
         refuse_foreign(written, names)
-    for part in (RECORDS, OVERLAYS):
-        make_folder(folder / part, flag="--output")
-    for place in (folder, folder / RECORDS, folder / OVERLAYS, *folder.glob(f"{PROBABILITIES}/*")):
-        remove_partials(place)
     return done
 
 
-def log_file(written: Written) -> Path:
-    """Return the log file, to which lines are only added; note that it is of this program."""
-    path = written.folder / LOG
+def open_folder(written: Written, *, first: bool) -> Path | None:
+    """Make the output folder; remove the unfinished files of killed runs.
+
+    Args:
+        first: whether this is the first rank.
+
+    Returns:
+        On the first rank, the log file. Lines are only added to it, and it is noted as written.
+    """
+    folder = written.folder
+    for part in (RECORDS, OVERLAYS):
+        make_folder(folder / part, flag="--output")
+    if not first:
+        return None
+    for place in (folder, folder / RECORDS, folder / OVERLAYS, *folder.glob(f"{PROBABILITIES}/*")):
+        remove_partials(place)
+    path = folder / LOG
     if LOG not in written.known:
         path.touch()
         written.note(path, path)

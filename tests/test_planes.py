@@ -16,12 +16,14 @@ from test_predict import SPEC
 from test_scans import placed, write_dicom
 
 from common.files import load_arrays
+from common.written import Written
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.registry import SYNAPSE, stored_spec
 from datasets.scans.files import find_scans
 from datasets.scans.planes import PLANES, taken_plane
 from datasets.scans.volumes import Geometry, read_volume, write_volume
-from evaluation import scan_results, volume_results
+from evaluation import cases, scan_results, volume_results
+from evaluation.records import RECORDS
 
 # Letters of a scan that was taken in a plane: in the order of DICOM, and turned as files have it.
 TAKEN = {
@@ -191,16 +193,18 @@ def test_predict_cuts_and_turns_back_exactly(
         write_volume(source, image, geometry)
     (scan,) = find_scans(source)
     spec = replace(SPEC, orientation=PLANES[plane])
-    case = scan_results.read_case(spec, scan)
+    case = cases.read_case(spec, scan)
     slices = np.asarray(case.slices.array)
     if kind == "nifti":
         assert np.array_equal(slices, expected_slices(source, plane))
     labels = np.digitize(slices, MARKS).astype(np.uint8)
-    args = Namespace(input=str(tmp_path), output=str(tmp_path / "out"), format=".nii.gz")
+    args = Namespace(input=str(tmp_path), format=".nii.gz", probabilities=False, overwrite=False)
+    out = Written(tmp_path / "out")
+    (tmp_path / "out" / RECORDS).mkdir(parents=True)
     monkeypatch.setattr(scan_results, "save_picture", lambda *_: None)
-    result = scan_results.write_case(args, spec, case, labels, None, key={})
+    result = scan_results.write_case(args, spec, case, labels, None, key={}, written=out)
     written, there = read_volume(tmp_path / "out" / result["file"])
-    array, where = scan_results.read_scan(scan)
+    array, where = cases.read_scan(scan)
     assert np.array_equal(written, np.array([0, 2, 5, 9])[np.digitize(array, MARKS)])
     assert there.spacing == pytest.approx(where.spacing, rel=1e-6)
     assert there.matches(where)

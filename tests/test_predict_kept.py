@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from common.errors import InputError
 from common.writing import partial_name, write_json
 from common.written import JOURNAL
 from datasets.scans.files import scan_file
+from datasets.scans.labels import write_labels
 from evaluation import cases
 from evaluation.cases import read_case
 from evaluation.predict_volume import predict_volume
@@ -77,9 +79,9 @@ def test_a_copied_folder_is_known(tmp_path: Path, adapter: Path, capfd: Capture)
     scans = write_scans(tmp_path / "in", "a")
     assert run(scans, tmp_path / "out", adapter) == 0
     shutil.copytree(tmp_path / "out", tmp_path / "copy", copy_function=shutil.copyfile)
-    time = (tmp_path / "copy" / "a.nii.gz").stat().st_mtime_ns
+    before = (tmp_path / "copy" / "a.nii.gz").stat().st_mtime_ns
     assert run(scans, tmp_path / "copy", adapter) == 0
-    assert (tmp_path / "copy" / "a.nii.gz").stat().st_mtime_ns == time
+    assert (tmp_path / "copy" / "a.nii.gz").stat().st_mtime_ns == before
     assert run(scans, tmp_path / "copy", adapter, "--largest_component") == 0
     assert "kept" not in capfd.readouterr().err
 
@@ -229,6 +231,8 @@ def test_an_output_folder_that_is_removed_meanwhile(
     def removing(*args: Any, **kwargs: Any) -> np.ndarray:
         calls.append(1)
         if len(calls) == 3 and everything:
+            while not (out / ".done" / "b.json").exists():  # it is being written
+                time.sleep(0.01)
             shutil.rmtree(out)
         elif len(calls) == 3:
             (out / "a.nii.gz").unlink()
@@ -279,15 +283,18 @@ def test_a_scan_that_cannot_be_written_leaves_no_file(
     """Earlier results of the same case stay."""
     scans, out = write_scans(tmp_path / "in", "ab"), tmp_path / "out"
 
-    def full(path: Path, *_: Any) -> None:
+    def full(path: Path, *more: Any) -> None:
         if path.name.startswith("a."):
             raise OSError(28, "No space left on device", str(path))
+        write_labels(path, *more)
 
     with monkeypatch.context() as patched:
         patched.setattr("evaluation.scan_results.write_labels", full)
         assert run(scans, out, adapter, "--probabilities") == 3
     assert "No space left" in capfd.readouterr().err
-    assert not list(out.rglob("a*")) or not [p for p in out.rglob("a*") if p.is_file()]
+    left = [path for path in out.rglob("*") if path.is_file() and "a" in path.parts[-2:]]
+    assert left == [] and not (out / "a.nii.gz").exists()
+    assert not (out / "overlays" / "a.png").exists()
     assert run(scans, out, adapter) == 0
     before = (out / "a.nii.gz").read_bytes()
     with monkeypatch.context() as patched:

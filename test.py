@@ -18,6 +18,7 @@ from tqdm import tqdm
 from common.errors import exit_on_bad_input, warn
 from common.files import make_folder
 from common.writing import remove_partials
+from common.written import Written
 from config.flags import test_parser
 from config.settings import class_names, dataset_spec, parse_args, recorded_values
 from datasets.dataset_synapse import Synapse_dataset
@@ -26,7 +27,7 @@ from datasets.trained_on import TrainedOn, check_test_data
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
 from evaluation.cpu_speed import pack_encoder
-from evaluation.figures import write_pages
+from evaluation.figures import remove_rows, write_pages
 from evaluation.groups import with_groups
 from evaluation.held_out import held_out_warning, trained_cases
 from evaluation.medpy_check import (
@@ -37,7 +38,6 @@ from evaluation.medpy_check import (
     require_medpy,
 )
 from evaluation.metrics import ClassScore
-from evaluation.overlays import CasePanel
 from evaluation.page import write_page
 from evaluation.predict_volume import predict_volume
 from evaluation.tables import (
@@ -48,8 +48,8 @@ from evaluation.tables import (
     write_csv,
     write_json,
 )
+from evaluation.test_folder import refuse_foreign, remove_earlier
 from evaluation.test_runs import read_json
-from evaluation.views import View
 from evaluation.volume_results import read_case, score_case, write_case
 from utils import (
     allow_tf32,
@@ -88,7 +88,10 @@ def test(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     dataset = Synapse_dataset(
         args.volume_path, args.list_dir, "test_vol", num_classes=args.num_classes
     )
+    written = Written(args.output_dir)
     if ranks.first:
+        if not args.overwrite:
+            refuse_foreign(written, dataset.sample_list, volumes=bool(args.is_savenii))
         facts = dataset.check(workers=2)  # two at once, because volumes are large
         trained = TrainedOn.from_json(args.trained_on)
         for text in check_test_data(facts, trained, class_names(args)):
@@ -103,22 +106,23 @@ def test(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     if ranks.first:
         for place in (folder, folder / "predictions", folder / "slices"):
             remove_partials(place)
+        remove_earlier(written, volumes=bool(args.is_savenii))
+    ranks.agree(0)  # No rank writes before the first has looked at what is there.
     start_logging(folder / "log.txt" if ranks.first else None)
     logging.info(
         "%d volumes of %s, on %d × %s", len(dataset), dataset.list_path, ranks.count, device
     )
     rank_cases = dataset.subset(range(ranks.rank, len(dataset), ranks.count))
-    finished, checked = test_with_bars(args, model, rank_cases, folder, ranks)
-    by_case = {
-        result.case: (result, panel)
-        for part in ranks.gather(finished, (CaseResult, ClassScore, WorstSlice, CasePanel, View))
-        for result, panel in part
-    }
+    with written.noting():
+        finished, checked = test_with_bars(args, model, rank_cases, folder, ranks)
+    gathered = ranks.gather(finished, (CaseResult, ClassScore, WorstSlice))
+    by_case = {result.case: result for part in gathered for result in part}
     pairs = [pair for part in ranks.gather(checked, (CheckedPair,)) for pair in part]
     if not ranks.first:
         return
-    results, panels = zip(*(by_case[case] for case in dataset.sample_list), strict=True)
-    report(args, folder, with_groups(results, dataset.data_dir), panels)
+    results = [by_case[case] for case in dataset.sample_list]
+    with written.noting():
+        report(args, folder, with_groups(results, dataset.data_dir))
     if args.check_with_medpy and not report_check(pairs, class_names(args)):
         raise SystemExit(EXIT_MEDPY_DIFFERS)
 
@@ -129,7 +133,7 @@ def test_with_bars(
     dataset: Synapse_dataset,
     folder: Path,
     ranks: Ranks,
-) -> tuple[list[tuple[CaseResult, CasePanel]], list[CheckedPair]]:
+) -> tuple[list[CaseResult], list[CheckedPair]]:
     """Test the volumes of this rank with a progress bar, and a second bar for medpy if asked."""
     share = "" if ranks.count == 1 else ", share of one process"
     hidden = None if ranks.first else True  # None: hidden unless the output is a terminal
@@ -151,13 +155,8 @@ def test_with_bars(
     return finished, check.pairs if check else []
 
 
-def report(
-    args: argparse.Namespace,
-    folder: Path,
-    results: Sequence[CaseResult],
-    panels: Sequence[CasePanel],
-) -> None:
-    """Write the tables, pictures and page of all cases."""
+def report(args: argparse.Namespace, folder: Path, results: Sequence[CaseResult]) -> None:
+    """Write the pictures, tables and page of all cases."""
     names = class_names(args)
     tested = {"tested": f"{datetime.now():%Y-%m-%d %H:%M}"}
     seen = trained_cases({r.case: r.independent for r in results}, training_cases(args))
@@ -166,9 +165,11 @@ def report(
         "flags": recorded_values(args),
         "environment": tested | environment(),
     }
+    pages = write_pages(folder, results, names)
+    remove_rows(folder)
     write_csv(folder / "results.csv", results, names)
+    # This file makes the folder a tested run, so it follows what it names.
     write_json(folder / "results.json", results, names, settings, args.nsd_tolerance)
-    pages = write_pages(folder, panels, results, names)
     write_page(folder / "report.html", [read_json(folder / "results.json")])
     logging.info("\n%s", format_table(results, names))
     for caveat in (
@@ -204,7 +205,7 @@ def test_cases(
     *,
     progress: Callable[[int], object] | None = None,
     check: MedpyCheck | None = None,
-) -> Iterator[tuple[CaseResult, CasePanel]]:
+) -> Iterator[CaseResult]:
     """Segment each volume while the next one is read and earlier ones are scored and written.
 
     At most `WAITING` volumes wait in memory, however many there are.
@@ -214,14 +215,14 @@ def test_cases(
         check: also scores each volume with medpy.
 
     Yields:
-        The result and the pictures of each volume, in order.
+        The result of each volume, in order.
     """
     if not len(dataset):  # more ranks than volumes
         return
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, amp_dtype(device), enabled=args.use_amp)
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(os.cpu_count()) as finishers:
-        waiting: deque[tuple[Future[tuple[CaseResult, CasePanel]], Future[None]]] = deque()
+        waiting: deque[tuple[Future[CaseResult], Future[None]]] = deque()
         coming = reader.submit(read_case, dataset, 0)
         for index in range(len(dataset)):
             case = coming.result()

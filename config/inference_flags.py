@@ -59,6 +59,13 @@ TEST = {
             "folder for tables, pictures and page; default: test/ in the run of --config, else "
             "output/test",
         ),
+        Flag(
+            "overwrite",
+            "replace files in --output_dir that test.py has not written, or that were changed",
+            type=bool,
+            changes_numbers=False,
+            from_config=False,
+        ),
         Flag("is_savenii", "write prediction, image and label as NIfTI", type=bool),
         Flag(
             "nsd_tolerance",

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.arguments import ArgumentParser
-from common.errors import exit_on_bad_input
+from common.errors import InputError, exit_on_bad_input
 from common.writing import remove_partials
+from common.written import Written
 from evaluation.page import write_page
 from evaluation.test_runs import TestRun, read_json
+
+PAGES = (".html", ".htm")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,12 +38,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="page to write (default: report.html beside the results of a single run, else "
         "comparison.html beside the folder of the first run)",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a page that no program of this project wrote, or that was changed since",
+    )
     args = parser.parse_args(argv)
     with exit_on_bad_input():
         runs = [read_json(results_file(run)) for run in args.runs]
         output = args.output or default_page(runs)
+        if output.suffix not in PAGES:
+            raise InputError(f"the page {output} would be no .html file; choose another path")
+        written = Written(output.parent)
+        if not args.overwrite:
+            written.refuse_foreign([output.name], flag="--output")
         remove_partials(output.parent)
-        write_page(output, runs)
+        with written.noting():
+            write_page(output, runs)
     print(f"written: {output}")
 
 

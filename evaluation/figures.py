@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from common.errors import cannot_write
 from datasets.colours import label_colours
 from evaluation.charts import draw_scores, save
 from evaluation.overlays import CasePanel
@@ -14,30 +16,58 @@ from evaluation.tables import CaseResult, case_means
 from evaluation.views import SHOWN_SIDE, font, framed, save_picture, slice_title
 
 CASES_A_PAGE = 6
+ROWS = ".rows"  # folder of a picture of each case, until the pages are drawn
 WIDEST = 4096  # pixels; pictures of more than 682 px shrink where a case shows three slices
 MARGIN, GAP, LINE, HEADING = 10, 6, 20, 26  # pixels
 INK, SOFT = "#1c2530", "#5c6875"
 
 
+def save_case(folder: Path, panel: CasePanel, result: CaseResult) -> None:
+    """Write the row of a case, so that no pictures wait in memory for the pages."""
+    (dsc,) = (row["dsc"] for row in case_means([result]))
+    caption = "no organ" if dsc is None else f"mean DSC {100 * dsc:.1f} %"
+    path = folder / ROWS / f"{result.case}.png"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_case(panel, caption, ("truth", "prediction")).save(path, compress_level=1)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def remove_rows(folder: Path) -> None:
+    """Delete the rows of cases, which only the pages need."""
+    shutil.rmtree(folder / ROWS, ignore_errors=True)
+
+
 def write_pages(
-    folder: Path,
-    panels: Sequence[CasePanel],
-    results: Sequence[CaseResult],
-    class_names: Sequence[str],
+    folder: Path, results: Sequence[CaseResult], class_names: Sequence[str]
 ) -> list[Path]:
-    """Write `dsc_per_organ.png` and `overlays.png`, or `overlays_1.png` … for many cases."""
+    """Write `dsc_per_organ.png` and `overlays.png`, or `overlays_1.png` … for many cases.
+
+    The rows of the cases are those that `save_case` wrote into the same folder.
+    """
     pages = [folder / "dsc_per_organ.png"]
     save(draw_scores(results, class_names), pages[0])
-    means = [row["dsc"] for row in case_means(results)]
-    captions = ["no organ" if dsc is None else f"mean DSC {100 * dsc:.1f} %" for dsc in means]
-    starts = range(0, len(panels), CASES_A_PAGE)
-    for number, start in enumerate(starts, start=1):
-        shown = slice(start, start + CASES_A_PAGE)
-        name = "overlays.png" if len(starts) == 1 else f"overlays_{number}.png"
-        picture = draw_overlays(panels[shown], captions[shown], class_names)
-        save_picture(picture, folder / name)
+    for name, shown in zip(page_names(len(results)), batched(results), strict=True):
+        rows = []
+        for result in shown:
+            with Image.open(folder / ROWS / f"{result.case}.png", formats=["PNG"]) as row:
+                rows.append(row.convert("RGB"))
+        save_picture(draw_page(rows, class_names), folder / name)
         pages.append(folder / name)
     return pages
+
+
+def batched(results: Sequence[CaseResult]) -> list[Sequence[CaseResult]]:
+    """Return the cases of each page."""
+    starts = range(0, len(results), CASES_A_PAGE)
+    return [results[start : start + CASES_A_PAGE] for start in starts]
+
+
+def page_names(cases: int) -> list[str]:
+    """Return the names of the pages of overlays for this number of cases."""
+    count = -(-cases // CASES_A_PAGE)
+    return ["overlays.png"] if count == 1 else [f"overlays_{i}.png" for i in range(1, count + 1)]
 
 
 def draw_overlays(
@@ -47,12 +77,14 @@ def draw_overlays(
     kinds: tuple[str, str] = ("truth", "prediction"),
 ) -> Image.Image:
     """Draw one row for each case: two pictures of each slice side by side, a caption above."""
-    columns = 2 * max(len(panel.slices) for panel in panels)
-    longest = min(SHOWN_SIDE[1], (WIDEST - 2 * MARGIN) // columns - GAP)
     rows = [
-        draw_case(panel, caption, kinds, longest)
-        for panel, caption in zip(panels, captions, strict=True)
+        draw_case(panel, caption, kinds) for panel, caption in zip(panels, captions, strict=True)
     ]
+    return draw_page(rows, class_names)
+
+
+def draw_page(rows: Sequence[Image.Image], class_names: Sequence[str]) -> Image.Image:
+    """Draw rows of cases below each other, and the legend below them."""
     width = max(row.width for row in rows)
     parts = [*rows, draw_legend(class_names, width)]
     page = Image.new("RGB", (width, sum(part.height for part in parts)), "white")
@@ -63,8 +95,10 @@ def draw_overlays(
     return page
 
 
-def draw_case(panel: CasePanel, caption: str, kinds: tuple[str, str], longest: int) -> Image.Image:
+def draw_case(panel: CasePanel, caption: str, kinds: tuple[str, str]) -> Image.Image:
     """Draw the slices of one case in a row, its name and caption above them."""
+    columns = 2 * len(panel.slices)
+    longest = min(SHOWN_SIDE[1], (WIDEST - 2 * MARGIN) // columns - GAP)
     facts = [text for text in (panel.case, caption, panel.window) if text]
     heading = "   ".join(facts)
     shown, titles = [], []

@@ -15,11 +15,14 @@ from datasets.prepared_files import size_is_stated
 from datasets.registry import spec_from_json
 from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
 from datasets.scans.volumes import Geometry, write_volume
+from evaluation.figures import save_case
 from evaluation.medpy_check import MedpyCheck
 from evaluation.metrics import compare_volume
-from evaluation.overlays import CasePanel, case_panel, shown_slice, worst_slices
+from evaluation.overlays import case_panel, shown_slice, worst_slices
 from evaluation.tables import CaseResult
 from evaluation.views import save_row, window_text
+
+VOLUMES = ("pred", "img", "gt")  # endings of the names of the NIfTI files of a case
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ def score_case(
     args: argparse.Namespace,
     folder: Path,
     check: MedpyCheck | None,
-) -> tuple[CaseResult, CasePanel]:
-    """Score a prediction (D, H, W), draw the slices that are shown, and write the worst slices."""
+) -> CaseResult:
+    """Score a prediction (D, H, W), and write pictures of the slices that are shown."""
     known = case.geometry if case.size_is_stated else None
     spacing = known.voxel_spacing if known else None
     scores, counts = compare_volume(
@@ -94,7 +97,8 @@ def score_case(
         spacing=spacing,
         sides=panel.view.sides,
     )
-    return result, panel
+    save_case(folder, panel, result)
+    return result
 
 
 def write_case(case: Case, prediction: np.ndarray, folder: Path | None) -> None:
@@ -107,11 +111,11 @@ def write_case(case: Case, prediction: np.ndarray, folder: Path | None) -> None:
         return
     if case.geometry is None:
         logging.info("%s: no geometry is stored, so its NIfTI files get voxels of 1 mm", case.name)
-    for suffix, array in (("pred", prediction), ("img", case.image), ("gt", case.label)):
+    for kind, array in zip(VOLUMES, (prediction, case.image, case.label), strict=True):
         geometry = case.geometry or Geometry.unknown()
         if case.scan is not None:
             geometry, letters = case.scan
             array = np.ascontiguousarray(reorient(array, letters, orientation_of(geometry)))
         if array.ndim == 4:  # (D, 3, H, W): colours are averaged, NIfTI stores one value per voxel
             array = array.mean(axis=1, dtype=np.float32)
-        write_volume(folder / f"{case.name}_{suffix}.nii.gz", array, geometry)
+        write_volume(folder / f"{case.name}_{kind}.nii.gz", array, geometry)

@@ -12,8 +12,6 @@ from datasets.registry import DATASETS, LARGEST_SIDE, LARGEST_VALUE
 from datasets.scans.planes import PLANES
 from preprocess.groups import AUTO, check_group_flag
 
-LARGEST_SIZE = 8192  # pixels: one slice in float32 takes 256 MiB
-
 DESCRIPTION = (
     "Convert scans or pictures and their labels to the files that train.py and test.py read.\n\n"
     "Your own data, in the layout of nnU-Net or the Medical Segmentation Decathlon (dataset.json,\n"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import reduce
 from html.parser import HTMLParser
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ import pytest
 from PIL import Image
 
 from evaluation import __main__ as report
+from evaluation import page as page_module
 from evaluation.compare import FEWEST_GROUPS, compare, overview, paired
 from evaluation.metrics import compare_volume
 from evaluation.page import short_names
@@ -274,6 +279,12 @@ def spoil(change: Callable[[dict], None]) -> Callable[[Path], None]:
     return apply
 
 
+def make_pipe(path: Path) -> None:
+    """Put a pipe, which nobody writes to, in the place of a file."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 BAD = {
     "missing": (lambda path: path.unlink(), "does not exist"),
     "not JSON": (lambda path: path.write_text("{"), "is not JSON"),
@@ -297,11 +308,75 @@ BAD = {
         spoil(lambda content: content["cases"][0].update(spacing=[1, 1, 0])),
         "a: spacing: [1, 1, 0] holds a size of 0 mm",
     ),
+    "a picture that is none": (
+        lambda path: (path.parent / "slices" / "a_002.png").write_bytes(b"GIF89a"),
+        "no PNG",
+    ),
+    "a picture of the device's": (
+        lambda path: make_pipe(path.parent / "slices" / "a_002.png"),
+        "cannot be read",
+    ),
+    "a number beyond 64 bits": (
+        spoil(lambda content: content["cases"][0]["confusion"][0].__setitem__(0, 10**30)),
+        "more than 64 bits",
+    ),
+    "a negative count": (
+        spoil(lambda content: content["cases"][0]["confusion"][0].__setitem__(0, -1)),
+        "no whole number",
+    ),
+    "a case twice": (
+        spoil(lambda content: content["cases"].append(content["cases"][0])),
+        "repeat a name",
+    ),
     "wrong confusion": (
         spoil(lambda content: content["cases"][0].update(confusion=[[1]])),
         "is not 4 x 4",
     ),
 }
+
+
+MARK = "here"
+ODD = (None, True, -1, 0.5, 10**18, 2**63 - 1, 1e308, 5e-324, "", "x", "a\0b", "../../x", "/x")
+ODD += ("javascript:alert(1)", "\u2028\n", "x" * 5000, [], [[]], {}, [1] * 9, ["x"] * 3)
+# Texts in place of a value: beyond float, no number, half a character, nested without end.
+ODD_TEXTS = ("1" + "0" * 400, "NaN", "-1e999", r'"\ud800"', "[" * 2000 + "]" * 2000)
+
+
+def places(content: object, path: tuple = ()) -> Iterator[tuple]:
+    """The place of every value in a JSON content."""
+    if path:
+        yield path
+    rows = content.items() if isinstance(content, dict) else ()
+    for key, value in enumerate(content) if isinstance(content, list) else rows:
+        yield from places(value, (*path, key))
+
+
+@pytest.mark.slow
+def test_odd_values_anywhere_give_a_page_or_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Every value of a results.json becomes every odd value or is absent, one at a time."""
+    monkeypatch.setattr(page_module, "as_data", lambda figure: "data:,")  # drawing takes seconds
+    run = save_run(tmp_path / "run", [case("a", 1)])
+    path, page = run / "results.json", tmp_path / "page.html"
+    good = json.loads(path.read_text())
+    refused = 0
+    for *above, last in places(good):
+        content = json.loads(json.dumps(good))
+        inner = reduce(getitem, above, content)
+        texts = []
+        for value in (*ODD, MARK):
+            inner[last] = value
+            texts.append(json.dumps(content))
+        texts += [texts.pop().replace(f'"{MARK}"', odd) for odd in ODD_TEXTS]
+        del inner[last]
+        for text in random.Random(str((above, last))).sample([*texts, json.dumps(content)], 4):
+            path.write_text(text)
+            code = make_page(run, output=page)
+            told = capsys.readouterr().err
+            assert (code, told.count("\n"), told[:7]) in ((0, 0, ""), (2, 1, "error: "))
+            refused += code == 2
+    assert refused > 200
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -313,6 +388,18 @@ def test_bad_results_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().err
     assert told in shown and shown.startswith("error: ") and "Traceback" not in shown
     assert not (tmp_path / "page.html").exists()
+
+
+def test_only_own_pages_are_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run, page = save_run(tmp_path / "run", [case("a", 1)]), tmp_path / "page.html"
+    page.write_text("of the user")
+    assert make_page(run, output=page) == 2 and page.read_text() == "of the user"
+    assert "which this program has not written" in capsys.readouterr().err
+    results = (run / "results.json").read_bytes()
+    assert make_page(run, output=run / "results.json") == 2
+    assert (run / "results.json").read_bytes() == results
+    assert make_page(run, output=tmp_path / "other.html") == 0
+    assert make_page(run, output=tmp_path / "other.html") == 0
 
 
 def test_runs_without_a_common_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

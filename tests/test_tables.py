@@ -15,7 +15,7 @@ from scipy.ndimage import binary_erosion
 
 from datasets.scans.volumes import Geometry
 from evaluation.charts import as_data, draw_boxes
-from evaluation.figures import CASES_A_PAGE, draw_overlays, write_pages
+from evaluation.figures import CASES_A_PAGE, draw_overlays, remove_rows, save_case, write_pages
 from evaluation.groups import with_groups
 from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, compare_volume
 from evaluation.overlays import SLICES_A_CASE, CasePanel, case_panel, overlay
@@ -165,7 +165,10 @@ def test_pages_hold_pictures(tmp_path: Path):
     cases = CASES_A_PAGE + 1
     panels = [make_panel(1 + index, f"case{index:04d}") for index in range(cases)]
     results = [CaseResult(p.case, RESULTS[i % 3].scores) for i, p in enumerate(panels)]
-    pages = write_pages(tmp_path, panels, results, NAMES)
+    for panel, result in zip(panels, results, strict=True):
+        save_case(tmp_path, panel, result)
+    pages = write_pages(tmp_path, results, NAMES)
+    remove_rows(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(pages) and len(pages) == 3
     for page in pages:
         picture = np.asarray(Image.open(page).convert("RGB"))
@@ -210,7 +213,8 @@ def test_names_are_shown_as_they_are(tmp_path: Path, count: int):
     with warnings.catch_warnings():
         # Matplotlib warns of glyphs that the font lacks and of labels it leaves out.
         warnings.simplefilter("error")
-        write_pages(tmp_path, [panel], results, names)
+        save_case(tmp_path, panel, results[0])
+        write_pages(tmp_path, results, names)
         as_data(draw_boxes(results * 2, names, "dsc", "DSC %", 100))
 
 

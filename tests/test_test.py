@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import h5py
@@ -18,12 +20,15 @@ from real_data import REAL_DATA, needs_real_data
 import test as test_program
 import train
 from common.errors import exit_on_bad_input
+from common.written import JOURNAL
 from datasets.scans.volumes import Geometry, read_volume
-from evaluation.figures import write_pages
+from evaluation.__main__ import main as report_main
+from evaluation.figures import CASES_A_PAGE, ROWS, save_case, write_pages
 from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, score_volume
 from evaluation.overlays import case_panel, choose_slices, overlay
 from evaluation.tables import CaseResult, class_means, format_table, total_means, write_json
 from preprocess.prepare import main as prepare
+from test import WAITING
 
 pytestmark = pytest.mark.slow
 
@@ -89,13 +94,98 @@ def test_it_writes_every_result(tested):
     slices = {name for name in names if name.startswith("slices/")}
     assert 1 <= len(slices) <= 4  # at most the worst two of each case
     report = {"report.html", "results.csv", "results.json", "log.txt"}
-    assert names - slices == {*report, *pages, *cases}
+    assert names - slices == {*report, *pages, *cases, JOURNAL}
     for page in pages:
         assert min(Image.open(run / "test" / page).size) > 200
     assert "samed DSC %" in done.stdout and "right kidney" in done.stdout
     assert "case0001: slices of 20×24 are squashed" in done.stdout
     assert "warning: NSD's tolerance of 2 mm is below" in done.stderr
     assert "of 1 of 2 cases (up to 3 mm)" in done.stderr
+
+
+def many_cases(folder: Path, count: int) -> Path:
+    """A data folder of small volumes of one slice."""
+    (folder / "lists").mkdir(parents=True)
+    (folder / "lists" / "test_vol.txt").write_text("".join(f"c{n}\n" for n in range(count)))
+    for number in range(count):
+        with h5py.File(folder / f"c{number}.npy.h5", "w") as file:
+            file["image"] = np.full((1, 16, 16), number / count, np.float32)
+            file["label"] = np.eye(16, dtype=np.uint8)[None]
+    return folder
+
+
+def test_pictures_of_cases_do_not_wait_in_memory(trained, tmp_path: Path, monkeypatch):
+    _, run = trained
+    made, alive = [], []
+
+    def noted(*args, **options):
+        panel = case_panel(*args, **options)
+        made.append(weakref.ref(panel))
+        alive.append(sum(one() is not None for one in made))
+        return panel
+
+    monkeypatch.setattr("evaluation.volume_results.case_panel", noted)
+    count = 4 * (WAITING + os.cpu_count())
+    flags = ["--volume_path", str(many_cases(tmp_path / "data", count)), "--batch_size", "1"]
+    assert run_here("--config", str(run), "--output_dir", str(tmp_path / "out"), *flags) == 0
+    assert len(made) == count and max(alive) <= WAITING + os.cpu_count()
+    pages = list((tmp_path / "out").glob("overlays_*.png"))
+    assert len(pages) == -(-count // CASES_A_PAGE) and not (tmp_path / "out" / ROWS).exists()
+
+
+def test_only_own_files_are_replaced(trained, tmp_path: Path, capfd):
+    _, run = trained
+    data, out = many_cases(tmp_path / "data", 1), tmp_path / "out"
+    flags = ["--config", str(run), "--volume_path", str(data), "--output_dir", str(out)]
+    assert run_here(*flags, "--is_savenii") == 0
+    (out / "overlays_9.png").write_bytes(b"of the user")
+    for name in ("results.csv", "predictions/c0_pred.nii.gz", "slices/c0_000.png", "report.html"):
+        kept = (out / name).read_bytes()
+        (out / name).write_bytes(b"corrected")
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        capfd.readouterr()
+        assert run_here(*flags, "--is_savenii") == 2
+        told = capfd.readouterr().err
+        assert told.count("\n") == 1 and name in told and "--overwrite" in told
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        (out / name).write_bytes(kept)
+    assert run_here(*flags, "--is_savenii") == 0
+    (out / "results.csv").write_bytes(b"corrected")
+    assert run_here(*flags, "--overwrite") == 0
+    assert (out / "results.csv").read_bytes() != b"corrected"
+    assert (out / "overlays_9.png").read_bytes() == b"of the user"
+
+
+def test_a_test_killed_at_any_write_leaves_nothing_mixed(trained, tmp_path: Path, monkeypatch):
+    """The second test has other scores; whatever is there belongs to one of both or is refused."""
+    _, run = trained
+    data, out = many_cases(tmp_path / "data", 1), tmp_path / "out"
+    flags = ["--config", str(run), "--volume_path", str(data), "--output_dir", str(out)]
+    assert run_here(*flags, "--is_savenii") == 0
+    whole = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
+    scores = json.loads((out / "results.json").read_text())["cases"]
+    plain = Path.replace
+    for after in range(1, 100):
+        left = [after]
+
+        def replace(self: Path, target: Path, left: list[int] = left) -> Path:
+            left[0] -= 1
+            if left[0] == 0:
+                raise SystemExit(9)
+            return plain(self, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "replace", replace)
+            code = run_here(*flags, "--is_savenii")
+        if code == 0:
+            break
+        assert code == 9 and not (out / "report.html").exists()
+        if (out / "results.json").exists():  # complete, only its page is missing
+            assert json.loads((out / "results.json").read_text())["cases"] == scores
+            assert report_main([str(out)]) is None
+    assert after > 8
+    assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == whole
+    assert json.loads((out / "results.json").read_text())["cases"] == scores
 
 
 def test_its_numbers_agree_with_the_written_predictions(tested):
@@ -220,7 +310,8 @@ def test_a_case_without_foreground_is_reported(tmp_path: Path):
     assert total_means([result])["dsc"] is None
     assert "-" in format_table([result], ["liver", "spleen"])
     panel = case_panel("a", empty.astype(np.float32), empty, empty, ["liver", "spleen"])
-    pages = write_pages(tmp_path, [panel] * 7, [result] * 7, ["liver", "spleen"])
+    save_case(tmp_path, panel, result)
+    pages = write_pages(tmp_path, [result] * 7, ["liver", "spleen"])
     names = ["dsc_per_organ.png", "overlays_1.png", "overlays_2.png"]
     assert [page.name for page in pages] == names and all(page.is_file() for page in pages)
 

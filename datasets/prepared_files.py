@@ -152,10 +152,11 @@ def _is_geometry(
 ) -> bool:
     """Return whether finite numbers place voxels: mm that exist, axes at right angles."""
     axes = np.reshape(direction, (3, 3))
+    # Readers of scans allow `SKEWED` in angles and lengths each, which add up here.
     return bool(
         all(SIZES[0] <= size <= SIZES[1] for size in spacing)
         and max(map(abs, origin)) <= FARTHEST
-        and np.abs(axes.T @ axes - np.eye(3)).max() <= SKEWED
+        and np.abs(axes.T @ axes - np.eye(3)).max() <= 3 * SKEWED
     )
 
 

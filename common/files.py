@@ -25,6 +25,8 @@ HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+# Bytes; reading the headers of smaller arrays first would cost more than it saves.
+LARGE_ARRAYS = 64 << 20
 LARGEST_JSON = 256 << 20  # bytes; the results of some thousand cases take a few MiB
 LARGEST_SLICE = 1 << 30  # bytes of an array in an .npz, unpacked; 16384 x 16384 in float32
 
@@ -122,7 +124,8 @@ def load_arrays(
     """Read the named arrays of an `.npz` file; pickled objects in it are refused.
 
     Args:
-        check: called with a `Declared` of each array, in this order, before any is read.
+        check: called with each array, in this order. If they are large, it is called before any
+            is read, with a `Declared` of each.
 
     Raises:
         MissingFileError: there is no such file.
@@ -139,10 +142,13 @@ def load_arrays(
                         f"{path} has no array named {', '.join(missing)} (it holds "
                         f"{', '.join(archive.files) or 'nothing'}); write it by preprocess"
                     )
-                declared = [_declared(archive, key) for key in keys]
-                if check is not None:
-                    check(*declared)
-                return {key: archive[key] for key in keys}
+                size = sum(item.file_size for item in archive.zip.infolist())
+                if check is not None and size > LARGE_ARRAYS:
+                    check(*(_declared(archive, key) for key in keys))
+                arrays = {key: archive[key] for key in keys}
+                if check is not None and size <= LARGE_ARRAYS:
+                    check(*arrays.values())
+                return arrays
         except InputError:
             raise
         except Exception as error:  # Damaged bytes make the parser raise nearly anything.

@@ -140,11 +140,11 @@ def write_facts(
     """
     starts_file = folder / "environment.json"
     starts = earlier_starts(starts_file)
-    if page is None and (told := unlike_before(starts, start)):
-        logging.info(told)
     if page is not None:
         write_json(folder / "check.json", page.facts)
         write_text(folder / "check.txt", f"{page}\n")
+    elif told := unlike_before(starts, start):
+        logging.info(told)
     write_json(starts_file, [*starts, start])
     save_config(args, folder)  # last: a folder with this file is a run that can be continued
 

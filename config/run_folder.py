@@ -18,6 +18,7 @@ from config.shared_flags import AUTO, SCRATCH
 from config.source_code import changed_files
 from config.train_flags import TRAIN, slices_of_update
 from datasets.prepared_files import SampleFacts
+from segment_anything.base_weights import same_base
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
@@ -28,8 +29,6 @@ OLDER_RUN = {"root_path", "vit_name", "rank", "max_epochs", "data", "weights"}
 # Entries of config.json that are no flags: the program, how many runs were started in the folder
 # of runs before, and what is known of the files that a run started from.
 CONTENT = ("program", "start", "data", "trained_on", "weights", "code")
-# Entries that hold hashes of content, one for each aspect; in older runs, the first one as a text.
-FINGERPRINTS = ("data", "weights")
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -153,26 +152,34 @@ def differences(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
     ]
     if "spec" in names:
         found.append("the description of the data")
-    found += [text for name in FINGERPRINTS for text in _other_content(name, saved, vars(args))]
+    found += _other_data(saved.get("data"), vars(args).get("data"))
+    found += _other_weights(saved.get("weights"), vars(args).get("weights"))
     edited = changed_files(saved.get("code"), args.code)
     if edited and not args.same_code:
         found.append(f"source code ({first_few(edited)}; if the change means nothing, --same_code)")
     return found
 
 
-def _other_content(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a text about the first hash that differs, of those that both runs know."""
-    after, before = now.get(name), saved.get(name)
-    if not isinstance(after, dict) or before is None:
-        return []  # The data were not read yet, or the older run does not know.
-    first = next(iter(after))
-    if not isinstance(before, dict):
-        before = {first: before}
-    for part in after:
-        if part in before and before[part] != after[part]:
-            which = name if part == first else f"{name} ({part})"
-            return [f"{which} {before[part]!s:.80} → {after[part]}"]
+def _other_data(before: object, now: dict[str, str] | None) -> list[str]:
+    """Return a text about the first hash of the data that differs, of those that both runs know."""
+    if before is None or now is None:
+        return []
+    # Version 1.0 recorded the first hash alone.
+    known = before if isinstance(before, dict) else {"slices": before}
+    for part, digest in now.items():
+        if part in known and known[part] != digest:
+            which = "data" if part == "slices" else f"data ({part})"
+            return [f"{which} {known[part]!s:.80} → {digest}"]
     return []
+
+
+def _other_weights(before: object, now: str | None) -> list[str]:
+    """Compare two fingerprints; earlier versions recorded half of that of the base weights."""
+    if before is None or now is None:
+        return []
+    old, new = str(before).split(" and "), now.split(" and ")
+    same = same_base(old[0], new[0]) and old[1:] == new[1:]
+    return [] if same else [f"weights {before!s:.80} → {now}"]
 
 
 def _settings_to_keep(values: dict[str, Any]) -> dict[str, Any]:
@@ -217,18 +224,9 @@ def _digest(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
-def fingerprint_weights(base: str | None, adapter: str | None) -> dict[str, str]:
-    """Return hashes of the weights that a run starts from: `start`, as in version 1.0, and `base`.
-
-    Args:
-        base: `segment_anything.base_weights.fingerprint`, of which version 1.0 recorded half; None:
-            no base weights.
-        adapter: adapter file to start from.
-    """
-    half = len(base or "") // 2
-    start = f"{base[:half] if base else SCRATCH}"
-    start += f" and {sha256_of(Path(adapter))[:12]}" if adapter else ""
-    return {"start": start} | ({"base": base[half:]} if base else {})
+def fingerprint_weights(base: str | None, adapter: str | None) -> str:
+    """Return a fingerprint of the weights that a run starts from: base weights and adapter."""
+    return f"{base or SCRATCH}" + (f" and {sha256_of(Path(adapter))[:12]}" if adapter else "")
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -271,7 +269,7 @@ def save_config(args: argparse.Namespace, folder: Path) -> None:
     values = {name: value for name, value in vars(args).items() if name not in once}
     before = (_start(read_run(run)) for run in runs_in(folder.parent))
     entries = {"program": PROGRAM, "start": max(before, default=0) + 1}
-    write_json(folder / CONFIG_FILE, entries | values)
+    write_json(folder / CONFIG_FILE, values | entries)
 
 
 def newest_adapter(run: Path) -> Path:

@@ -103,7 +103,9 @@ def test_a_fault_in_a_loader_worker_ends_the_run_with_an_error_line(
     assert "Traceback" not in log.read_text()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTCONN]
+)
 def test_the_older_state_survives_any_disk_error(
     number: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -121,6 +123,23 @@ def test_the_older_state_survives_any_disk_error(
     assert "cannot write" in str(caught.value)
     assert {path: path.read_bytes() for path in saved_states(folder)} == before
     assert not list(folder.rglob(".*.partial.*"))
+
+
+@pytest.mark.parametrize("what", ["output", "run folder", "states and log"])
+def test_a_folder_deleted_during_training_ends_the_run_with_an_error_line(
+    what: str, data: Path, tmp_path: Path
+):
+    output, log = tmp_path / "out", tmp_path / "log"
+    (process,) = processes.start(small_flags_of(data, output), log)
+    wait_for_step(output, 2, process.is_alive)
+    folder = folder_of(output)
+    moved = {"output": output, "run folder": folder, "states and log": folder / "metrics.jsonl"}
+    moved[what].rename(tmp_path / "moved")  # at once, as unmounting does
+    process.join(timeout=60)
+    assert process.exitcode == 2, log.read_text()
+    (line,) = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+    assert str(folder) in line and "Traceback" not in log.read_text()
+    assert what == "states and log" or not folder.exists()
 
 
 def test_killed_between_writing_and_naming_a_state(data: Path, whole: Path, tmp_path: Path):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import processes
 import pytest
 import torch
@@ -19,6 +20,7 @@ from conftest import TINY_FLAGS, tiny_sam, write_slices
 import train
 from common.errors import InputError
 from common.files import sha256_of
+from common.tensors import save_tensors
 from distributed.signals import EXIT_INTERRUPTED, ONE_REQUEST
 from training.checkpoint import STATES, newest_state, saved_states
 
@@ -294,6 +296,158 @@ def test_base_weights_may_move_but_not_change(data: Path, tmp_path: Path):
         train.main([*flags, str(tmp_path / "moved.pth"), "--resume", resume])
     with pytest.raises(InputError, match="weights "):
         train.main([*flags, str(tmp_path / "other.pth"), "--resume", str(folder_of(output))])
+
+
+def change_labels(data: Path) -> None:
+    """Mirror the label of a slice; the number of pixels of each class stays."""
+    path = sorted((data / "train_npz").iterdir())[0]
+    with np.load(path) as arrays:
+        np.savez(path, image=arrays["image"], label=arrays["label"][::-1])
+
+
+def change_order(data: Path) -> None:
+    path = data / "lists" / "train.txt"
+    path.write_text("\n".join(reversed(path.read_text().splitlines())))
+
+
+def change_a_block(data: Path) -> None:
+    """Change base weights outside the neck, which is all that version 1.0 looked at."""
+    state = torch.load(data / "base.pth", weights_only=True)
+    state["image_encoder.blocks.0.mlp.lin1.weight"] += 1
+    torch.save(state, data / "base.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (change_labels, r"data \(labels\) \w+ → \w+"),
+        (change_order, r"data \(order\) \w+ → \w+"),
+        (change_a_block, r"weights \w+ → \w+"),
+    ],
+)
+def test_what_decides_the_numbers_cannot_change_unseen(
+    change: Callable[[Path], None], told: str, run_folder: Path, data: Path, tmp_path: Path
+):
+    moved = Path(shutil.copytree(data, tmp_path / "moved"))
+    change(moved)
+    before = files_of(run_folder)
+    flags = small_flags_of(moved, run_folder.parent, "--stop_epoch", "2")
+    with pytest.raises(InputError, match=told):
+        train.main([*flags, "--resume", str(run_folder)])
+    assert files_of(run_folder) == before
+    train.main([*flags, "--max_iterations", "1", "--resume", "auto"])
+    assert files_of(run_folder) == before and len(list(run_folder.parent.iterdir())) == 2
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_a_finished_run_whose_states_are_gone_keeps_its_results(
+    run_folder: Path, data: Path, finished: Path
+):
+    shutil.rmtree(run_folder / STATES)
+    before = files_of(run_folder)
+    auto = small_flags_of(data, run_folder.parent, "--stop_epoch", "2", "--resume", "auto")
+    for argv in (["--resume", str(run_folder)], auto):
+        with pytest.raises(
+            InputError, match=r"holds results \(epoch_1.pth, metrics.jsonl\) but no"
+        ):
+            train.main(argv)
+        assert files_of(run_folder) == before
+    train.main(["--resume", str(run_folder), "--restart"])
+    assert_equal_runs(run_folder.parent, finished)
+    kept = files_of(run_folder / "before-1")
+    assert all(kept[path] == content for path, content in before.items() if path.name != "lock")
+    with pytest.raises(InputError, match="--restart needs"):
+        train.main([*auto, "--restart"])
+
+
+def test_restart_begins_an_intact_run_anew_and_can_be_interrupted(run_folder: Path, finished: Path):
+    train.main(["--resume", str(run_folder), "--restart", "--max_iterations", "3"])
+    assert saved_states(run_folder / "before-1") and step_of(run_folder.parent) == 3
+    train.main(["--resume", str(run_folder), "--max_iterations", "10"])
+    assert_equal_runs(run_folder.parent, finished)
+
+
+def test_a_run_that_died_before_its_first_state_begins_again(run_folder: Path, finished: Path):
+    for path in run_folder.iterdir():
+        if path.name not in ("config.json", "log.txt", "lock"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (run_folder / "metrics.jsonl").touch()
+    train.main(["--resume", str(run_folder)])
+    assert_equal_runs(run_folder.parent, finished)
+    assert (run_folder / "check.json").is_file()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0", b"{}", b'[{"a": ' + b"9" * 5000 + b"}]"])
+def test_damaged_files_beside_the_states_do_not_stop_a_run(
+    content: bytes, run_folder: Path, finished: Path
+):
+    for name in ("environment.json", "check.json", "check.txt", "curves.png"):
+        (run_folder / name).write_bytes(content)
+    (run_folder / "epoch_1.pth").unlink()
+    train.main(["--resume", str(run_folder)])
+    assert (run_folder / "environment.json.damaged").read_bytes() == content
+    assert len(json.loads((run_folder / "environment.json").read_text())) == 1
+    assert_equal_runs(run_folder.parent, finished)
+
+
+@pytest.mark.parametrize("how", ["gone", "emptied", "not JSON"])
+def test_a_damaged_log_is_told_and_the_run_goes_on(how: str, run_folder: Path, capsys):
+    log = run_folder / "metrics.jsonl"
+    if how == "gone":
+        log.unlink()
+    else:
+        log.write_bytes(b"" if how == "emptied" else b"\0" * log.stat().st_size)
+    train.main(["--resume", str(run_folder), "--stop_epoch", "3"])
+    assert "metrics.jsonl is" in capsys.readouterr().err
+    lines = [line for line in log.read_text().splitlines() if line.startswith("{")]
+    steps = [record["step"] for record in map(json.loads, lines) if "loss" in record]
+    assert steps == list(range(10, 15))
+    assert (run_folder / "epoch_2.pth").is_file()
+
+
+def test_a_lost_best_adapter_is_told(data: Path, tmp_path: Path, capsys):
+    train.main(small_flags_of(data, tmp_path, "--stop_epoch", "1", "--val_every", "1"))
+    folder = folder_of(tmp_path)
+    (folder / "best.pth").unlink()
+    train.main(["--resume", str(folder), "--stop_epoch", "2"])
+    assert "best.pth of epoch 0 is gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [{"progress": {"step": 99}}, {"model": {}}, [1, 2]])
+def test_a_state_of_another_program_is_refused(content: object, run_folder: Path):
+    save_tensors(content, run_folder / STATES / "step_0000099.pth", hash_in_name=True)
+    with pytest.raises(InputError, match="belongs to another network or program"):
+        train.main(["--resume", str(run_folder)])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 1), (1, 1)), ((1, 1), (2, 1)), ((1, 1), (1, 2))]
+)
+def test_a_run_goes_on_with_other_numbers_of_processes_or_threads(
+    before: tuple[int, int], after: tuple[int, int], data: Path, tmp_path: Path
+):
+    argv = ["--base_lr", "1e-4", "--max_iterations"]
+    losses = {}
+    for name, first in (("mixed", before), ("whole", after)):
+        output, log = tmp_path / name, tmp_path / f"{name}.log"
+        for (ranks, threads), steps in ((first, "5"), (after, "9")):
+            flags = [*small_flags_of(data, output, *argv, steps), "--resume", "auto"]
+            how = processes.on_two_threads if threads == 2 else None
+            started = processes.start(flags, log, ranks, before=how)
+            for process in started:
+                process.join(timeout=120)
+            assert [process.exitcode for process in started] == [0] * ranks, log.read_text()
+        _, records = what_it_left(output)
+        losses[name] = [record["loss"] for record in records if "loss" in record]
+        told = "equal up to rounding" in log.read_text()
+        assert told == (name == "mixed")
+    assert len(losses["mixed"]) == 9
+    assert losses["mixed"] == pytest.approx(losses["whole"], rel=1e-3)
 
 
 def test_auto_starts_afresh_where_nothing_fits(run_folder: Path, data: Path):

@@ -168,6 +168,8 @@ def _declared(archive: NpzFile, key: str) -> Declared:
         if version not in HEADERS:
             raise ValueError(f"{name} is in version {version} of numpy's format")
         shape, _, dtype = HEADERS[version](file)
+    if dtype.hasobject:
+        raise ValueError(f"its {key} holds pickled objects")
     size = math.prod(shape) * dtype.itemsize
     if size > LARGEST_SLICE:
         raise ValueError(f"its {key} {shape} would take {size:,} bytes")

@@ -31,7 +31,7 @@ def variant_file(name: str) -> Path:
     """
     path = {file.stem: file for folder in FOLDERS for file in folder.glob("*.py")}.get(name)
     if path is None:
-        raise InputError(f"--module {name!r:.80} does not exist; {EXPECTED}")
+        raise InputError(f"--module {ascii(name)[1:-1]:.80} does not exist; {EXPECTED}")
     if not path.is_file() or path.resolve().parent not in FOLDERS:
         raise InputError(f"--module {name} is no file in {path.parent} itself; put the file there")
     try:

@@ -134,7 +134,7 @@ def test_only_files_of_the_folder_itself_count(folder: Path, tmp_path: Path):
     (folder / "native.so").write_bytes(b"\x7fELF")
     (folder / "gone.py").symlink_to(folder / "nowhere.py")
     for name in ("linked", "package", "plain", "fifo", "native", "gone", "project"):
-        with pytest.raises(InputError, match=f"--module '?{name}"):
+        with pytest.raises(InputError, match=f"--module {name}"):
             variant_file(name)
 
 
@@ -171,6 +171,6 @@ def test_config_json_cannot_have_another_module_imported(
     (tmp_path / "innocent.py").write_text(RUN + OWN)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "config.json").write_text('{"module": "innocent"}')
-    with pytest.raises(InputError, match="--module 'innocent' does not exist"):
+    with pytest.raises(InputError, match="--module innocent does not exist"):
         parse_args(train_parser(), ["--config", str(tmp_path), "--root_path", "data"])
     assert not (tmp_path / "innocent.py.ran").exists()

@@ -357,7 +357,7 @@ ROWS = [
     Wrong(P, "one value for two classes", described(labels={"a": 1, "b": 1}), "twice"),
     Wrong(P, "a label value that is no number", described(labels={"a": None}), "the value of 'a'"),
     Wrong(P, "a label value beyond all numbers", described(labels={"a": float("inf")}),
-          "the value of 'a' is inf"),
+          "is no finite number"),
     Wrong(P, "a class without name", described(labels={"": 1}), "has the class name ''"),
     Wrong(P, "a class name of two lines", described(labels={"a\nb": 1}), "printable characters"),
     Wrong(P, "a class name that is there twice", nothing, "has the class name 'a' twice",

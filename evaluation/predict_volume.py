@@ -43,16 +43,12 @@ def predict_volume(
         input_size, image_size: (rows, columns).
         batch_size: slices per batch; None: 12, on a CPU 2, which fit into its cache.
         progress: called after each batch with its number of slices.
-        flips: axes of a slice, 0 for rows and 1 for columns. Probabilities are averaged over the
-            slices unflipped, flipped along each axis, and flipped along both.
+        flips: axes of a slice, 0 for rows and 1 for columns; see `averaged`.
         on_probabilities: called after each batch with the index of its first slice and its
             probabilities (B, C, H, W), float32, interpolated linearly to the volume's size.
 
     Returns:
-        (D, H, W) uint8 labels.
-
-    Raises:
-        InputError: logits are NaN or infinite, so that there are no labels.
+        (D, H, W) uint8 labels. Logits that are NaN or infinite raise an `InputError`.
     """
     device = next(net.parameters()).device
     batch_size = batch_size or (2 if device.type == "cpu" else 12)

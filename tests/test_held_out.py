@@ -77,19 +77,20 @@ def test_the_training_cases_come_from_the_adapter_or_the_published_list(
 
 
 def test_the_banner_is_in_the_results_the_page_and_the_terminal(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(test, "write_pages", lambda *_: [])  # no pictures were drawn
     args = argparse.Namespace(spec=SYNAPSE.to_json(), volume_path=str(tmp_path), code=None)
     args.nsd_tolerance, args.trained_on = 2.0, {"cases": ["case1", "case9"]}
     label = [boxes(f"case{i}", {1: 9}, truth={1: 10}, group=f"case{i}") for i in (1, 2)]
     results = [result.__class__(result.case, (result.scores * 4)[:8]) for result in label]
     with caplog.at_level(logging.INFO):
-        test.report(args, tmp_path, results, [])
+        test.report(args, tmp_path, results)
     told = "1 of 2 test cases was trained on: case1; this is no held-out score"
     assert json.loads((tmp_path / "results.json").read_text())["trained_on_cases"] == ["case1"]
     assert told in (tmp_path / "report.html").read_text(encoding="utf-8") and told in caplog.text
     args.trained_on = {"cases": ["case9"]}
-    test.report(args, tmp_path, results, [])
+    test.report(args, tmp_path, results)
     assert "held-out" not in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert read_json(tmp_path / "results.json").trained_on == []
 

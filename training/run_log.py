@@ -76,16 +76,14 @@ class RunLog:
     def _cut(self) -> None:
         """Cut the file where the state was saved, and at the end of a line if it was edited."""
         path = self.folder / METRICS
-        if self.metrics.tell() < self.bytes:
-            logging.warning(
-                "%s is shorter than when the state was saved (%d of %d bytes); it goes on without "
-                "the missing lines",
-                path,
-                self.metrics.tell(),
-                self.bytes,
-            )
         with path.open("rb") as file:
             kept = file.read(self.bytes)
+        if len(kept) < self.bytes or kept[-1:] not in (b"", b"\n"):
+            logging.warning(
+                "%s was shortened or edited since the state was saved; it goes on after its last "
+                "whole line",
+                path,
+            )
         self.bytes = kept.rfind(b"\n") + 1
         self.metrics.truncate(self.bytes)
 

@@ -126,11 +126,12 @@ def _watch(parent: int, number: signal.Signals) -> None:
 
 
 def ignore_in_worker(worker: int) -> None:
-    """Ignore signals in a loader process, as its `worker_init_fn`.
+    """Ignore signals in a loader process, as its `worker_init_fn`, and end with the parent.
 
     A signal to the whole process group would otherwise lose the batch that it prepares.
     """
     del worker
+    end_with_parent(multiprocessing.parent_process().pid, signal.SIGKILL)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

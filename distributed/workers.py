@@ -117,8 +117,7 @@ def _work(function: Callable[[Any], Any], connection: Connection) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _drop)
     torch.set_num_threads(1)  # The processes run in parallel already.
-    # A closed connection ends the process without a word.
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    try:
         while True:
             task = connection.recv()
             try:
@@ -126,8 +125,12 @@ def _work(function: Callable[[Any], Any], connection: Connection) -> None:
             except Exception:
                 result = _Failure(traceback.format_exc())
             connection.send(result)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # The parent has no more tasks, or is gone.
+    except SystemExit as stop:
+        os._exit(stop.code)  # at once: taking torch down would need seconds
 
 
 def _drop(*_: object) -> None:
-    """Drop the task; its unfinished files are removed on the way out."""
+    """Drop the task; its unfinished files are removed on the way out of `_work`."""
     raise SystemExit(128 + signal.SIGTERM)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,13 +120,25 @@ def _match_pattern(pattern: str, names: Sequence[str]) -> dict[str, str]:
     return found
 
 
+@contextlib.contextmanager
+def _csv_errors(path: Path) -> Iterator[None]:
+    """Name the table that is none, e.g. because a quotation mark is never closed."""
+    try:
+        yield
+    except csv.Error as error:
+        raise InputError(f"{path} is not a CSV table ({error}); correct it") from None
+
+
 def _read_table(path: Path, cases: dict[str, RawCase]) -> dict[str, str]:
     """Read the group of each case from a CSV file with the columns file and group.
 
     The columns may be divided by semicolons or tabs, as spreadsheets do in some countries.
     """
     require_file(path, what="--group", remedy="expected a CSV file with the columns file and group")
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+    with (
+        path.open(newline="", encoding="utf-8-sig", errors="replace") as file,
+        _csv_errors(path),
+    ):
         header = file.readline()
         divider = next((sign for sign in ",;\t" if sign in header), ",")
         columns = [name.strip() for name in next(csv.reader([header], delimiter=divider), [])]

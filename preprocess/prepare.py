@@ -19,7 +19,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.errors import EXIT_BAD_INPUT, InputError, exit_on_bad_input, first_few, warn
+from common.errors import (
+    EXIT_BAD_INPUT,
+    InputError,
+    exit_code_of,
+    exit_on_bad_input,
+    first_few,
+    warn,
+)
 from common.locks import only_user
 from common.names import safe_name
 from common.writing import flush_folder, write_json
@@ -218,12 +225,16 @@ def convert_all(jobs: list[Job], workers: int, results: dict[str, dict[str, Any]
     if not jobs:
         return []
     problems = []
-    with contextlib.closing(_attempts(jobs, min(workers, len(jobs)))) as attempts:
-        for job, result in tqdm(attempts, total=len(jobs), desc="converting", unit="case"):
-            if isinstance(result, str):
-                problems.append(result)
-            else:
-                results[job.name] = result
+    try:
+        with contextlib.closing(_attempts(jobs, min(workers, len(jobs)))) as attempts:
+            for job, result in tqdm(attempts, total=len(jobs), desc="converting", unit="case"):
+                if isinstance(result, str):
+                    problems.append(result)
+                else:
+                    results[job.name] = result
+    except KeyboardInterrupt as stop:
+        print("\ninterrupted; run the same command again to continue", file=sys.stderr)
+        raise SystemExit(exit_code_of(stop)) from None
     return problems
 
 

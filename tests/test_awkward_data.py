@@ -173,7 +173,6 @@ def test_an_unusual_file_name_does_not_split_scans(tmp_path: Path, capfd: ERRORS
 BAD_NAMES = {
     "empty": "",
     "zero byte": "a\0",
-    "half a character": "\ud800",
     "quotes": 'the "liver"',
     "two lines": "a\nb",
     "long": 300 * "a",
@@ -205,7 +204,7 @@ def test_an_infinite_label_value(tmp_path: Path, capfd: ERRORS):
     root = write_set(tmp_path / "raw", NNUNET)
     text = json.dumps(NNUNET).replace('"liver": 1', '"liver": 1e999')
     (root / "dataset.json").write_text(text)
-    assert "the value of 'liver' is inf" in refused(root, tmp_path / "data", capfd)
+    assert "1e999 is no finite number" in refused(root, tmp_path / "data", capfd)
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path):

@@ -16,7 +16,7 @@ from test_scans import placed, volume, write_dicom
 
 from common.errors import InputError
 from datasets.scans.files import DICOM, ScanFile, find_scans, read_scan, read_scan_header
-from datasets.scans.stamps import stamp
+from datasets.scans.stamps import digest, stamp
 from datasets.scans.volumes import read_volume, write_volume
 
 
@@ -125,6 +125,44 @@ def test_a_stamp_covers_data_beside_the_header(tmp_path: Path, suffix: str, name
             (tmp_path / file).touch()
         header.write_text(named.format(text))
         assert [name for name, *_ in stamp(header)] == [header.name, *files]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NDims = 3\nElementDataFile = {}\n",
+        "NDims = 3\nElementDataFile = LIST 2\n{}\n",
+        "NDims = 3\nelementdatafile={folder}/s%03d.raw 7 9 1\n",
+    ],
+)
+@pytest.mark.parametrize("suffix", [".mhd", ".mha"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_stamp_covers_data_in_other_folders(
+    tmp_path: Path, text: str, suffix: str, absolute: bool
+):
+    header, data = tmp_path / "raw" / f"a{suffix}", tmp_path / "raw" / "voxels" / "s007.raw"
+    data.parent.mkdir(parents=True)
+    data.write_bytes(b"1234")
+    name = str(data) if absolute else "voxels/s007.raw"
+    header.write_text(text.format(name, folder=Path(name).parent))
+    before, content = stamp(header), digest(header)
+    assert [name for name, *_ in before] == [header.name, "voxels/s007.raw"]
+    times = data.stat()
+    data.write_bytes(b"1235")
+    os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))  # as `cp --preserve` does
+    assert stamp(header) != before and digest(header) != content
+
+
+def test_a_stamp_sees_another_target_of_a_link(tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(name.encode())
+        os.utime(tmp_path / name, (5, 5))
+    link = tmp_path / "scan.nii"
+    link.symlink_to("a")
+    before = stamp(link)
+    link.unlink()
+    link.symlink_to("b")
+    assert stamp(link) != before
 
 
 def test_a_stamp_of_a_series_covers_all_slices(tmp_path: Path):

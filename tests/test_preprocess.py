@@ -260,14 +260,16 @@ def test_bad_case_among_good_ones(raw: Path, tmp_path: Path, capfd: pytest.Captu
 
 def test_interrupted(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     output = tmp_path / "out"
-    calls = []
+    fsync, calls = os.fsync, []
 
-    def interrupt(path: Path, **_: np.ndarray) -> None:
-        path.write_bytes(b"half")
-        if calls.append(path) or len(calls) == 3:
-            raise KeyboardInterrupt
+    def interrupt(descriptor: int) -> None:
+        fsync(descriptor)
+        if ".partial." in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            calls.append(descriptor)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(np, "savez", interrupt)
+    monkeypatch.setattr(os, "fsync", interrupt)
     assert prepare(raw, output) == 130
     monkeypatch.undo()
     names = files_of(output)
@@ -277,16 +279,16 @@ def test_interrupted(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 KILLED = """
 import os, signal, sys
-import numpy as np
 from preprocess.prepare import main
-save, calls = np.savez, []
-def savez(path, **arrays):
-    calls.append(path)
-    if len(calls) < 3:
-        return save(path, **arrays)
-    path.write_bytes(b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
-np.savez = savez
+fsync, calls = os.fsync, []
+def fatal(descriptor):
+    fsync(descriptor)
+    name = os.readlink(f"/proc/self/fd/{descriptor}")
+    if ".partial." in name and name.endswith(".npz"):
+        calls.append(name)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = fatal
 main(sys.argv[1:])
 """
 

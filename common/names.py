@@ -33,7 +33,7 @@ def safe_name(name: Any, *, source: str | Path, longest: int = LONGEST_NAME) -> 
             with a blank, is too long, or holds characters that `printable` escapes.
     """
     fault = _fault(name, longest)
-    if fault is None and ("/" in name or "\\" in name):
+    if fault is None and ("/" in name or "\\" in name or name in (".", "..")):
         fault = "leads to another folder"
     if fault is None and name.startswith("."):
         fault = "begins with a dot, like hidden files"

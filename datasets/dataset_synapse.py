@@ -45,8 +45,7 @@ from datasets.prepared_files import (
 # What scripts of the field import from here.
 __all__ = ["RandomGenerator", "Synapse_dataset", "random_rot_flip", "random_rotate"]
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PUBLISHED_LISTS = REPOSITORY / "lists" / "lists_Synapse"
+PUBLISHED_LISTS = Path(__file__).resolve().parent.parent / "lists" / "lists_Synapse"
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,9 @@ def test_a_number_in_a_file_is_taken_or_refused(
     if "config" not in PARSERS[program]().flags:
         pytest.skip("the program reads no run")
     for value in (-1, 10**12, 10**18, 1e300, "1", "", True, [1], {}, None):
-        (tmp_path / "config.json").write_text(json.dumps({flag.name: value}))
+        (tmp_path / "config.json").write_text(
+            json.dumps({"program": "SAMed", "seed": 1} | {flag.name: value})
+        )
         given = [*required(program, adapter), "--config", str(tmp_path)]
         args, told = outcome(PARSERS[program](), given, capsys)
         taken = flag.from_config and value is not None

@@ -232,7 +232,7 @@ def test_distances_are_in_mm_of_the_scan_and_files_lie_on_its_grid(tmp_path: Pat
     prediction = np.ascontiguousarray(expected_slices(tmp_path / "moved.nii.gz", plane), np.uint8)
     spec = SYNAPSE.of_plain_classes(1).to_json()
     args = Namespace(num_classes=1, nsd_tolerance=2.0, spec=spec)
-    result, _ = volume_results.score_case(case, prediction, args, tmp_path, None)
+    result = volume_results.score_case(case, prediction, args, tmp_path, None)
     places = []  # mm
     for path in (file, tmp_path / "moved.nii.gz"):
         (voxel,) = np.argwhere(nibabel.load(path).get_fdata())

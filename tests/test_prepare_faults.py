@@ -383,7 +383,7 @@ def test_bytes_that_a_disk_returns_otherwise_are_found(
     assert (tmp_path / "a").read_bytes() == b"123456789"
 
 
-@pytest.mark.parametrize(("size", "told"), [(10**6, "at most 8192"), (8192, "GiB of memory")])
+@pytest.mark.parametrize(("size", "told"), [(10**6, "1…16,384"), (8192, "GiB of memory")])
 def test_a_size_that_exhausts_memory_is_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], size: int, told: str
 ):

@@ -298,7 +298,7 @@ BAD = {
     ),
     "a picture elsewhere": (
         spoil(lambda content: content["cases"][0]["worst"][0].update(picture="../../x.png")),
-        "without folders",
+        "another folder",
     ),
     "a picture lost": (
         spoil(lambda content: content["cases"][0]["worst"][0].update(picture="slices/b.png")),

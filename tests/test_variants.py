@@ -170,7 +170,7 @@ def test_config_json_cannot_have_another_module_imported(
 ):
     (tmp_path / "innocent.py").write_text(RUN + OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "config.json").write_text('{"module": "innocent"}')
+    (tmp_path / "config.json").write_text('{"program": "SAMed", "module": "innocent"}')
     with pytest.raises(InputError, match="--module innocent does not exist"):
         parse_args(train_parser(), ["--config", str(tmp_path), "--root_path", "data"])
     assert not (tmp_path / "innocent.py.ran").exists()

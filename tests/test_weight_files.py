@@ -366,11 +366,9 @@ def npz(path: Path, **headers: tuple[tuple[int, ...], str]) -> Path:
 @pytest.mark.parametrize(
     ("shape", "kind", "told"),
     [
-        ((20_000, 20_000), "<f4", r"its image \(20000, 20000\) would take 1,600,000,000 bytes"),
-        ((2**40, 2**40), "<f4", "would take"),
-        ((4, 4), "<U100000000", "would take"),
-        ((4, 5), "<f4", r"holds image \(4, 5\) and label \(4, 4\), expected the same rows"),
-        ((2**12, 2**12), "<f4", "expected the same rows"),
+        ((20_000, 20_000), "<f4", "not a readable npz"),
+        ((2**40, 2**40), "<f4", "not a readable npz"),
+        ((4, 4), "<U100000000", "not a readable npz"),
         ((4, 4), "|O", "not a readable npz"),
     ],
 )
@@ -378,6 +376,16 @@ def test_what_a_slice_states_is_checked_before_it_is_read(shape, kind: str, told
     path = npz(tmp_path / "a.npz", image=(shape, kind), label=((4, 4), "<f4"))
     with pytest.raises(InputError, match=told):
         load_arrays(path, ("image", "label"))
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is packed to 1/1000 is known by its header, without memory for its values."""
+    zeros = np.zeros((5000, 4000), np.float32)
+    np.savez_compressed(tmp_path / "a.npz", image=zeros, label=zeros)
+    monkeypatch.setattr("common.files.LARGEST_SLICE", 1 << 20)
+    monkeypatch.setattr(np.lib.format, "read_array", None)  # reading values would be an error
+    with pytest.raises(InputError, match=r"its image \(5000, 4000\) would take 80,000,000 bytes"):
+        load_arrays(tmp_path / "a.npz", ("image", "label"), check=lambda *_: None)
 
 
 def test_a_fingerprint_sees_every_weight_but_the_heads(tmp_path: Path):

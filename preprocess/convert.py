@@ -30,13 +30,19 @@ from preprocess.split import TEST, TRAIN
 BLOCK = 1 << 24  # bytes that are compared at once
 
 
-def try_convert(job: Job) -> dict[str, Any] | str:
+class NoPlaceError(InputError):
+    """The output folder cannot be written, so that the other cases would fail too."""
+
+
+def try_convert(job: Job) -> dict[str, Any] | str | NoPlaceError:
     """Convert a case, and return its result or a sentence that says what is wrong.
 
     A faulty case therefore does not stop the other cases.
     """
     try:
         return convert_case(job)
+    except NoPlaceError as error:
+        return error
     except InputError as error:
         return f"{job.name}: {error}"
     except OSError as error:  # a file cannot be read or written
@@ -64,10 +70,6 @@ def convert_case(job: Job) -> dict[str, Any]:
     low, high = spec.intensity.limits(image, source)
     clipped = clipped_share(image, labels, low, high)
     unit = with_channels(to_unit(image, low, high), spec.channels, source)
-    if TRAIN in job.roles:
-        write_slices(job, unit, labels)
-    if TEST in job.roles:
-        write_test_volume(job, unit, labels, geometry)
     bins = spec.num_classes + 1
     counts = sum(np.bincount(plane.ravel(), minlength=bins) for plane in labels)
     result = {
@@ -88,7 +90,14 @@ def convert_case(job: Job) -> dict[str, Any]:
             f"{scan.path.parent.name}/{scan.path.name}" for scan in (job.case.image, job.case.label)
         ],
     }
-    write_record(job, sources, result)
+    try:
+        if TRAIN in job.roles:
+            write_slices(job, unit, labels)
+        if TEST in job.roles:
+            write_test_volume(job, unit, labels, geometry)
+        write_record(job, sources, result)  # last: it says that the other files are complete
+    except InputError as error:
+        raise NoPlaceError(str(error)) from None
     return result
 
 

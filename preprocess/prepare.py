@@ -33,7 +33,7 @@ from common.writing import flush_folder, write_json
 from datasets.registry import SPEC_FILE, SUMMARY_FILE, DatasetSpec
 from distributed.signals import ended_by_signals
 from distributed.workers import Killed, in_processes
-from preprocess.convert import try_convert
+from preprocess.convert import NoPlaceError, try_convert
 from preprocess.flags import build_parser, check_flags
 from preprocess.jobs import LISTS, RECORDS, Job, check_headers, turned
 from preprocess.planes import with_common_orientation, with_plane
@@ -221,13 +221,19 @@ def refuse_input_folders(output: Path, jobs: Sequence[Job]) -> None:
 
 
 def convert_all(jobs: list[Job], workers: int, results: dict[str, dict[str, Any]]) -> list[str]:
-    """Convert the cases, add their results to `results` by name, and return the problems."""
+    """Convert the cases, add their results to `results` by name, and return the problems.
+
+    Raises:
+        InputError: the output folder cannot be written.
+    """
     if not jobs:
         return []
     problems = []
     try:
         with contextlib.closing(_attempts(jobs, min(workers, len(jobs)))) as attempts:
             for job, result in tqdm(attempts, total=len(jobs), desc="converting", unit="case"):
+                if isinstance(result, NoPlaceError):
+                    raise result
                 if isinstance(result, str):
                     problems.append(result)
                 else:
@@ -238,7 +244,9 @@ def convert_all(jobs: list[Job], workers: int, results: dict[str, dict[str, Any]
     return problems
 
 
-def _attempts(jobs: list[Job], workers: int) -> Iterator[tuple[Job, dict[str, Any] | str]]:
+def _attempts(
+    jobs: list[Job], workers: int
+) -> Iterator[tuple[Job, dict[str, Any] | str | NoPlaceError]]:
     """Yield the results of `try_convert` as the cases finish."""
     if workers <= 1:
         for job in jobs:

@@ -13,9 +13,9 @@ from typing import Any
 import safetensors
 import torch
 
-from common.errors import NOT_WRITABLE, InputError, cannot_write, first_line
+from common.errors import InputError, first_line
 from common.files import require_file, sha256_of
-from common.writing import flush_file, flush_folder, make_folders, partial_name, require_same
+from common.writing import finish, require_same, unfinished
 
 WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Weights are computed with in this type.
@@ -186,9 +186,7 @@ def save_tensors(
         InputError: no room or no right to write there; an older file of the name is untouched.
     """
     path = Path(path)
-    temporary = partial_name(path)
-    try:
-        make_folders(path.parent)
+    with unfinished(path) as temporary:
         with contextlib.closing(_HashingFile(temporary)) as target:
             torch.save(state, target)
             target.flush()
@@ -198,14 +196,5 @@ def save_tensors(
         require_same(path, sha256_of(temporary) == digest)
         if hash_in_name:
             path = path.with_name(f"{path.stem}-{digest[:16]}{path.suffix}")
-        flush_file(temporary)
-        temporary.replace(path)
-        flush_folder(path.parent)
-        return path, digest
-    except OSError as error:
-        if error.errno not in NOT_WRITABLE:
-            raise
-        raise cannot_write(path, error) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        finish(temporary, path)
+    return path, digest

@@ -39,15 +39,22 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         InputError: no room or no right to write there; an older file of the name is untouched.
     """
     path = Path(path)
+    with unfinished(path) as temporary:
+        yield temporary
+        finish(temporary, path)
+
+
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, which is removed at the end if it still exists.
+
+    Raises:
+        InputError: no room or no right to write there.
+    """
     temporary = partial_name(path)
     try:
         make_folders(path.parent)
         yield temporary
-        flush_file(temporary)
-        for note in before_rename:
-            note(temporary, path)
-        temporary.replace(path)
-        flush_folder(path.parent)
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
@@ -55,6 +62,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # It may not exist.
             temporary.unlink()
+
+
+def finish(temporary: Path, path: Path) -> None:
+    """Give a complete file its name, so that it is on the disk under it."""
+    flush_file(temporary)
+    for note in before_rename:
+        note(temporary, path)
+    temporary.replace(path)
+    flush_folder(path.parent)
 
 
 def flush_file(path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from common.errors import InputError, first_few, warn
+from common.names import utf8_path
 from datasets.scans.dicom_pixels import BITS_ALLOCATED, COLUMNS, ROWS, SAMPLES
 from datasets.scans.dicom_slices import (
     IMAGE_TYPE,
@@ -32,12 +33,7 @@ from datasets.scans.dicom_tags import (
     is_dicom,
     read_tags,
 )
-from datasets.scans.errors import (
-    reporting_os_errors,
-    short_reason,
-    utf8_path,
-    without_itk_warnings,
-)
+from datasets.scans.errors import reporting_os_errors, short_reason, without_itk_warnings
 from datasets.scans.volumes import Geometry
 
 # Objects that hold pixels but no scan.

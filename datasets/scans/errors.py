@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,12 +61,3 @@ def short_reason(error: BaseException) -> str:
     reasons = [line for line in lines if not line.startswith("Exception thrown in SimpleITK")]
     first = (reasons or lines or [type(error).__name__])[0]
     return re.sub(r"^((s?itk::ERROR|ITK ERROR|\w+\(0x\w+\)|ERROR): )+", "", first)[:200]
-
-
-def utf8_path(path: str | Path) -> str:
-    """Return the path for SimpleITK, which would end the process on a name that is not UTF-8."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"the name {os.fsencode(path)!r} is not in UTF-8; rename it") from None
-    return str(path)

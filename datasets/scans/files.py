@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import InputError, MissingFileError, first_few, warn
-from common.names import safe_name
+from common.names import safe_name, utf8_path
 from datasets.scans.dicom import holds_dicom, read_dicom, read_dicom_header
 from datasets.scans.dicom_tags import DICOM_SUFFIXES, is_dicom
-from datasets.scans.errors import reporting_os_errors, utf8_path
+from datasets.scans.errors import reporting_os_errors
 from datasets.scans.identity import names_patient, short_name
 from datasets.scans.pictures import opened_picture, read_picture
 from datasets.scans.series_header import series_tags

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from nibabel import Nifti1Header
 
 from common.errors import InputError
-from datasets.scans.errors import utf8_path
+from common.names import utf8_path
 from datasets.scans.nifti import (
     is_packed,
     nifti_affines,

@@ -21,7 +21,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from common.errors import InputError, warn
 from common.files import require_file
-from datasets.scans.errors import reporting_itk_errors, reporting_os_errors, utf8_path
+from common.names import utf8_path
+from datasets.scans.errors import reporting_itk_errors, reporting_os_errors
 
 # Pillow opens by content, whatever the suffix is. It is offered no format that starts a program
 # (PostScript) or reads other files.

@@ -16,13 +16,13 @@ from nibabel import Nifti1Header
 
 from common.errors import InputError, warn
 from common.files import require_file
+from common.names import utf8_path
 from common.writing import atomic_path, require_room, require_same
 from datasets.scans.errors import (
     reporting_itk_errors,
     reporting_os_errors,
     short_reason,
     unreadable,
-    utf8_path,
     without_itk_warnings,
 )
 from datasets.scans.formats import checked_reader, refuse_bad_voxels

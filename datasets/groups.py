@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.errors import InputError
+from common.files import read_json
 from datasets.names import Grouping, case_of, group_names
 from datasets.registry import SUMMARY_FILE
 
@@ -35,8 +36,8 @@ def recorded_groups(folder: Path) -> dict[str, str]:
     """Return the group of each case as preprocessing recorded it; empty without such a record."""
     for path in (folder / SUMMARY_FILE, folder.parent / SUMMARY_FILE):
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))["cases"]
+            rows = read_json(path, remedy="run preprocess again")["cases"]
             return {str(row["case"]): str(row["group"]) for row in rows}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (InputError, KeyError, TypeError):
             continue  # there is no such file, or another program wrote it
     return {}

@@ -133,6 +133,8 @@ def _try_all(
     os.dup2(silence, 2)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_SPACE, size + ADDRESS_SPACE))
+    tempfile.tempdir = os.environ["TMPDIR"] = str(base / "temporary")
+    Path(tempfile.tempdir).mkdir(exist_ok=True)
     watch = Watch(base)
     sys.addaudithook(watch)
     place = base / "try"
@@ -156,6 +158,8 @@ def _try_all(
         os.chdir(base)
         if word in ("read", "refused") and sorted(base.iterdir()) != around:
             word = f"files outside: {sorted(base.iterdir())}"
+        if left := list((base / "temporary").iterdir()):
+            word = f"temporary files stay: {left}"
         if watch.seen:
             word = f"what no reader may do: {watch.seen[:3]}"
         if watch.peak > PEAK:
@@ -173,7 +177,7 @@ class Watch:
     """While a file is read: programs that are started, connections, files written elsewhere."""
 
     def __init__(self, base: Path) -> None:
-        self.allowed = (str(base), tempfile.gettempdir() + "/samed", "/dev/", "/proc/")
+        self.allowed = (str(base), "/dev/", "/proc/")
         self.on = False
         self.seen: list[str] = []
         self.peak = 0
@@ -198,11 +202,12 @@ class Watch:
             "os.posix_spawn",
             "socket.connect",
         ):
-            if "git" not in details[:1]:  # `git describe`, in the program's own folder
+            # `git describe`, in the program's own folder; the child that reads scans.
+            if "git" not in details[:1] and sys.executable not in details[:1]:
                 self.seen.append(f"{event} {details[:2]}")
         elif event == "open" and isinstance(details[2], int) and details[2] & WRITING:
             path = str(details[0])
-            if path.startswith("/") and not path.startswith(self.allowed):
+            if path.startswith("/") and not f"{path}/".startswith(self.allowed):
                 self.seen.append(f"writes {path}")
 
 

@@ -37,14 +37,12 @@ from wrong_input import USUAL_FLAGS, make_good, quiet, run
 
 import train
 from common.errors import InputError
-from common.files import load_arrays
 from config.flags import predict_parser, test_parser
 from config.settings import parse_args
 from datasets.dataset_synapse import Synapse_dataset
-from datasets.prepared_files import check_sample
 from datasets.scans.files import find_scans, read_scan, read_scan_header
 from datasets.scans.pictures import read_index_picture, read_picture
-from evaluation import tables
+from evaluation import test_runs
 from lora.adapter_file import read_adapter
 from segment_anything.base_weights import read_base_weights
 from tools import adapter as adapter_tool
@@ -161,12 +159,14 @@ def write_npz(folder: Path) -> Path:
     label[2:5, 2:5] = 1
     image = np.random.default_rng(0).random((8, 8), dtype=np.float32)
     np.savez(folder / "s_slice000.npz", image=image, label=label)
+    (folder / "train.txt").write_text("s_slice000\n")
     return folder / "s_slice000.npz"
 
 
 def read_npz(path: Path) -> Any:
-    arrays = load_arrays(path, ("image", "label"))
-    return check_sample(arrays["image"], arrays["label"], path, num_classes=2, ndim=2)
+    data = Synapse_dataset(path.parent, path.parent, "train", num_classes=2)
+    data.check()
+    return [data.read(0)[key] for key in ("image", "label")]
 
 
 def write_h5(folder: Path) -> Path:
@@ -264,7 +264,7 @@ def by_program(program: str, *flags: str) -> Callable[[Path], Any]:
 
 
 def read_results(path: Path) -> Any:
-    tables.read_json(path)
+    test_runs.read_json(path)
     return by_program("evaluation", "tested", "--output", "page.html")(path)
 
 

@@ -486,3 +486,20 @@ def test_mutated_scans_end_no_process_and_make_up_nothing(tmp_path: Path):
                     continue
                 assert found.size != VOXELS.size or (found == VOXELS).all() or found.dtype != "<i2"
             path.write_bytes(good)
+
+
+def test_a_picture_of_more_pixels_than_its_file_can_hold(tmp_path: Path):
+    path = tmp_path / "p.tif"
+    Image.new("I;16", (10, 12)).save(path)
+    content = bytearray(path.read_bytes())
+    place = content.index(struct.pack("<HHI", 257, 4, 1)) + 2  # of the tag for rows
+    content[place : place + 10] = struct.pack("<HII", 4, 1, 1 << 24)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="10 × 16777216 pixels, far more than a file of its size"):
+        read_picture(path)
+
+
+def test_a_large_picture_of_one_colour_is_read(tmp_path: Path):
+    """As densely packed as PNG can."""
+    Image.new("L", (5000, 5000), 7).save(tmp_path / "p.png", optimize=True)
+    assert (read_picture(tmp_path / "p.png") == 7).all()

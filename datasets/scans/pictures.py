@@ -28,6 +28,9 @@ from datasets.scans.errors import reporting_itk_errors, reporting_os_errors
 # (PostScript) or reads other files.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")  # a JPEG may turn out to be an MPO
 TAIL = 64  # bytes at the end of a file
+# A picture of more pixels must have a byte in its file for every so many of them: packing gives no
+# more than 1032 (PNG) or 1365 (LZW).
+SMALL, DENSEST = 1 << 24, 1400
 LOSSY = ("JPEG", "MPO", "WEBP")
 PLAIN = ("1", "L", "I;16", "I;16B", "I", "F", "RGB", "RGBA")  # modes whose values are taken as is
 CONVERTED = {"P": "RGB", "PA": "RGBA", "LA": "RGBA", "RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
@@ -158,6 +161,11 @@ def opened_picture(path: Path) -> Iterator[Image.Image]:
         try:
             picture = stack.enter_context(Image.open(path, formats=FORMATS))
             _select_page(picture, path)
+            if picture.width * picture.height > max(SMALL, DENSEST * path.stat().st_size):
+                raise ValueError(
+                    f"its header gives {picture.width} × {picture.height} pixels, far more than a "
+                    "file of its size can hold"
+                )
             if picture.format == "TIFF" and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4:
                 raise ValueError(
                     "a TIFF stored on its side, which is read incorrectly; expected upright"

@@ -30,12 +30,7 @@ from evaluation.cases import Case, read_case
 from evaluation.cpu_speed import pack_encoder
 from evaluation.output_folder import look_into_folder, open_folder, refuse_folder_of
 from evaluation.predict_volume import predict_volume
-from evaluation.records import (
-    recorded,
-    refuse_foreign,
-    remove_earlier,
-    require_output,
-)
+from evaluation.records import recorded, remove_earlier, require_output
 from evaluation.scan_results import scratch_array, write_case
 from evaluation.scan_summary import SUMMARY, volume_table, what_to_open, write_summary
 from utils import (
@@ -142,7 +137,7 @@ def finish(
     warn_of_unused(in_series, args.input, "predictions.json")
     settings = {"flags": recorded_values(args), "environment": environment()}
     if not args.overwrite:
-        refuse_foreign(written, SUMMARY)
+        written.refuse_foreign(SUMMARY, flag="--output")
     everything = earlier | results
     write_summary(spec, folder, everything, failures, unused + in_series, settings=settings)
     report(spec, folder, [results[name] for name in outcomes if name in results])

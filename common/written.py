@@ -9,11 +9,11 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from common.errors import InputError, cannot_write, first_few
 from common.files import parse_json, sha256_of
-from common.writing import before_rename
+from common.writing import before_rename, flush_folder
 
 JOURNAL = ".written.jsonl"  # one line for each file: its name in the folder and its SHA-256
 
@@ -36,7 +36,10 @@ class Written:
             for line in filter(None, lines):
                 with contextlib.suppress(ValueError, TypeError):  # cut short by a full disk
                     name, digest = parse_json(line)
-                    self._know(str(name), str(digest))
+                    # Anybody may have written the journal, and files that it names are deleted.
+                    path = PurePosixPath(str(name))
+                    if not path.is_absolute() and ".." not in path.parts:
+                        self._know(str(name), str(digest))
 
     def wrote(self, name: str) -> bool:
         """Return whether the file of this name is as the programs wrote it."""
@@ -55,7 +58,9 @@ class Written:
             names: relative to the folder.
             flag: names the folder, as `--output`.
         """
-        if foreign := self.foreign(names):
+        names = list(names)
+        # Another process may have written some of them since the journal was read.
+        if self.foreign(names) and (foreign := Written(self.folder).foreign(names)):
             raise InputError(
                 f"{flag} {self.folder} holds {first_few(foreign)}, which this program has not "
                 "written or which was changed since; choose another folder, move these files "
@@ -80,11 +85,14 @@ class Written:
             return
         journal = self.folder / JOURNAL
         try:
+            is_new = not journal.exists()
             with journal.open("ab") as file:
                 # The line before may lack its end.
                 file.write(f"\n{json.dumps([name, digest])}\n".encode())
                 file.flush()
                 os.fsync(file.fileno())
+            if is_new:
+                flush_folder(self.folder)
         except OSError as error:
             raise cannot_write(journal, error) from None
         self._know(name, digest)

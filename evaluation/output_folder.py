@@ -13,7 +13,7 @@ from common.writing import remove_partials
 from common.written import Written
 from datasets.registry import DatasetSpec
 from datasets.scans.files import ScanFile
-from evaluation.records import OVERLAYS, PROBABILITIES, RECORDS, finished, refuse_foreign
+from evaluation.records import OVERLAYS, PROBABILITIES, RECORDS, finished
 from evaluation.scan_results import case_files
 from evaluation.scan_summary import SUMMARY
 
@@ -52,7 +52,7 @@ def look_into_folder(
     names += [*SUMMARY, *([] if LOG in written.known else [LOG])]
     refuse_folders(folder, names)
     if not args.overwrite:
-        refuse_foreign(written, names)
+        written.refuse_foreign(names, flag="--output")
     return done
 
 

@@ -165,13 +165,6 @@ def record_path(folder: Path, name: str) -> Path:
     return folder / RECORDS / f"{name}.json"
 
 
-def refuse_foreign(written: Written, names: Sequence[str]) -> None:
-    """Raise an `InputError` if these files are there and predict.py has not written them."""
-    if written.foreign(names):
-        # A second predict.py may have written them since the journal was read.
-        Written(written.folder).refuse_foreign(names, flag="--output")
-
-
 def require_output(folder: Path) -> None:
     """Raise an `InputError` if the output folder was removed while the program runs."""
     if not (folder / RECORDS).is_dir():

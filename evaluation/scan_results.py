@@ -32,7 +32,6 @@ from evaluation.records import (
     RECORDS,
     earlier_files,
     record_path,
-    refuse_foreign,
     remove_own,
     require_output,
     write_record,
@@ -80,7 +79,7 @@ def write_case(
     names = case_files(args, spec, scan)
     require_output(folder)
     if not args.overwrite:
-        refuse_foreign(written, names)
+        written.refuse_foreign(names, flag="--output")
     is_new = not record_path(folder, scan.name).exists()
     try:
         _write_files(folder, spec, case, labels, probabilities, names)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from common.errors import InputError
+from common.files import sha256_of
 from common.writing import write_text
 from common.written import JOURNAL, Written
 
@@ -61,3 +63,15 @@ def test_a_damaged_journal_makes_files_foreign_and_is_continued(tmp_path: Path):
     assert Written(tmp_path).foreign("a") == ["a"]
     write(tmp_path, b="two")
     assert Written(tmp_path).foreign("ab") == ["a"]
+
+
+def test_a_journal_names_no_file_outside_its_folder(tmp_path: Path):
+    """The programs delete files of an earlier run that are as its journal says."""
+    outside = tmp_path / "outside"
+    outside.write_text("text")
+    digest = sha256_of(outside)
+    (tmp_path / "in" / "slices").mkdir(parents=True)
+    names = ["slices/../../outside", "../outside", str(outside)]
+    lines = [json.dumps([name, digest]) for name in names]
+    (tmp_path / "in" / JOURNAL).write_text("\n".join(lines))
+    assert not any(Written(tmp_path / "in").wrote(name) for name in names)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from common.errors import InputError, warn
-from common.writing import atomic_path
+from common.writing import write_bytes
 from datasets.digests import slice_digests
 from datasets.intensity import to_unit, with_channels
 from datasets.resampling import resize_images, resize_labels
@@ -27,7 +26,7 @@ from preprocess.labels import map_labels, read_label
 from preprocess.records import are_current, facts_of_sources, write_record
 from preprocess.split import TEST, TRAIN
 
-BLOCK = 1 << 24  # bytes that are compared, and by which a file in memory grows, at once
+BLOCK = 1 << 24  # bytes by which a file in memory grows at once
 
 
 class NoPlaceError(InputError):
@@ -146,7 +145,7 @@ def write_slices(job: Job, unit: np.ndarray, labels: np.ndarray) -> None:
     for name, image, label in zip(names, images.numpy(), classes.numpy(), strict=True):
         content = io.BytesIO()
         np.savez(content, image=image, label=label.astype(np.float32))
-        _write_bytes(job.slice_path(name), content.getbuffer())
+        write_bytes(job.slice_path(name), content.getbuffer())
 
 
 def write_test_volume(
@@ -174,22 +173,4 @@ def write_test_volume(
                 file.attrs["size_is_stated"] = False
         file.flush()
         content = file.id.get_file_image()
-    _write_bytes(job.volume_path, memoryview(content))
-
-
-def _write_bytes(path: Path, content: memoryview) -> None:
-    """Write a file completely or not at all, and read it back before it gets its name.
-
-    Raises:
-        InputError: it cannot be written, or the disk returns other bytes.
-    """
-    with atomic_path(path) as temporary:
-        with temporary.open("wb") as file:
-            file.write(content)
-        with temporary.open("rb") as file:
-            for start in range(0, len(content), BLOCK):
-                # Comparing memoryviews takes ten times as long as this copy.
-                if file.read(BLOCK) != bytes(content[start : start + BLOCK]):
-                    raise InputError(f"{path} reads back other than it was written; check the disk")
-            if file.read(1):
-                raise InputError(f"{path} reads back longer than it was written; check the disk")
+    write_bytes(job.volume_path, memoryview(content))

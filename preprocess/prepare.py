@@ -30,7 +30,7 @@ from common.errors import (
 from common.locks import only_user
 from common.names import safe_name
 from common.writing import flush_folder, write_json
-from datasets.registry import SPEC_FILE, SUMMARY_FILE, DatasetSpec
+from datasets.registry import SPEC_FILE, DatasetSpec
 from distributed.signals import ended_by_signals
 from distributed.workers import Killed, in_processes
 from preprocess.convert import NoPlaceError, try_convert
@@ -48,7 +48,7 @@ from preprocess.records import (
 )
 from preprocess.split import TEST, TRAIN, Split, choose_roles, warn_of_split_groups
 from preprocess.summary import (
-    LIST_FILES,
+    DESCRIPTION,
     find_leaks,
     print_table,
     recorded_geometry,
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shapes = [turned(*header, jobs[0].spec.orientation)[0] for header in headers]
         _check_size(args.size, jobs, shapes)
         refuse_input_folders(args.output, jobs)
-        open_output(args.output, args.overwrite)
+        written = open_output(args.output, args.overwrite)
         taken = f"another process is preparing {args.output}; wait for it, or choose another folder"
         with only_user(args.output / RECORDS / LOCK_FILE, taken=taken):
             remove_unfinished(args.output)
@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 results, kept = convert(args, jobs)
             finally:
                 remove_unfinished(args.output)  # of workers that were killed
-            leaks = describe(args, jobs, results)
+            with written.noting():
+                leaks = describe(args, jobs, results)
     spec, cases = jobs[0].spec, [results[job.name] for job in jobs]
     print_table(spec, cases, kept)
     warn_of_labels(args, spec, cases)
@@ -105,7 +106,7 @@ def convert(
     kept = set(results)
     pending = [job for job in jobs if job.name not in results]
     if pending:  # lists must not name files that are being replaced
-        for stale in (*LIST_FILES.values(), SUMMARY_FILE, SPEC_FILE):
+        for stale in DESCRIPTION:
             (args.output / stale).unlink(missing_ok=True)
         flush_folder(args.output / LISTS)
         remove_outdated(args.output, pending)

@@ -13,9 +13,11 @@ from typing import Any
 from common.errors import InputError
 from common.files import make_folder, read_json
 from common.writing import PARTIAL, flush_folder, remove_partials, write_json
+from common.written import Written
 from datasets.scans.stamps import digest, stamp
 from preprocess.jobs import LISTS, RECORDS, SLICES, VOLUMES, Job
 from preprocess.raw_cases import RawCase
+from preprocess.summary import DESCRIPTION
 
 LOCK_FILE = "lock"  # in RECORDS
 ENDINGS = {SLICES: ".npz", VOLUMES: ".npy.h5", RECORDS: ".json"}
@@ -24,21 +26,26 @@ ENDINGS = {SLICES: ".npz", VOLUMES: ".npy.h5", RECORDS: ".json"}
 STEP = 2e9  # ns
 
 
-def open_output(output: Path, overwrite: bool) -> None:
-    """Make the output folder and its subfolders.
+def open_output(output: Path, overwrite: bool) -> Written:
+    """Make the output folder and its subfolders; return what is known of its files.
 
     Raises:
         InputError: a folder cannot be made, or the output holds data that this program did not
-            write and `overwrite` is off.
+            write, or lists or a description that were edited since, and `overwrite` is off.
     """
     foreign = [name for name in (SLICES, VOLUMES) if (output / name).exists()]
-    if foreign and not (output / RECORDS).is_dir() and not overwrite:
+    is_ours, written = (output / RECORDS).is_dir(), Written(output)
+    if foreign and not is_ours and not overwrite:
         raise InputError(
             f"{output} already holds {' and '.join(foreign)} that were made elsewhere; choose "
             "another --output, or pass --overwrite to replace the cases of this run"
         )
+    if not overwrite:  # Earlier versions did not note which lists they wrote.
+        names = [name for name in DESCRIPTION if not is_ours or name in written.known]
+        written.refuse_foreign(names, flag="--output")
     for name in (RECORDS, SLICES, VOLUMES, LISTS):  # first what tells that the others are ours
         make_folder(output / name, flag="--output")
+    return written
 
 
 def remove_unfinished(output: Path) -> None:

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import first_few, warn
-from common.writing import atomic_path, write_json
+from common.writing import write_json, write_text
 from datasets.digests import leak_warnings
 from datasets.intensity import AIR, PERCENTILES, WINDOW
-from datasets.registry import SUMMARY_FILE, DatasetSpec
+from datasets.registry import SPEC_FILE, SUMMARY_FILE, DatasetSpec
 from datasets.scans.orientation import orientation_of, reorient_geometry
 from datasets.scans.volumes import Geometry
 from preprocess.jobs import LISTS, Job
 from preprocess.split import TEST, TRAIN
 
 LIST_FILES = {TRAIN: f"{LISTS}/train.txt", TEST: f"{LISTS}/test_vol.txt"}
+DESCRIPTION = (*LIST_FILES.values(), SUMMARY_FILE, SPEC_FILE)  # of the whole data set
 TABLE_ROWS = 60
 MUCH_CLIPPED = 0.25  # of the labelled voxels: the window hides what the network should learn
 
@@ -36,8 +37,7 @@ def write_lists(jobs: Sequence[Job], output: Path, cases: Sequence[dict[str, Any
         names: list[str] = []
         for job in listed:
             names += job.slice_names(slice_counts[job.name]) if role == TRAIN else [job.name]
-        with atomic_path(output / LIST_FILES[role]) as temporary:
-            temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        write_text(output / LIST_FILES[role], "".join(f"{name}\n" for name in names))
 
 
 def find_leaks(cases: Sequence[dict[str, Any]]) -> list[str]:

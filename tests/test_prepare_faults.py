@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from test_preprocess import add_case, files_of, prepare, scan
 
+from common import writing
+from common.errors import InputError
 from common.locks import only_user
 from common.writing import partial_name
 from distributed.signals import ended_by_signals
@@ -366,8 +368,8 @@ def test_a_full_disk_is_told_and_the_next_run_completes(
 def test_bytes_that_a_disk_returns_otherwise_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(convert, "BLOCK", 4)
-    convert._write_bytes(tmp_path / "a", memoryview(b"123456789"))
+    monkeypatch.setattr(writing, "BLOCK", 4)
+    writing.write_bytes(tmp_path / "a", memoryview(b"123456789"))
     assert (tmp_path / "a").read_bytes() == b"123456789"
     opened = Path.open
 
@@ -377,8 +379,8 @@ def test_bytes_that_a_disk_returns_otherwise_are_found(
         return opened(path, mode, **how)
 
     monkeypatch.setattr(Path, "open", dropping)
-    with pytest.raises(convert.InputError, match="reads back other"):
-        convert._write_bytes(tmp_path / "a", memoryview(b"other bytes"))
+    with pytest.raises(InputError, match="reads back different"):
+        writing.write_bytes(tmp_path / "a", memoryview(b"other bytes"))
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == b"123456789"
@@ -429,3 +431,35 @@ def test_a_table_of_groups_that_never_closes_its_quotes(
     assert prepare(raw, tmp_path / "out", "--group", table) == 2
     told = capfd.readouterr().err
     assert f"{table} is not a CSV table" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("name", ["lists/train.txt", "dataset_spec.json", "preprocess.json"])
+def test_a_list_that_the_user_edited_is_kept(
+    raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+):
+    output = tmp_path / "out"
+    assert prepare(raw, output, *FLAGS) == 0
+    assert prepare(raw, output, *FLAGS) == 0
+    before = (output / name).read_text()
+    (output / name).write_text(f"{before}\n")
+    (raw / "Training" / "img" / "img0001.nii.gz").touch()
+    capfd.readouterr()
+    assert prepare(raw, output, *FLAGS) == 2
+    assert f"holds {name}, which" in capfd.readouterr().err
+    assert (output / name).read_text() == f"{before}\n"
+    assert prepare(raw, output, *FLAGS, "--overwrite") == 0
+    assert (output / name).read_text() != f"{before}\n"
+
+
+def test_a_list_of_another_program_is_kept_and_one_of_an_earlier_version_replaced(
+    raw: Path, tmp_path: Path
+):
+    output = tmp_path / "out"
+    (output / "lists").mkdir(parents=True)
+    (output / "lists" / "train.txt").write_text("mine\n")
+    assert prepare(raw, output, *FLAGS) == 2
+    assert (output / "lists" / "train.txt").read_text() == "mine\n"
+    assert [path.name for path in output.iterdir()] == ["lists"]
+    (output / ".done").mkdir()
+    assert prepare(raw, output, *FLAGS) == 0
+    assert (output / "lists" / "train.txt").read_text() != "mine\n"

@@ -19,6 +19,7 @@ from scipy import ndimage
 from test_volumes import OBLIQUE, cut, junk, write_image
 
 from common.files import load_arrays
+from common.written import JOURNAL
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.names import case_names
 from datasets.registry import SPEC_FILE, SYNAPSE, stored_spec
@@ -196,7 +197,7 @@ def test_roles():
 
 def test_rerun_keeps_finished_cases(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "out"
-    rewritten = {"lists/train.txt", "lists/test_vol.txt", "preprocess.json", SPEC_FILE}
+    rewritten = {"lists/train.txt", "lists/test_vol.txt", "preprocess.json", SPEC_FILE, JOURNAL}
 
     def changed(*flags: str | int) -> set[str]:
         before = files_of(output)

@@ -13,10 +13,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.arguments import ArgumentParser
-from common.errors import InputError, exit_on_bad_input
+from common.errors import InputError, exit_on_bad_input, first_few
 from common.files import make_folder
-from common.writing import write_json
-from datasets.registry import SPEC_FILE, SYNAPSE
+from common.writing import remove_partials, write_json
+from datasets.registry import SPEC_FILE, SYNAPSE, stored_spec
 from datasets.scans.volumes import Geometry, write_volume
 from distributed.signals import ended_by_signals
 from distributed.workers import Killed, in_processes
@@ -25,6 +25,7 @@ from preprocess.phantom_volume import make_phantom
 # The numbers of BTCV's cases; the published split is of real scans, so phantoms have none.
 NUMBERS = [*range(1, 11), *range(21, 41)]
 PHANTOM = replace(SYNAPSE, name="Phantom", train_cases=(), test_cases=())
+KINDS = ("img", "label")
 
 
 def build_parser() -> ArgumentParser:
@@ -72,8 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise InputError(f"--{name} is {value}, expected {low}…{high}")
         numbers = NUMBERS[: args.cases]
         make = partial(write_case, args.output, seed=args.seed, size=args.size, slices=args.slices)
-        for kind in ("img", "label"):
-            make_folder(args.output / "Training" / kind, flag="--output")
+        refuse_other_scans(args.output, numbers)
+        for kind in KINDS:
+            remove_partials(make_folder(args.output / "Training" / kind, flag="--output"))
         write_json(args.output / "Training" / SPEC_FILE, PHANTOM.to_json())
         workers = min(args.workers or os.cpu_count() or 1, len(numbers))
         with contextlib.closing(in_processes(make, numbers, workers)) as made:
@@ -87,13 +89,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"  python -m preprocess.prepare --input {args.output} --output DATA")
 
 
+def scan_path(output: Path, kind: str, number: int) -> Path:
+    """Return the path of the scan or label of a case."""
+    return output / "Training" / kind / f"{kind}{number:04d}.nii.gz"
+
+
+def refuse_other_scans(output: Path, numbers: Sequence[int]) -> None:
+    """Raise an `InputError` if phantoms would replace scans: real ones have the same names."""
+    paths = [scan_path(output, kind, number) for number in numbers for kind in KINDS]
+    taken = [path.name for path in paths if path.exists()]
+    spec = stored_spec(output / "Training") if taken else None
+    if taken and (spec is None or spec.name != PHANTOM.name):
+        raise InputError(
+            f"--output {output} holds {first_few(taken)}, which are no phantoms; choose another "
+            "folder"
+        )
+
+
 def write_case(output: Path, number: int, *, seed: int, size: int, slices: int) -> None:
     """Make and write one case; its anatomy depends only on (seed, number)."""
     phantom = make_phantom((seed, number), size=size, slices=slices)
     geometry = replace(Geometry.unknown(), spacing=phantom.spacing)
-    folder = output / "Training"
-    write_volume(folder / "img" / f"img{number:04d}.nii.gz", phantom.image, geometry)
-    write_volume(folder / "label" / f"label{number:04d}.nii.gz", phantom.label, geometry)
+    for kind, array in zip(KINDS, (phantom.image, phantom.label), strict=True):
+        write_volume(scan_path(output, kind, number), array, geometry)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from common.writing import partial_name
 from datasets.registry import SYNAPSE
 from datasets.scans.volumes import read_volume
 from preprocess.flags import build_parser
@@ -122,3 +124,25 @@ def test_organs_without_a_score_are_there_too(phantoms: list):
         millilitres = np.prod(phantom.spacing) / 1000
         for value, low in smallest.items():
             assert (phantom.label == value).sum() * millilitres >= low, value
+
+
+def test_real_scans_of_the_same_names_are_kept(tmp_path: Path, capsys):
+    flags = ["--output", str(tmp_path), "--cases", "1", "--size", "32", "--slices", "1"]
+    real = tmp_path / "Training" / "img" / "img0001.nii.gz"
+    real.parent.mkdir(parents=True)
+    real.write_bytes(b"a real scan")
+    with pytest.raises(SystemExit) as caught:
+        main(flags)
+    assert caught.value.code == 2 and "img0001.nii.gz, which are no" in capsys.readouterr().err
+    assert real.read_bytes() == b"a real scan"
+    assert not (tmp_path / "Training" / "dataset_spec.json").exists()
+
+
+def test_phantoms_are_made_again_and_what_a_killed_process_left_goes(tmp_path: Path):
+    flags = ["--output", str(tmp_path), "--cases", "1", "--size", "32", "--slices", "1"]
+    main(flags)
+    left = partial_name(tmp_path / "Training" / "img" / "img0001.nii.gz")
+    left = left.with_name(left.name.replace(str(os.getpid()), "4194305"))  # no such process
+    left.touch()
+    main(flags)
+    assert not left.exists()

@@ -55,6 +55,8 @@ def read_h5(path: Path, check: Check) -> dict[str, np.ndarray]:
     with opened(path) as file:
         image, label = (plain_dataset(file, key, path) for key in ("image", "label"))
         check(image, label)
+        _refuse_large_parts(image, path)
+        _refuse_large_parts(label, path)
         _refuse_unwritten(image, path)
         return {"image": image[()], "label": label[()]}
 
@@ -95,6 +97,16 @@ def _not_plain(path: Path, key: str, what: str) -> InputError:
     )
 
 
+def _refuse_large_parts(found: h5py.Dataset, path: Path) -> None:
+    """Refuse parts that are larger than their data set: HDF5 unpacks a whole part at once."""
+    part = math.prod(found.chunks or (0,)) * found.dtype.itemsize
+    if part > max(LARGE, found.size * found.dtype.itemsize):
+        raise InputError(
+            f"{path} stores {found.name[1:]} in parts of {part >> 20} MiB, more than all of its "
+            "values; run preprocess again"
+        )
+
+
 def _refuse_unwritten(image: h5py.Dataset, path: Path) -> None:
     """Raise an `InputError` for an image whose values were never written, or hardly take space.
 
@@ -107,7 +119,6 @@ def _refuse_unwritten(image: h5py.Dataset, path: Path) -> None:
     else:
         parts = zip(image.shape, image.chunks, strict=True)
         complete = image.id.get_num_chunks() == math.prod(-(-n // part) for n, part in parts)
-        size = max(size, math.prod(image.chunks) * image.dtype.itemsize)
     if not complete:
         raise InputError(
             f"{path} declares an image {image.shape} whose values were not all written; the "

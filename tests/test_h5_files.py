@@ -147,7 +147,8 @@ def test_only_values_of_the_file_itself_are_read(
         ({"chunks": (1, 64, 64)}, "an image .* and a label"),
         ({"chunks": (1, 64, 64), "same": True}, "not all written"),
         ({"same": True, "values": True, "chunks": (1, 4096, 4096)}, "too few for a picture"),
-        ({"small": True, "values": True, "chunks": (8, 4096, 4096)}, "too few for a picture"),
+        ({"small": True, "values": True, "chunks": (8, 4096, 4096)}, "stores image in parts"),
+        ({"small": True, "label": (17, 4096, 4096), "chunks": (1, 8, 8)}, "stores label in parts"),
     ],
 )
 def test_a_small_file_takes_little_memory(options: dict[str, Any], message: str, tmp_path: Path):
@@ -161,7 +162,13 @@ def test_a_small_file_takes_little_memory(options: dict[str, Any], message: str,
         if options.get("values"):
             for index in range(0, shape[0], options["chunks"][0]):
                 image.id.write_direct_chunk((index, 0, 0), bytes(100))
-        file.create_dataset("label", shape if "same" in options or shape == small else small, "u1")
+        if "label" in options:
+            chunks["chunks"] = options["label"]
+            image[:] = 1
+            file.create_dataset("label", small, "u1", **chunks)
+        else:
+            shape = shape if "same" in options or shape == small else small
+            file.create_dataset("label", shape, "u1")
     assert path.stat().st_size < 64 << 10
     tracemalloc.start()
     try:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from common.console import printable
 from common.errors import InputError
+from common.writing import write_text
 
 # Bytes of a name of a case. A file system allows 255, of which an unfinished file needs 22 more,
 # and the longest end (`_slice0123.npz`) 14.
@@ -103,12 +105,15 @@ def lines_of(text: str) -> list[str]:
     return [line.strip(" \t") for line in lines if line.strip(" \t")]
 
 
-def write_table(file: TextIO, rows: Iterable[Iterable[Any]]) -> None:
-    """Write rows as CSV. A text that a spreadsheet would take for a formula gets a `'` before it.
+def write_table(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write rows as a CSV file, completely or not at all.
 
-    Numbers are written as they are.
+    A text that a spreadsheet would take for a formula gets a `'` before it. Numbers are written as
+    they are.
     """
-    csv.writer(file).writerows([_cell(cell) for cell in row] for row in rows)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([_cell(cell) for cell in row] for row in rows)
+    write_text(path, text.getvalue())
 
 
 def _cell(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import InputError
+from common.errors import InputError, warn
 from common.files import read_json
 from datasets.names import Grouping, case_of, group_names
 from datasets.registry import SUMMARY_FILE
@@ -35,9 +35,14 @@ def cases_of(names: Sequence[str], folder: Path | None) -> set[str]:
 def recorded_groups(folder: Path) -> dict[str, str]:
     """Return the group of each case as preprocessing recorded it; empty without such a record."""
     for path in (folder / SUMMARY_FILE, folder.parent / SUMMARY_FILE):
+        if not path.is_file():
+            continue
         try:
-            rows = read_json(path, remedy="run preprocess again")["cases"]
+            content = read_json(path, remedy="so only names tell which slices belong together")
+            rows = content["cases"]
             return {str(row["case"]): str(row["group"]) for row in rows}
-        except (InputError, KeyError, TypeError):
-            continue  # there is no such file, or another program wrote it
+        except InputError as error:
+            warn(str(error))
+        except (KeyError, TypeError):
+            continue  # another program wrote it
     return {}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.names import write_table
-from common.writing import atomic_path, write_json
+from common.writing import write_json
 from datasets.registry import DatasetSpec
 from datasets.scans.labels import write_label_tables
 from datasets.scans.unused import Unused
@@ -40,13 +40,8 @@ def write_summary(
     require_output(folder)
     cases = [result for _, result in sorted(results.items())]
     write_label_tables(folder, spec)
-    with (
-        atomic_path(folder / "volumes.csv") as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        write_table(file, [COLUMNS])
-        for result in cases:
-            write_table(file, _rows(spec, result))
+    rows = [row for result in cases for row in _rows(spec, result)]
+    write_table(folder / "volumes.csv", [COLUMNS, *rows])
     content = {
         "cases": cases,
         "failed": failures,

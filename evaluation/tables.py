@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from common.names import write_table
-from common.writing import atomic_path
 from common.writing import write_json as write_json_file
 from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, NSD_TOLERANCE, ClassScore, mean
 
@@ -173,20 +172,14 @@ def format_table(results: Sequence[CaseResult], class_names: Sequence[str]) -> s
 
 def write_csv(path: Path, results: Sequence[CaseResult], class_names: Sequence[str]) -> None:
     """Write one line for each case and class; a score that is not defined is empty."""
-    with (
-        atomic_path(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        write_table(file, [["case", "class", "name", "outcome", *SCORES]])
-        for result in results:
-            classes = enumerate(zip(class_names, result.scores, strict=True), start=1)
-            write_table(
-                file,
-                (
-                    [result.case, index, name, s.outcome, *(getattr(s, key) for key in SCORES)]
-                    for index, (name, s) in classes
-                ),
-            )
+    rows: list[list[Any]] = [["case", "class", "name", "outcome", *SCORES]]
+    for result in results:
+        classes = enumerate(zip(class_names, result.scores, strict=True), start=1)
+        rows += [
+            [result.case, index, name, s.outcome, *(getattr(s, key) for key in SCORES)]
+            for index, (name, s) in classes
+        ]
+    write_table(path, rows)
 
 
 def write_json(

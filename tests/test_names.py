@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import unicodedata
 from pathlib import Path
 
@@ -82,9 +81,9 @@ def test_a_list_has_one_name_a_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", ["=cmd()", "+1", "-1", "@a", "\ta", "\uff1da"])
-def test_no_text_in_a_table_is_a_formula_and_numbers_stay_numbers(text: str):
-    file = io.StringIO(newline="")
-    write_table(file, [("case", text), (-1.5, 3), (None, f"a{text}")])
-    first, second, third = csv.reader(io.StringIO(file.getvalue(), newline=""))
+def test_no_text_in_a_table_is_a_formula_and_numbers_stay_numbers(tmp_path: Path, text: str):
+    write_table(tmp_path / "table.csv", [("case", text), (-1.5, 3), (None, f"a{text}")])
+    with (tmp_path / "table.csv").open(newline="", encoding="utf-8") as file:
+        first, second, third = csv.reader(file)
     assert first == ["case", f"'{text}"]
     assert second == ["-1.5", "3"] and third == ["", f"a{text}"]

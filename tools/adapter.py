@@ -15,7 +15,7 @@ import torch
 from common.errors import InputError, exit_on_bad_input
 from common.files import sha256_of
 from common.tensors import save_tensors
-from common.writing import atomic_path, remove_partials
+from common.writing import remove_partials, write_bytes
 from config.inference_flags import MERGE
 from config.parser import Parser
 from config.settings import parse_args
@@ -137,10 +137,9 @@ def write_adapter(path: Path, state: dict[str, torch.Tensor], settings: dict[str
         extra = {SETTINGS_KEY: settings} if settings else {}
         return save_tensors(state | extra, path)[1]
     metadata = {SETTINGS_KEY: json.dumps(settings)} if settings else None
-    with atomic_path(path) as temporary:
-        # Two names may mean one tensor, which this format does not allow.
-        tensors = {key: value.clone() for key, value in state.items()}
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata))
+    # Two names may mean one tensor, which this format does not allow.
+    tensors = {key: value.clone() for key, value in state.items()}
+    write_bytes(path, safetensors.torch.save(tensors, metadata))
     return sha256_of(path)
 
 

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from common.errors import exit_on_bad_input, warn
 from common.files import make_folder
-from common.writing import remove_partials
 from common.written import Written
 from config.flags import test_parser
 from config.settings import class_names, dataset_spec, parse_args, recorded_values
@@ -104,8 +103,6 @@ def test(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
 
     folder = make_folder(args.output_dir, flag="--output_dir")
     if ranks.first:
-        for place in (folder, folder / "predictions", folder / "slices"):
-            remove_partials(place)
         remove_earlier(written, volumes=bool(args.is_savenii))
     ranks.agree(0)  # No rank writes before the first has looked at what is there.
     start_logging(folder / "log.txt" if ranks.first else None)

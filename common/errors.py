@@ -115,6 +115,8 @@ def _say_once(text: str, suffix: str = "") -> None:
             )
         except FileExistsError:
             return
+        except OSError:
+            pass  # The folder is gone or its disk is full: said twice is better than not at all.
     with contextlib.suppress(OSError):  # A worker's, whose terminal is closed.
         print(text, file=sys.stderr)
 

@@ -32,9 +32,8 @@ HEAD_ROWS = (
     "mask_decoder.iou_prediction_head.layers.2.bias",
 )
 HEAD_NETWORKS = "mask_decoder.output_hypernetworks_mlps."
-LARGEST_SETTINGS = (
-    16 << 20
-)  # characters as JSON; ten thousand training cases take less than one MiB
+# Characters as JSON; ten thousand training cases take less than one MiB.
+LARGEST_SETTINGS = 16 << 20
 DEEPEST_SETTINGS = 16  # levels of nesting
 
 

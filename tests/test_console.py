@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import NOTES, warn
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 # A program that says much and then finishes its work.
 PROGRAM = """
@@ -150,3 +152,13 @@ with exit_on_bad_input():
     lines = (tmp_path / "file").read_text("utf-8").splitlines()
     assert len(lines) == 4000
     assert lines[0].endswith("] é\\x1b[2J\\xff") and lines[1] == "next …"
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_error_is_said_also_if_the_folder_of_notes_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], gone: bool
+):
+    monkeypatch.setenv(NOTES, str(tmp_path / "gone" if gone else tmp_path))
+    warn("text")
+    warn("text")
+    assert capfd.readouterr().err == "warning: text\n" * (2 if gone else 1)

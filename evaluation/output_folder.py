@@ -52,7 +52,13 @@ def look_into_folder(
     names += [*SUMMARY, *([] if LOG in written.known else [LOG])]
     refuse_folders(folder, names)
     if not args.overwrite:
+<<<<<<< ours
         written.refuse_foreign(names, flag="--output")
+=======
+        # The message names all that --overwrite would replace, also corrected labels of cases done.
+        kept = [name for s in scans if s.name in done for name in case_files(args, spec, s)]
+        refuse_foreign(written, names, also=kept)
+>>>>>>> theirs
     return done
 
 

@@ -62,6 +62,12 @@ def test_a_corrected_label_file_is_kept_and_the_rest_is_finished(
     assert {path.name for path in out.glob("*.nii.gz")} == {f"{name}.nii.gz" for name in "abc"}
     listed = json.loads((out / "predictions.json").read_text())["cases"]
     assert ["changed after" in str(case["warnings"]) for case in listed] == [True, False, False]
+    # A table that was changed is refused; the message names all that --overwrite would replace.
+    table = (out / "volumes.csv").read_bytes()
+    (out / "volumes.csv").write_bytes(table + b"a note")
+    assert run(scans, out, adapter) == 2
+    assert "a.nii.gz" in capfd.readouterr().err
+    (out / "volumes.csv").write_bytes(table)
     # Other settings ask for other labels: refused before any work.
     before = files_of(out)
     assert run(scans, out, adapter, "--largest_component") == 2

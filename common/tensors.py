@@ -127,6 +127,8 @@ def _problem_of_kind(value: Any) -> str | None:
     """Say why a value is no weight, without reading its numbers; None if it may be one."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
         return f"is a {type(value).__name__}"
+    if value.is_nested:  # its layout says that it is an ordinary one
+        return "is a nested tensor"
     if value.layout != torch.strided:
         return f"is a tensor of layout {value.layout}"
     if value.device.type != "cpu":

@@ -52,13 +52,9 @@ def look_into_folder(
     names += [*SUMMARY, *([] if LOG in written.known else [LOG])]
     refuse_folders(folder, names)
     if not args.overwrite:
-<<<<<<< ours
+        if written.foreign(names):  # --overwrite would replace corrected labels of cases done too
+            names += [name for s in scans if s.name in done for name in case_files(args, spec, s)]
         written.refuse_foreign(names, flag="--output")
-=======
-        # The message names all that --overwrite would replace, also corrected labels of cases done.
-        kept = [name for s in scans if s.name in done for name in case_files(args, spec, s)]
-        refuse_foreign(written, names, also=kept)
->>>>>>> theirs
     return done
 
 

@@ -165,22 +165,6 @@ def record_path(folder: Path, name: str) -> Path:
     return folder / RECORDS / f"{name}.json"
 
 
-<<<<<<< ours
-=======
-def refuse_foreign(written: Written, names: Sequence[str], *, also: Sequence[str] = ()) -> None:
-    """Raise an `InputError` if these files are there and predict.py has not written them.
-
-    Args:
-        also: names that are told of then, but are no reason to refuse.
-    """
-    if written.foreign(names):
-        # A second predict.py may have written them since the journal was read.
-        now = Written(written.folder)
-        if now.foreign(names):
-            now.refuse_foreign([*names, *also], flag="--output")
-
-
->>>>>>> theirs
 def require_output(folder: Path) -> None:
     """Raise an `InputError` if the output folder was removed while the program runs."""
     if not (folder / RECORDS).is_dir():

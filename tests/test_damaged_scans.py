@@ -334,6 +334,12 @@ def test_a_scale_is_applied_and_one_of_nan_is_none(tmp_path: Path):
     np.testing.assert_array_equal(found, VOXELS * np.float32(0.5) - 3)
 
 
+@pytest.mark.parametrize("slope", [0, np.nan])
+def test_an_offset_without_a_scale_is_refused_because_programs_differ(tmp_path: Path, slope: float):
+    refused(nifti(tmp_path / "a.nii", scl_slope=slope, scl_inter=-3), "adds -3")
+    read_well(nifti(tmp_path / "a.nii", scl_slope=slope, scl_inter=0))
+
+
 @pytest.mark.parametrize("size", [np.nan, np.inf, -np.inf, 0.0])
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_a_pixdim_that_is_none_is_never_replaced(tmp_path: Path, size: float, axis: int):
@@ -399,6 +405,31 @@ def test_compressed_dicom_that_is_damaged(tmp_path: Path):
                 read_dicom(tmp_path)
 
 
+def test_jpeg_2000_in_a_file_of_its_own_is_read(tmp_path: Path):
+    """Some archives put whole .jp2 files into DICOM, with a header before the pixels."""
+
+    def box(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", 8 + len(content)) + kind + content
+
+    writer = sitk.ImageFileWriter()
+    writer.SetFileName(str(tmp_path / "a.dcm"))
+    writer.UseCompressionOn()
+    writer.SetCompressor("JPEG2000")
+    stored = np.tile(STORED[:1], (1, 12, 10))  # SimpleITK dies of writing very small ones
+    writer.Execute(sitk.GetImageFromArray(stored))
+    plain = (tmp_path / "a.dcm").read_bytes()
+    start, end = plain.rindex(b"\xff\x4f\xff\x51"), plain.rindex(b"\xff\xd9") + 2
+    size = struct.pack(">II", *stored.shape[1:])
+    about = box(b"ihdr", size + b"\0\1\x0f\7\0\0") + box(b"colr", b"\1\0\0\0\0\0\x11")
+    whole = box(b"jP  ", b"\r\n\x87\n") + box(b"ftyp", b"jp2 \0\0\0\0jp2 ")
+    whole += box(b"jp2h", about) + box(b"jp2c", plain[start:end])
+    whole += bytes(len(whole) % 2)
+    after = plain[plain.rindex(b"\xfe\xff\xdd\xe0") :]
+    item = struct.pack("<I", len(whole)) + whole
+    (tmp_path / "a.dcm").write_bytes(plain[: start - 4] + item + after)
+    np.testing.assert_array_equal(read_dicom(tmp_path)[0], stored)
+
+
 @pytest.mark.parametrize("name", ["z.dcm", "notes"])
 @pytest.mark.parametrize("kind", ["pipe", "link to nothing", "link to itself", "device"])
 def test_what_is_no_file_in_a_series_is_named_and_never_opened(
@@ -441,6 +472,15 @@ def test_pictures_cut_short(tmp_path: Path, suffix: str):
             path.write_bytes(bad)
             with pytest.raises(InputError, match="is not a readable picture"):
                 read_picture(path)
+
+
+@pytest.mark.parametrize("count", [1, 64, 512])
+def test_a_whole_jpeg_that_is_filled_with_zeros_is_read(tmp_path: Path, count: int):
+    path = tmp_path / "a.jpg"
+    good = picture(path)
+    expected = read_picture(path)
+    path.write_bytes(good + bytes(count))
+    np.testing.assert_array_equal(read_picture(path), expected)
 
 
 def test_a_png_is_compared_with_its_checksum(tmp_path: Path):

@@ -63,6 +63,12 @@ def test_other_units_of_metaimage_are_refused(tmp_path: Path):
         read_header(path)
 
 
+@pytest.mark.parametrize("unit", ["?", "UNKNOWN", "mm"])
+def test_metaimage_in_mm_or_without_a_unit_is_read(unit: str, tmp_path: Path):
+    path = written(tmp_path / "a.mha", with_line(f"DistanceUnits = {unit}", "ElementType"))
+    assert read_volume(path)[1].matches(GEOMETRY)
+
+
 @pytest.mark.parametrize("size", ["0 0.6 3", "nan 0.6 3", "0.5 x 3"])
 def test_sizes_of_metaimage_that_are_none_are_refused(size: str, tmp_path: Path):
     path = written(tmp_path / "a.mha", lambda head: re.sub(r"(?<=ElementSpacing = ).*", size, head))

@@ -50,6 +50,7 @@ def filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 ODD = {
     "sparse": (lambda w: w.to_sparse(), "layout torch.sparse_coo"),
     "csr": (lambda w: w.flatten(1).to_sparse_csr(), "layout torch.sparse_csr"),
+    "nested": (lambda w: torch.nested.nested_tensor([w, w]), "is a nested tensor"),
     "meta": (lambda w: w.to("meta"), "device meta"),
     "quantised": (quantised, "qint8"),
     "complex": (lambda w: w.to(torch.complex64), "complex64"),

@@ -12,7 +12,8 @@ BITS_ALLOCATED = 0x00280100
 MOST_PADDING = 16  # bytes behind the pixels
 RLE = "1.2.840.10008.1.2.5"  # transfer syntaxes with at least one part for each frame
 JPEG = {f"1.2.840.10008.1.2.4.{end}" for end in (50, 51, 57, 70, 80, 81, 90, 91)}
-JPEG_STARTS, JPEG_END = (b"\xff\xd8", b"\xff\x4f"), b"\xff\xd9"
+# JPEG, JPEG 2000, and JPEG 2000 in a JP2 file, as some archives store it.
+JPEG_STARTS, JPEG_END = (b"\xff\xd8", b"\xff\x4f", b"\0\0\0\x0cjP  "), b"\xff\xd9"
 
 
 def count_frames(file: DicomFile) -> int:
@@ -58,7 +59,7 @@ def _fault_in_parts(file: DicomFile, frames: int) -> str | None:
         return None
     if len(parts) != frames:  # a frame has several parts
         parts = [(parts[0][0], parts[-1][1])]
-    if any(start not in JPEG_STARTS or not end.rstrip(b"\0").endswith(JPEG_END)
+    if any(not start.startswith(JPEG_STARTS) or not end.rstrip(b"\0").endswith(JPEG_END)
            for start, end in parts):  # fmt: skip
         return "has compressed pixels without a start or an end of the compression"
     return None
@@ -78,7 +79,7 @@ def _parts(file: DicomFile) -> Iterator[tuple[bytes, bytes]]:
                 return
             if tag != ITEM or end > file.pixels.end_of_file:
                 raise EOFError
-            first = stream.read(min(2, end - stream.tell()))
+            first = stream.read(min(8, end - stream.tell()))
             stream.seek(max(stream.tell() - len(first), end - 8))
             last = stream.read(end - stream.tell())
             yield first, last

@@ -192,6 +192,9 @@ def refuse_missing_voxels(path: Path, header: Nifti1Header) -> None:
         what = f"has voxels of the type {int(header['datatype'])}, which NIfTI does not know"
     elif math.isinf(slope) or (math.isfinite(slope) and slope and not math.isfinite(intercept)):
         what = f"scales its voxels by {slope:.6g} and {intercept:.6g}, expected finite numbers"
+    elif (slope == 0 or math.isnan(slope)) and intercept and math.isfinite(intercept):
+        what = f"scales its voxels by {slope:.6g} and adds {intercept:.6g}, which by the standard "
+        what += "means nothing, and which some programs add"
     else:
         refuse_beyond_memory(path, wanted)
         there = path.stat().st_size

@@ -23,31 +23,18 @@ from common.errors import InputError, warn
 from common.files import require_file
 from common.names import utf8_path
 from datasets.scans.errors import reporting_itk_errors, reporting_os_errors
+from datasets.scans.signatures import content_of
 
 # Pillow opens by content, whatever the suffix is. It is offered no format that starts a program
 # (PostScript) or reads other files.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")  # a JPEG may turn out to be an MPO
-TAIL = 64  # bytes at the end of a file
 # A picture of more pixels must have a byte in its file for every so many of them: packing gives no
 # more than 1032 (PNG) or 1365 (LZW).
 SMALL, DENSEST = 1 << 24, 1400
+TAIL, ZEROS, JPEG_END = 1 << 16, bytes(64), b"\xff\xd9"  # of the end of a file
 LOSSY = ("JPEG", "MPO", "WEBP")
 PLAIN = ("1", "L", "I;16", "I;16B", "I", "F", "RGB", "RGBA")  # modes whose values are taken as is
 CONVERTED = {"P": "RGB", "PA": "RGBA", "LA": "RGBA", "RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
-# How files begin that are no picture, or in a format that is not read here.
-SIGNATURES = {
-    b"%!PS": "PostScript",
-    b"%PDF": "a PDF document",
-    b"<": "a text page (HTML, SVG or XML)",
-    b"version https://git-lfs": "a pointer of Git LFS (fetch the file with `git lfs pull`)",
-    b"\x89HDF": "an HDF5 file",
-    b"\x1f\x8b": "a file packed with gzip",
-    b"PK": "a zip archive",
-    b"\x93NUMPY": "a NumPy array",
-    b"\0\0\0\x0cjP": "a JPEG 2000 picture",
-    b"II": "a TIFF of a rare kind, e.g. of 64 bits",
-    b"MM": "a TIFF of a rare kind, e.g. of 64 bits",
-}
 PNG_START = b"\x89PNG\r\n\x1a\n"
 WHITE_IS_ZERO = 0  # of the TIFF tag PhotometricInterpretation
 UNSIGNED, SIGNED = 1, 2  # of the TIFF tag SampleFormat
@@ -170,7 +157,9 @@ def opened_picture(path: Path) -> Iterator[Image.Image]:
                 raise ValueError(
                     "a TIFF stored on its side, which is read incorrectly; expected upright"
                 )
-            if picture.format in ("JPEG", "MPO") and not any(tail):  # the decoder makes up the rest
+            # Decoders make up what is missing; some cameras fill a whole file with zeros.
+            whole = not tail.endswith(ZEROS) or tail.rstrip(b"\0").endswith(JPEG_END)
+            if picture.format in ("JPEG", "MPO") and not whole:
                 raise ValueError("it ends in zeros, as after a broken download")
             picture.load()
             ImageOps.exif_transpose(picture, in_place=True)  # the orientation in which it is shown
@@ -178,7 +167,7 @@ def opened_picture(path: Path) -> Iterator[Image.Image]:
             raise
         except UnidentifiedImageError:
             raise InputError(
-                f"{path} is not a readable picture ({_content(head)}); save it as PNG, or as TIFF "
+                f"{path} is not a readable picture ({content_of(head)}); save it as PNG, or as TIFF "
                 "of 8 or 16 bits, or take it out of the folder"
             ) from None
         except Exception as error:  # on damaged bytes the decoders raise nearly anything
@@ -188,16 +177,6 @@ def opened_picture(path: Path) -> Iterator[Image.Image]:
                 f"{path} is not a readable picture ({str(error)[:160]}); {remedy}"
             ) from None
         yield picture
-
-
-def _content(head: bytes) -> str:
-    """Say what a file is whose first bytes are those of no picture."""
-    if not head:
-        return "the file is empty"
-    if head[128:] == b"DICM":
-        return "it holds a DICOM file"
-    named = [what for start, what in SIGNATURES.items() if head.lstrip().startswith(start)]
-    return f"it holds {named[0]}" if named else f"it begins with {head[:8]!r}"
 
 
 def _stored_values(picture: Image.Image, path: Path) -> np.ndarray:  # (H, W) or (H, W, C)

@@ -16,7 +16,18 @@ from common.errors import InputError
 LONGEST = 1 << 20  # bytes of a header
 NRRD, META = (".nrrd", ".nhdr"), (".mha", ".mhd")  # suffixes
 # Units of length that mean mm, or that nobody gave; units of axes that are no lengths.
-MM = ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "none", "unknown", "???")
+MM = (
+    "mm",
+    "millimeter",
+    "millimeters",
+    "millimetre",
+    "millimetres",
+    "",
+    "none",
+    "unknown",
+    "?",
+    "???",
+)
 NO_LENGTHS = ("s", "sec", "second", "seconds", "ms", "us", "hz", "ppm", "rad", "rads")
 REMEDY = "write the sizes in mm into the header, or export the scan again as NIfTI"
 LONGEST_WORD, LONGEST_LINE = 40, 500  # characters; SimpleITK's library for NRRD dies of longer ones

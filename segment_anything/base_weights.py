@@ -232,6 +232,7 @@ def _require_encoder(
             f"{path} holds no SAM image encoder (no image_encoder.patch_embed.proj.weight, but "
             f"{first_few(sorted(keys), 3) or 'nothing'}); expected a SAM checkpoint"
         )
+    plain_tensors({"image_encoder.patch_embed.proj.weight": patches}, path)
     depth = len({key.split(".")[2] for key in keys if key.startswith("image_encoder.blocks.")})
     found = (patches.shape[0] if patches.ndim else 0, depth)
     if found != widths[name]:

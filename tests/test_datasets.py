@@ -162,7 +162,7 @@ def change_slice(folder: Path, **arrays: np.ndarray) -> Path:
         ({"label": np.full((40, 40), 255.0)}, r"label values 255, expected 0…8"),
         ({"label": np.full((40, 40), -1.0)}, r"label values -1"),
         ({"label": np.full((40, 40), 1.5)}, r"label values 1\.5"),
-        ({"label": np.zeros((40, 41))}, r"image \(40, 40\) and label \(40, 41\)"),
+        ({"label": np.zeros((40, 41))}, r"image \(40, 40\) and a label \(40, 41\)"),
         ({"image": np.zeros((2, 40, 40), "f4"), "label": np.zeros((2, 40, 40))}, "2-D"),
         ({"image": np.full((40, 40), np.nan, "f4")}, "NaN"),
         ({"image": np.full((40, 40), np.inf, "f4")}, "infinite"),

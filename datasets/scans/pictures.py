@@ -167,8 +167,8 @@ def opened_picture(path: Path) -> Iterator[Image.Image]:
             raise
         except UnidentifiedImageError:
             raise InputError(
-                f"{path} is not a readable picture ({content_of(head)}); save it as PNG, or as TIFF "
-                "of 8 or 16 bits, or take it out of the folder"
+                f"{path} is not a readable picture ({content_of(head)}); save it as PNG, or as "
+                "TIFF of 8 or 16 bits, or take it out of the folder"
             ) from None
         except Exception as error:  # on damaged bytes the decoders raise nearly anything
             huge = isinstance(error, Image.DecompressionBombError)

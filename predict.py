@@ -26,6 +26,7 @@ from datasets.scans.isolated import IsolatedReader
 from datasets.scans.unused import OTHER_CHANNEL, Unused, path_below
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
+from distributed.signals import ended_by_signals
 from evaluation.cases import Case, read_case
 from evaluation.cpu_speed import pack_encoder
 from evaluation.output_folder import look_into_folder, open_folder, refuse_folder_of
@@ -306,5 +307,5 @@ def _message(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    with exit_on_bad_input():
+    with exit_on_bad_input(), ended_by_signals():
         main()

@@ -25,6 +25,7 @@ from datasets.registry import stored_spec
 from datasets.trained_on import TrainedOn, check_test_data
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
+from distributed.signals import ended_by_signals
 from evaluation.cpu_speed import pack_encoder
 from evaluation.figures import remove_rows, write_pages
 from evaluation.groups import with_groups
@@ -105,7 +106,7 @@ def test(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     if ranks.first:
         remove_earlier(written, volumes=bool(args.is_savenii))
     ranks.agree(0)  # No rank writes before the first has looked at what is there.
-    start_logging(folder / "log.txt" if ranks.first else None)
+    start_logging(written.log_file("log.txt") if ranks.first else None)
     logging.info(
         "%d volumes of %s, on %d × %s", len(dataset), dataset.list_path, ranks.count, device
     )
@@ -246,5 +247,5 @@ def test_cases(
 
 
 if __name__ == "__main__":
-    with exit_on_bad_input():
+    with exit_on_bad_input(), ended_by_signals():
         main()

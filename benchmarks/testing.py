@@ -64,7 +64,7 @@ def testing_row(
     def ours() -> tuple[torch.Tensor, np.ndarray]:
         fast_net.restart()
         results = list(test.test_cases(args, fast_net, dataset, folder / "out"))
-        scores = results[0][0].scores
+        scores = results[0].scores
         return logits_of(fast_net), np.array([(s.samed_dsc, s.samed_hd95) for s in scores])
 
     def peer() -> tuple[torch.Tensor, np.ndarray]:

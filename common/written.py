@@ -76,6 +76,14 @@ class Written:
         finally:
             before_rename.remove(self.note)
 
+    def log_file(self, name: str) -> Path:
+        """Return the path of a log, which programs only add to; note a new one as theirs."""
+        path = self.folder / name
+        if name not in self.known:
+            with path.open("ab"):
+                self.note(path, path)
+        return path
+
     def note(self, content: Path, path: Path) -> None:
         """Note that the file `path` of the folder holds what the file `content` holds now."""
         if not path.is_relative_to(self.folder):

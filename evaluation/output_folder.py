@@ -74,11 +74,7 @@ def open_folder(written: Written, *, first: bool) -> Path | None:
         return None
     for place in (folder, folder / RECORDS, folder / OVERLAYS, *folder.glob(f"{PROBABILITIES}/*")):
         remove_partials(place)
-    path = folder / LOG
-    if LOG not in written.known:
-        path.touch()
-        written.note(path, path)
-    return path
+    return written.log_file(LOG)
 
 
 def refuse_folders(folder: Path, names: Iterable[str]) -> None:

@@ -61,7 +61,7 @@ def test_a_volume_goes_through_as_in_the_original_loop(
         folder=tmp_path,
     )
     model.merge()
-    ((result, _),) = test.test_cases(args, model, dataset, tmp_path / "out")
+    (result,) = test.test_cases(args, model, dataset, tmp_path / "out")
     found, _ = read_volume(tmp_path / "out" / "predictions" / "case0001_pred.nii.gz")
     assert len(np.unique(expected)) > 1  # the comparison needs several classes
     assert np.array_equal(found, expected)
@@ -78,7 +78,7 @@ def test_results_come_in_order_and_once(tmp_path: Path):
     flags, done = ("--img_size", "64", "--input_size", "32"), []
     args, dataset = scenes.test_data(tmp_path, volumes, *flags, num_classes=2)
     finished = test.test_cases(args, tiny_model().eval(), dataset, tmp_path, progress=done.append)
-    assert [result.case for result, _ in finished] == names
+    assert [result.case for result in finished] == names
     assert sum(done) == dataset.count_slices() == sum(1 + index % 3 for index in range(len(names)))
 
 
@@ -96,7 +96,7 @@ def test_the_rows_of_testing_run_on_what_test_py_reads():
         repeats=1,
     )
     assert row.repeats == 1 and row.difference == 0
-    (result, _) = scaling.test_slices(1, torch.device("cpu"))()[0]
+    result = scaling.test_slices(1, torch.device("cpu"))()[0]
     assert len(result.scores) == scenes.NUM_CLASSES
 
 

@@ -97,7 +97,7 @@ def test_the_training_loop_waits_only_to_log(
     short = ["--batch_size", "2", "--max_epochs", "1", "--stop_epoch", "1", "--log_every", "3"]
     train.main([*common, *short, "--AdamW", "--warmup", *flags])
     assert watch.seen == []
-    assert logged[:2] == [3, 3]  # six steps in two groups
+    assert logged[:3] == [0, 3, 3]  # the state before the first step, and six steps in two groups
 
 
 def test_the_watch_sees_what_waits(monkeypatch: pytest.MonkeyPatch):

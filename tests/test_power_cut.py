@@ -23,6 +23,7 @@ from test_resume import small_flags_of, write_data
 
 import predict
 import preprocess.prepare
+from common.written import JOURNAL
 from datasets.scans.volumes import Geometry, write_volume
 
 # Calls of each program at which the tests cut; all of them if the variable is set.
@@ -210,4 +211,8 @@ def _content(path: Path) -> Any:
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             return {name: arrays[name].tobytes() for name in arrays.files}
+    if path.name == JOURNAL:  # A file may be noted twice.
+        return {line for line in path.read_text().splitlines() if '".done' not in line}
+    if path.parent.name == ".done" and "label" in (record := json.loads(path.read_text())):
+        return record | {"label": record["label"][:2]}  # without the time
     return path.read_bytes()

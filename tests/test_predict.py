@@ -153,7 +153,8 @@ def test_labels_have_the_geometry_of_the_scan(tmp_path: Path, adapter: Path, nam
     geometry = placed(letters)
     source = tmp_path / f"scan{suffix}"
     if suffix:
-        write_volume(source, array, geometry)
+        write_volume(tmp_path / "one_file.nrrd", array, geometry)
+        sitk.WriteImage(sitk.ReadImage(tmp_path / "one_file.nrrd"), source)
         scan = sitk.ReadImage(str(source))
     else:
         write_dicom(source, array, geometry)

@@ -16,7 +16,7 @@ import torch
 from scipy import ndimage
 from tqdm import tqdm
 
-from common.errors import EXIT_BAD_INPUT, EXIT_KEYBOARD, InputError, exit_on_bad_input, first_few
+from common.errors import EXIT_BAD_INPUT, InputError, exit_code_of, exit_on_bad_input, first_few
 from common.written import Written
 from config.flags import predict_parser
 from config.settings import dataset_spec, parse_args, prediction_key, recorded_values
@@ -57,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with joined(device) as ranks:
         try:
             predict(args, device, ranks)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if ranks.first:
                 print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-            raise SystemExit(EXIT_KEYBOARD) from None
+            raise SystemExit(exit_code_of(stop)) from None
 
 
 def predict(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:

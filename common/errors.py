@@ -34,7 +34,7 @@ GONE = {
     errno.ENOTCONN,
     errno.ESHUTDOWN,
     errno.EHOSTDOWN,
-    errno.EREMOTEIO,
+    getattr(errno, "EREMOTEIO", errno.EIO),
     errno.ETIMEDOUT,
 }
 NOT_WRITABLE = NO_PLACE | FULL | NOT_ALLOWED | GONE

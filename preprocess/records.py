@@ -75,7 +75,8 @@ def are_current(facts: dict[str, Any], case: RawCase) -> bool:
 
 def write_record(job: Job, sources: dict[str, Any], result: dict[str, Any]) -> None:
     """Record that a case is finished. Its other files must be on the disk before."""
-    record = {"key": job.key(), "sources": sources, "result": result}
+    sizes = _sizes(job, result)
+    record = {"key": job.key(), "sources": sources, "result": result, "sizes": sizes}
     write_json(job.record_path, record | {"sha256": _digest(record)})
 
 
@@ -95,14 +96,19 @@ def finished_results(jobs: Sequence[Job]) -> Iterator[tuple[str, dict[str, Any]]
         try:
             current = (
                 record["key"] == job.key()
-                and all(path.is_file() for path in job.outputs(result["slices"]))
+                and record.get("sizes") == _sizes(job, result)
                 and are_current(record["sources"], job.case)
             )
-        except OSError:  # The conversion tells why a scan cannot be read.
+        except OSError:  # An output is gone, or the conversion tells why a scan cannot be read.
             current = False
         if current:
             result["group"] = job.case.group  # The outputs do not depend on it.
             yield job.name, result
+
+
+def _sizes(job: Job, result: dict[str, Any]) -> list[int]:
+    """Return the bytes of each output; a file that was cut short since shows by them."""
+    return [path.stat().st_size for path in job.outputs(result["slices"])]
 
 
 def _digest(record: dict[str, Any]) -> str:

@@ -258,6 +258,16 @@ def test_a_damaged_record_is_made_again(raw: Path, tmp_path: Path, name: str):
     assert json.loads(path.read_text())["result"] == json.loads(text)["result"]
 
 
+def test_an_output_that_was_cut_short_is_made_again(raw: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    assert prepare(raw, output) == 0
+    before = contents(output)
+    cut = next((output / "train_npz").iterdir())
+    cut.write_bytes(cut.read_bytes()[:50])
+    assert prepare(raw, output) == 0
+    assert contents(output) == before
+
+
 def test_a_scan_replaced_while_it_is_read_is_not_recorded(
     raw: Path,
     tmp_path: Path,

@@ -90,7 +90,7 @@ def check_output(path: Path, overwrite: bool, suffixes: Sequence[str]) -> None:
             f"output {path} is named {path.suffix or 'without suffix'!r}, expected "
             f"{' or '.join(suffixes)}"
         )
-    if path.exists() and not overwrite:
+    if (path.exists() or path.is_symlink()) and not overwrite:
         raise InputError(f"output {path} exists; choose another, or pass --overwrite")
     remove_partials(path.parent)
 

@@ -213,6 +213,6 @@ def _content(path: Path) -> Any:
             return {name: arrays[name].tobytes() for name in arrays.files}
     if path.name == JOURNAL:  # A file may be noted twice.
         return {line for line in path.read_text().splitlines() if '".done' not in line}
-    if path.parent.name == ".done" and "label" in (record := json.loads(path.read_text())):
+    if path.match(".done/*.json") and "label" in (record := json.loads(path.read_text())):
         return record | {"label": record["label"][:2]}  # without the time
     return path.read_bytes()

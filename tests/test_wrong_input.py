@@ -49,9 +49,9 @@ def outputs(folder: Path) -> set[str]:
     """Return the results that a program has written; logs and tables do not count."""
     places = [folder / "out", folder / "new" / "lists"]
     found = {str(p) for place in places if place.is_dir() for p in place.rglob("*") if p.is_file()}
-    return {name for name in found if not name.endswith((".txt", ".json", ".csv", ".ctbl"))} | {
-        name for name in found if name.endswith(("train.txt", "test_vol.txt"))
-    }
+    return {
+        name for name in found if not name.endswith((".txt", ".json", ".jsonl", ".csv", ".ctbl"))
+    } | {name for name in found if name.endswith(("train.txt", "test_vol.txt"))}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.program}: {row.what}")

@@ -129,8 +129,7 @@ def load_arrays(
 
     Raises:
         MissingFileError: there is no such file.
-        InputError: it is corrupt, or a key is missing, or an array holds objects or is too large,
-            or the last two axes of the arrays differ.
+        InputError: it is corrupt, or a key is missing, or an array holds objects or is too large.
     """
     path = require_file(path, what="slice file", remedy="check the path or run preprocess again")
     for again in (True, False):

@@ -102,6 +102,11 @@ def _newest_that_fits(args: argparse.Namespace) -> Path | None:
 
 def runs_in(folder: Path) -> list[Path]:
     """Return the runs in a folder of runs, the newest last, whatever the clock said meanwhile."""
+    return [run for _, _, run in _started_runs(folder)]
+
+
+def _started_runs(folder: Path) -> list[tuple[int, int, Path]]:
+    """Return number of start, time of `config.json` and folder of each run, the newest last."""
     found = []
     for path in folder.glob(f"*/{CONFIG_FILE}"):
         try:
@@ -112,7 +117,7 @@ def runs_in(folder: Path) -> list[Path]:
             continue
         if _is_run(values):
             found.append((_start(values), path.stat().st_mtime_ns, path.parent))
-    return [run for _, _, run in sorted(found)]
+    return sorted(found)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -267,7 +272,7 @@ def save_config(args: argparse.Namespace, folder: Path) -> None:
     """Write `config.json`, which `--config` reads back unchanged."""
     once = {name for name, flag in by_name(TRAIN).items() if not flag.in_config}
     values = {name: value for name, value in vars(args).items() if name not in once}
-    before = (_start(read_run(run)) for run in runs_in(folder.parent))
+    before = (start for start, _, _ in _started_runs(folder.parent))
     entries = {"program": PROGRAM, "start": max(before, default=0) + 1}
     write_json(folder / CONFIG_FILE, values | entries)
 

@@ -7,7 +7,6 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -111,18 +110,9 @@ def end_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> Non
     Args:
         parent: the number of the process that started this one.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
-    else:
-        threading.Thread(target=_watch, args=(parent, number), daemon=True).start()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
-
-
-def _watch(parent: int, number: signal.Signals) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), number)
 
 
 def ignore_in_worker(worker: int) -> None:

@@ -10,9 +10,7 @@ from typing import Any
 from common.errors import InputError
 from common.files import sha256_of
 from datasets.scans import stored_data
-from datasets.scans.text_headers import text_header
-
-TEXT_HEADERS = (".nrrd", ".nhdr", ".mha", ".mhd")
+from datasets.scans.text_headers import META, NRRD, text_header
 
 
 def stamp(path: Path) -> list[list[Any]]:
@@ -52,7 +50,7 @@ def files_of(path: Path) -> list[Path]:
 
 def data_files(path: Path) -> list[Path]:
     """Return the other files that the text header of a scan names; none if it is not sound."""
-    if path.suffix.lower() not in TEXT_HEADERS or not path.is_file():
+    if path.suffix.lower() not in NRRD + META or not path.is_file():
         return []
     try:
         header = text_header(path)

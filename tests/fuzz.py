@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -30,10 +29,10 @@ sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from fuzz_readers import READERS, SECRET, Reader  # noqa: E402
+from processes import CONTEXT  # noqa: E402
 
 from common.errors import InputError  # noqa: E402
 
-CONTEXT = multiprocessing.get_context("fork")
 ADDRESS_SPACE = 6 << 30  # bytes above what the process has at its start
 PEAK = 512 << 20  # bytes of memory that reading one of these small files may take for a moment
 GROWTH = 96 << 20  # bytes that a process may have more after all tries than after the first ones
@@ -127,6 +126,7 @@ def _try_all(
     outcome: Outcome, base: Path, target: Path, numbers: range, until: float, told: Connection
 ) -> None:
     """Try one file after the other, and tell the parent of each how it went."""
+    torch.set_num_threads(1)
     reader = READERS[outcome.kind]
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
@@ -268,7 +268,6 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=10**9, help="tries for each kind")
     parser.add_argument("--output", type=Path, default=Path("fuzz"), help="failed files, fuzz.json")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     kinds = args.only or list(READERS)
     began, outcomes = time.monotonic(), []
     for index, kind in enumerate(kinds):

@@ -22,6 +22,7 @@ from config.flags import test_parser
 from config.settings import class_names, dataset_spec, parse_args, recorded_values
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.registry import stored_spec
+from datasets.scans.errors import require_scan_packages
 from datasets.trained_on import TrainedOn, check_test_data
 from distributed.launch import launch, processes_here
 from distributed.ranks import Ranks, joined, local_device
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(test_parser(), argv)
     if args.check_with_medpy:
         require_medpy()
+    if args.is_savenii:
+        require_scan_packages()
     processes = processes_here(args.device, args.processes)
     if processes > 1:
         raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))

@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from common.errors import InputError
 from config.settings import base_checkpoint, class_names, warn_of_changed_code
 from config.shared_flags import SCRATCH
 from datasets.registry import SYNAPSE
-from datasets.scans.volumes import Geometry, write_volume
+from datasets.scans.errors import require_scan_packages
+from datasets.scans.geometry import Geometry
 from evaluation.metrics import calculate_metric_percase
 from evaluation.predict_volume import predict_volume
 from lora import LoRAModel
@@ -222,13 +223,21 @@ def environment(device: torch.device | None = None) -> dict[str, str | None]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: version(name) for name in ("numpy", "scipy", "h5py", "SimpleITK", "nibabel")},
+        **{name: _version(name) for name in ("numpy", "scipy", "h5py", "SimpleITK", "nibabel")},
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
         "commit": commit,
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
+
+
+def _version(package: str) -> str | None:
+    """Return the version of a package; None: it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def test_single_volume(
@@ -262,6 +271,8 @@ def test_single_volume(
         organ is surface.
     """
     del multimask_output
+    if test_save_path is not None:
+        require_scan_packages()
     image, label = (np.asarray(torch.as_tensor(x).cpu()) for x in (image, label))
     image, label = (x[0] if len(x) == 1 else x for x in (image, label))
     is_slice = label.ndim == 2
@@ -274,6 +285,8 @@ def test_single_volume(
     )
     prediction = prediction[0] if is_slice else prediction
     if test_save_path is not None:
+        from datasets.scans.volumes import write_volume
+
         geometry = replace(Geometry.unknown(), spacing=(1.0, 1.0, float(z_spacing)))
         for suffix, array in (
             ("pred", prediction),

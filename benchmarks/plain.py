@@ -13,7 +13,6 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
@@ -181,6 +180,8 @@ def plain_test(
     Returns:
         The prediction (D, H, W), and DSC and HD95 of each class in the whole volume.
     """
+    import SimpleITK as sitk
+
     with h5py.File(path, "r") as file:
         image, label = file["image"][()], file["label"][()]
     prediction = np.zeros_like(label)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,10 @@ GONE = {
     errno.ETIMEDOUT,
 }
 NOT_WRITABLE = NO_PLACE | FULL | NOT_ALLOWED | GONE
+
+# Packages of requirements.txt that only some input or flags need; a function that needs one imports
+# it, so that a machine without it trains on prepared slices and tests prepared volumes.
+OPTIONAL = ("SimpleITK", "nibabel", "tensorboardX", "medpy", "icecream")
 
 
 class InputError(ValueError):
@@ -76,6 +81,11 @@ def exit_on_bad_input() -> Iterator[None]:
         if not stop.code:
             _require_output()
         raise
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in OPTIONAL:
+            raise
+        _say_once(f"error: {_not_installed(error.name, error)}")
+        raise SystemExit(EXIT_BAD_INPUT) from None
     except OSError as error:
         if error.errno not in NOT_WRITABLE or error.filename is None:
             raise
@@ -84,6 +94,20 @@ def exit_on_bad_input() -> Iterator[None]:
             "and write there, make room, or choose another path"
         )
         raise SystemExit(EXIT_BAD_INPUT) from None
+
+
+def require_package(name: str) -> None:
+    """Raise an `InputError` if a package is not installed, before work that needs it at its end."""
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(_not_installed(name, error)) from None
+
+
+def _not_installed(name: str, error: ImportError) -> str:
+    missing = isinstance(error, ModuleNotFoundError)
+    what = "is not installed" if missing else f"cannot be imported ({error})"
+    return f"{name.split('.')[0]} {what}; run: pip install -r requirements.txt"
 
 
 def _require_output() -> None:

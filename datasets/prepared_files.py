@@ -13,7 +13,7 @@ import numpy as np
 from common.errors import InputError, first_few, first_line, warn
 from datasets.h5_files import numbers, opened, read_attribute
 from datasets.registry import is_orientation
-from datasets.scans.nifti import SKEWED
+from datasets.scans.geometry import SKEWED
 
 # Prepared images lie in [0, 1]; cubic zoom overshoots by a few tenths at sharp edges.
 PLAUSIBLE_RANGE = (-1.0, 2.0)

@@ -15,12 +15,12 @@ from datasets.registry import DatasetSpec
 from datasets.scans.dicom_tags import MODALITY
 from datasets.scans.errors import reporting_os_errors
 from datasets.scans.files import DICOM, ScanFile, read_scan, unused_in_series
+from datasets.scans.geometry import Geometry
 from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
 from datasets.scans.planes import is_cut_across
 from datasets.scans.series_header import series_tags
 from datasets.scans.stamps import stamp
 from datasets.scans.unused import Unused
-from datasets.scans.volumes import Geometry
 from datasets.scans.voxel_size import voxel_size_is_known
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from common.errors import InputError
+from common.errors import require_package
 from evaluation.metrics import ClassScore
 
 TOLERANCE = 1e-6  # largest allowed difference of DSC (0…1) and of HD95 (voxels)
@@ -40,13 +40,7 @@ class CheckedPair:
 
 def require_medpy() -> None:
     """Raise an `InputError` if medpy cannot be imported."""
-    try:
-        import medpy.metric  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"--check_with_medpy needs medpy, which cannot be imported ({error}); "
-            "run: pip install MedPy"
-        ) from None
+    require_package("medpy.metric")
 
 
 class MedpyCheck:

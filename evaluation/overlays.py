@@ -10,7 +10,7 @@ import numpy as np
 from scipy.ndimage import binary_erosion
 
 from datasets.colours import label_colours
-from datasets.scans.volumes import Geometry
+from datasets.scans.geometry import Geometry
 from evaluation.tables import WorstSlice
 from evaluation.views import View, slice_place, view_of
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.writing import atomic_path
 from datasets.intensity import PERCENTILES, WINDOW, Intensity
-from datasets.scans.volumes import Geometry
+from datasets.scans.geometry import Geometry
 
 SHOWN_SIDE = (300, 1024)  # smallest and largest longer side of a picture, pixels
 MOST_RATIO = 4.0  # largest ratio of a picture's sides, so that odd voxels give no endless picture

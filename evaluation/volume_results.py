@@ -13,8 +13,8 @@ from datasets.colours import label_colours
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.prepared_files import size_is_stated
 from datasets.registry import spec_from_json
+from datasets.scans.geometry import Geometry
 from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
-from datasets.scans.volumes import Geometry, write_volume
 from evaluation.figures import save_case
 from evaluation.medpy_check import MedpyCheck
 from evaluation.metrics import compare_volume
@@ -109,6 +109,8 @@ def write_case(case: Case, prediction: np.ndarray, folder: Path | None) -> None:
     """
     if folder is None:
         return
+    from datasets.scans.volumes import write_volume
+
     if case.geometry is None:
         logging.info("%s: no geometry is stored, so its NIfTI files get voxels of 1 mm", case.name)
     for kind, array in zip(VOLUMES, (prediction, case.image, case.label), strict=True):

@@ -17,9 +17,9 @@ from datasets.intensity import to_unit, with_channels
 from datasets.resampling import resize_images, resize_labels
 from datasets.scans.dicom_tags import MODALITY
 from datasets.scans.files import DICOM, ScanFile, read_scan
+from datasets.scans.geometry import Geometry
 from datasets.scans.orientation import orientation_of, reorient
 from datasets.scans.series_header import series_tags
-from datasets.scans.volumes import Geometry
 from datasets.scans.voxel_size import distances_are_known
 from preprocess.jobs import Job, label_on_image_grid
 from preprocess.labels import map_labels, read_label

@@ -13,8 +13,8 @@ from common.errors import InputError
 from datasets.names import slice_name
 from datasets.registry import DatasetSpec
 from datasets.scans.files import read_scan_header
+from datasets.scans.geometry import Geometry
 from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
-from datasets.scans.volumes import Geometry
 from preprocess.raw_cases import RawCase
 from preprocess.split import TEST, TRAIN
 

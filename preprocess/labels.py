@@ -11,8 +11,8 @@ from tqdm import tqdm
 from common.errors import InputError, first_few, warn
 from datasets.registry import DatasetSpec, check_class_names
 from datasets.scans.files import ScanFile, read_scan
+from datasets.scans.geometry import Geometry
 from datasets.scans.pictures import read_index_picture, used_palette
-from datasets.scans.volumes import Geometry
 from preprocess.mask_checks import LabelFile, check_palettes, check_values
 
 ROUNDING = 1e-3  # of whole numbers that were stored as fractions

@@ -17,7 +17,8 @@ from common.errors import InputError, exit_on_bad_input, first_few
 from common.files import make_folder
 from common.writing import remove_partials, write_json
 from datasets.registry import SPEC_FILE, SYNAPSE, stored_spec
-from datasets.scans.volumes import Geometry, write_volume
+from datasets.scans.errors import require_scan_packages
+from datasets.scans.geometry import Geometry
 from distributed.signals import ended_by_signals
 from distributed.workers import Killed, in_processes
 from preprocess.phantom_volume import make_phantom
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             value = getattr(args, name)
             if value is not None and not low <= value <= high:
                 raise InputError(f"--{name} is {value}, expected {low}…{high}")
+        require_scan_packages()
         numbers = NUMBERS[: args.cases]
         make = partial(write_case, args.output, seed=args.seed, size=args.size, slices=args.slices)
         refuse_other_scans(args.output, numbers)
@@ -108,6 +110,8 @@ def refuse_other_scans(output: Path, numbers: Sequence[int]) -> None:
 
 def write_case(output: Path, number: int, *, seed: int, size: int, slices: int) -> None:
     """Make and write one case; its anatomy depends only on (seed, number)."""
+    from datasets.scans.volumes import write_volume
+
     phantom = make_phantom((seed, number), size=size, slices=slices)
     geometry = replace(Geometry.unknown(), spacing=phantom.spacing)
     for kind, array in zip(KINDS, (phantom.image, phantom.label), strict=True):

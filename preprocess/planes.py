@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from common.errors import InputError, first_few, warn
 from datasets.registry import DatasetSpec
+from datasets.scans.geometry import Geometry
 from datasets.scans.orientation import orientation_of
 from datasets.scans.planes import PLANES, is_cut_across, plane_across, taken_plane
-from datasets.scans.volumes import Geometry
 from preprocess.jobs import Job, turned
 
 AUTO, STORED = "auto", "stored"

@@ -12,8 +12,8 @@ from common.writing import write_json, write_text
 from datasets.digests import leak_warnings
 from datasets.intensity import AIR, PERCENTILES, WINDOW
 from datasets.registry import SPEC_FILE, SUMMARY_FILE, DatasetSpec
+from datasets.scans.geometry import Geometry
 from datasets.scans.orientation import orientation_of, reorient_geometry
-from datasets.scans.volumes import Geometry
 from preprocess.jobs import LISTS, Job
 from preprocess.split import TEST, TRAIN
 

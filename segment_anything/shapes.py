@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.errors import require_package
+
 from .modeling import Sam
 
 VARIABLE = "SAMED_DEBUG"
@@ -26,6 +28,7 @@ def print_shapes(sam: Sam) -> None:
 
     The hooks that do it exist only after this call, so a network costs nothing without them.
     """
+    require_package("icecream")
     from icecream import IceCreamDebugger
 
     ic = IceCreamDebugger(prefix="shapes | ", outputFunction=partial(print, file=sys.stderr))

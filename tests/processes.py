@@ -26,9 +26,11 @@ import matplotlib.figure  # noqa: F401
 import torch
 import torch._dynamo
 
+import datasets.scans.volumes  # noqa: F401
 import predict  # noqa: F401
 import test  # noqa: F401
 import train
+import training.events  # noqa: F401
 from common.errors import exit_on_bad_input
 from distributed.signals import Interruption
 

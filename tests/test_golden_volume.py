@@ -16,6 +16,9 @@ from real_data import REAL_DATA, needs_real_data
 
 import utils
 from datasets.registry import SYNAPSE
+
+pytest.importorskip("SimpleITK")
+pytest.importorskip("nibabel")
 from datasets.scans.volumes import read_volume
 
 pytestmark = pytest.mark.slow

@@ -7,22 +7,20 @@ import json
 import logging
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
-from common.errors import EXIT_BAD_INPUT, InputError, cannot_write
+from common.errors import EXIT_BAD_INPUT, InputError, cannot_write, warn
 from common.writing import flush_folder
 from datasets.colours import label_colours
+
+if TYPE_CHECKING:
+    from training.events import Events
 
 METRICS = "metrics.jsonl"
 
@@ -64,9 +62,10 @@ class RunLog:
         self.last_loss: float = position["last_loss"]
         self.skipped: int = position["skipped"]
         self.bytes: int = position["bytes"]
+        self.events: Events | None = None
         if folder is not None:
             try:
-                self.events = Events(folder / "log", step)
+                self.events = _open_events(folder / "log", step)
                 self.metrics = (folder / METRICS).open("ab")
                 flush_folder(folder)
             except OSError as error:
@@ -123,7 +122,8 @@ class RunLog:
         if self.folder is None:
             return
         try:
-            self.events.flush()
+            if self.events is not None:
+                self.events.flush()
             self.metrics.flush()
             if to_disk:
                 os.fsync(self.metrics.fileno())
@@ -180,7 +180,7 @@ class RunLog:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Show numbers in TensorBoard."""
-        if self.folder is not None:
+        if self.events is not None:
             with self._writing_events():
                 for name, value in values.items():
                     self.events.scalar(name, value, step)
@@ -237,7 +237,7 @@ class RunLog:
         class_names: Sequence[str],
     ) -> None:
         """Show a sample: image (3, S, S), logits (C, S/4, S/4) and label (S/4, S/4)."""
-        if self.folder is None:
+        if self.events is None:
             return
         colours = label_colours(class_names)
         small = F.interpolate(image[None].float(), label.shape, mode="area")[0]
@@ -269,46 +269,20 @@ class RunLog:
             self.flush()
         finally:
             if self.folder is not None:
-                for file in (self.metrics, self.events):
+                for file in filter(None, (self.metrics, self.events)):
                     # A full disk was reported before.
                     with contextlib.suppress(OSError):
                         file.close()
 
 
-class Events:
-    """A TensorBoard file that is written by the calling thread.
-
-    tensorboardX's `SummaryWriter` passes events to a thread, which dies on a full disk; training
-    then waits for it forever. Here the caller gets the error.
-
-    Args:
-        folder: made if it does not exist.
-        step: number of the next step. TensorBoard hides the events of earlier files from this step
-            on, because these steps are trained again.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = EventsWriter(str(folder / "events"), f".{os.getpid()}")
-        if step:
-            start = SessionLog(status=SessionLog.START)
-            self.file.write_event(Event(wall_time=time.time(), step=step, session_log=start))
-
-    def scalar(self, name: str, value: float, step: int) -> None:
-        """Add a point to a curve."""
-        self._add(summary.scalar(name, value), step)
-
-    def picture(self, name: str, picture: np.ndarray, step: int) -> None:  # (H, W, 3) uint8
-        """Add a picture."""
-        self._add(summary.image(name, picture, dataformats="HWC"), step)
-
-    def _add(self, what: Summary, step: int) -> None:
-        self.file.write_event(Event(wall_time=time.time(), step=step, summary=what))
-
-    def flush(self) -> None:
-        """Make the events visible to a running TensorBoard."""
-        self.file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
+def _open_events(folder: Path, step: int) -> Events | None:
+    """Open the events of a run; None, with a warning, where tensorboardX is not installed."""
+    try:
+        from training.events import Events
+    except ModuleNotFoundError as error:
+        warn(
+            f"{error.name} is not installed, so no files for TensorBoard are written; {METRICS} "
+            "has the same numbers"
+        )
+        return None
+    return Events(folder, step)

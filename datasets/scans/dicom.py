@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 
 from common.errors import InputError, first_few, warn
 from common.names import utf8_path
@@ -34,7 +33,7 @@ from datasets.scans.dicom_tags import (
     read_tags,
 )
 from datasets.scans.errors import reporting_os_errors, short_reason, without_itk_warnings
-from datasets.scans.volumes import Geometry
+from datasets.scans.geometry import Geometry
 
 # Objects that hold pixels but no scan.
 NO_SCANS = ("SEG", "RTDOSE")
@@ -189,6 +188,8 @@ def _refuse_unknown_values(frames: Sequence[Slice]) -> None:
 
 def _values(frames: Sequence[Slice]) -> np.ndarray:  # (frames, H, W)
     """Read the values of a file; GDCM rescales all its frames as the first one."""
+    import SimpleITK as sitk
+
     file = frames[0].file
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")

@@ -12,7 +12,7 @@ import numpy as np
 from common.errors import InputError, first_few
 from datasets.scans.dicom_pixels import COLUMNS, ROWS, count_frames
 from datasets.scans.dicom_tags import INSTANCE, DicomFile, Tags
-from datasets.scans.volumes import Geometry
+from datasets.scans.geometry import Geometry
 
 POSITION, ORIENTATION, PIXEL_SPACING = 0x00200032, 0x00200037, 0x00280030
 THICKNESS, INTERCEPT, SLOPE = 0x00180050, 0x00281052, 0x00281053

@@ -7,9 +7,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import SimpleITK as sitk
+from common.errors import InputError, require_package
 
-from common.errors import InputError
+
+def require_scan_packages() -> None:
+    """Raise an `InputError` if what reads and writes scans is not installed; pictures need less."""
+    require_package("SimpleITK")
+    require_package("nibabel")
 
 
 @contextlib.contextmanager
@@ -47,6 +51,8 @@ def unreadable(path: str | Path, error: RuntimeError) -> InputError:
 @contextlib.contextmanager
 def without_itk_warnings() -> Iterator[None]:
     """Keep SimpleITK's C++ warnings off stderr; its errors are still raised."""
+    import SimpleITK as sitk
+
     shown = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:

@@ -15,7 +15,8 @@ from common.errors import InputError, MissingFileError, first_few, warn
 from common.names import safe_name, utf8_path
 from datasets.scans.dicom import holds_dicom, read_dicom, read_dicom_header
 from datasets.scans.dicom_tags import DICOM_SUFFIXES, is_dicom
-from datasets.scans.errors import reporting_os_errors
+from datasets.scans.errors import reporting_os_errors, require_scan_packages
+from datasets.scans.geometry import Geometry
 from datasets.scans.identity import names_patient, short_name
 from datasets.scans.pictures import opened_picture, read_picture
 from datasets.scans.series_header import series_tags
@@ -33,7 +34,6 @@ from datasets.scans.unused import (
     counted,
     path_below,
 )
-from datasets.scans.volumes import Geometry, read_header, read_volume
 
 SCANS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -78,12 +78,15 @@ def search(path: str | Path, *, keep_names: bool = True) -> tuple[list[ScanFile]
 
     Raises:
         MissingFileError: the path does not exist.
-        InputError: no scan was found, the format is unknown, or two scans have the same name.
+        InputError: no scan was found, the format is unknown, two scans have the same name, or a
+            package that reads scans is not installed.
     """
     path = Path(path)
     with reporting_os_errors(path):
         if path.is_file():
-            return [_single_file(path)], []
+            found = [_single_file(path)]
+            _require_readers(found)
+            return found, []
         if not path.is_dir():
             what = "is a pipe or a device" if path.exists() else "does not exist"
             raise MissingFileError(f"{path} {what}, expected {EXPECTED}")
@@ -110,6 +113,7 @@ def search(path: str | Path, *, keep_names: bool = True) -> tuple[list[ScanFile]
             remedy = "convert its files to one of these, e.g. with 3D Slicer"
         raise InputError(f"{path} holds no scan, expected {EXPECTED}; {remedy}{held}")
     _refuse_equal_names(found, path)
+    _require_readers(found)
     return found, sorted(unused, key=lambda one: one.path)
 
 
@@ -146,6 +150,12 @@ def _reason(path: Path) -> str | None:
     if suffix_of(path):
         return None
     return NO_IMAGE if is_dicom(path) else UNKNOWN
+
+
+def _require_readers(scans: Sequence[ScanFile]) -> None:
+    """Raise an `InputError` if scans cannot be read because a package is not installed."""
+    if not all(scan.is_picture for scan in scans):
+        require_scan_packages()
 
 
 def _refuse_equal_names(scans: Sequence[ScanFile], source: Path) -> None:
@@ -295,6 +305,8 @@ def read_scan(scan: ScanFile) -> tuple[np.ndarray, Geometry | None]:
         return read_picture(scan.path), None
     if scan.suffix == DICOM:
         return read_dicom(scan.path)
+    from datasets.scans.volumes import read_volume
+
     return read_volume(scan.path, scan.channel)
 
 
@@ -305,4 +317,6 @@ def read_scan_header(scan: ScanFile) -> tuple[tuple[int, ...], Geometry | None]:
             return (1, picture.height, picture.width), None
     if scan.suffix == DICOM:
         return read_dicom_header(scan.path)
+    from datasets.scans.volumes import read_header
+
     return read_header(scan.path, scan.channel)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import InitVar, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import SimpleITK as sitk
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
 
 SPACING_TOLERANCE = 1e-3  # relative
 ORIGIN_TOLERANCE = 1e-2  # mm
 DIRECTION_TOLERANCE = 1e-3  # of each cosine
+SKEWED = 1e-3  # largest product of two axes of length 1 that are at right angles up to rounding
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from common.writing import atomic_path, require_room, require_same, write_text
 from datasets.colours import label_colours
 from datasets.registry import DatasetSpec
 from datasets.scans.files import DICOM, ScanFile
-from datasets.scans.nifti import nifti_header
-from datasets.scans.volumes import Geometry, read_header, refuse_other_voxels, write_volume
+from datasets.scans.geometry import Geometry
 
 NIFTI = (".nii.gz", ".nii")
 # The format of the label file where it is not the format of the scan. A DICOM series does not
@@ -79,6 +78,8 @@ def write_like(path: Path, array: np.ndarray, scan: ScanFile, geometry: Geometry
     Raises:
         InputError: the file cannot be written, or its geometry would differ from the scan's.
     """
+    from datasets.scans.volumes import read_header, refuse_other_voxels, write_volume
+
     both_nifti = path.name.endswith(NIFTI) and scan.suffix in NIFTI
     exact = both_nifti or path.name.endswith(label_suffix(scan))
 
@@ -145,6 +146,8 @@ def _write_nifti_like(path: Path, array: np.ndarray, source: Path) -> None:
 
     The other header fields are not copied, because their texts may identify the patient.
     """
+    from datasets.scans.nifti import nifti_header
+
     given = nifti_header(source)  # NIfTI-1 or NIfTI-2, and so is the label
     header = type(given)(endianness="<")
     header.set_data_dtype(array.dtype)

@@ -18,6 +18,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from common.errors import InputError
 from datasets.scans.errors import short_reason
+from datasets.scans.geometry import SKEWED
 from datasets.scans.stored_data import BLOCK, DEFLATE_RATIO, refuse_beyond_memory
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -26,7 +27,6 @@ LARGEST_START = 1 << 30  # bytes of a header and its extensions
 MOST_REST = 16 << 20  # bytes behind the voxels, which nothing tells of
 MAGIC_1, MAGIC_2 = slice(344, 348), slice(4, 8)  # of the header's bytes
 MILLIMETRES = {1: 1000.0, 3: 1e-3}  # `xyzt_units` -> mm; all others are taken for mm
-SKEWED = 1e-3  # largest product of two axes of length 1 that are at right angles up to rounding
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 STRAIGHTEN = (
     "resample the scan and its label onto straight axes, e.g. with "

@@ -9,17 +9,23 @@ front at the top.
 from __future__ import annotations
 
 import numpy as np
-import SimpleITK as sitk
 
-from datasets.scans.volumes import Geometry
+from datasets.scans.geometry import Geometry
 
 CANONICAL = "LPS"
+TOWARDS = ("LR", "PA", "SI")  # of each coordinate of the patient: where it grows, and falls
 OPPOSITE = {"L": "R", "R": "L", "P": "A", "A": "P", "S": "I", "I": "S"}
 
 
 def orientation_of(geometry: Geometry) -> str:
     """Return the orientation of a scan; for an oblique scan, the nearest orientation."""
-    return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(geometry.direction)
+    axes = np.array(geometry.direction).reshape(3, 3)  # the columns are the axes x, y, z
+    free, letters = np.abs(axes), ["", "", ""]
+    for _ in letters:  # the largest cosine first; of equal ones the last, as SimpleITK has it
+        row, column = divmod(8 - int(free.ravel()[::-1].argmax()), 3)
+        letters[column] = TOWARDS[row][int(axes[row, column] <= 0)]
+        free[row], free[:, column] = -1, -1
+    return "".join(letters)
 
 
 def reorient(array: np.ndarray, before: str, after: str) -> np.ndarray:

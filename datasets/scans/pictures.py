@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from common.errors import InputError, warn
+from common.errors import InputError, require_package, warn
 from common.files import require_file
 from common.names import utf8_path
 from datasets.scans.errors import reporting_itk_errors, reporting_os_errors
@@ -200,6 +199,9 @@ def _stored_values(picture: Image.Image, path: Path) -> np.ndarray:  # (H, W) or
 
 def _by_simpleitk(picture: Image.Image, path: Path, bits: int) -> np.ndarray:  # (H, W) or (H, W, C)
     """Read a picture by SimpleITK, or refuse it if that would lose depth as well."""
+    require_package("SimpleITK")
+    import SimpleITK as sitk
+
     array = None
     if getattr(picture, "n_frames", 1) == 1 and picture.mode != "CMYK":
         with (

@@ -6,8 +6,8 @@ them: slices across another axis have oblong pixels, and few of them on one side
 
 from __future__ import annotations
 
+from datasets.scans.geometry import Geometry
 from datasets.scans.orientation import CANONICAL, orientation_of
-from datasets.scans.volumes import Geometry
 
 # A scan is taken along an axis with this many times the spacing of every other axis. Below it, as
 # in 3-D MR of 1 × 1 × 1.2 mm, the pixels of slices across any axis are nearly square.

@@ -26,9 +26,8 @@ from datasets.scans.errors import (
     without_itk_warnings,
 )
 from datasets.scans.formats import checked_reader, refuse_bad_voxels
-from datasets.scans.geometry import Geometry, geometry_of
+from datasets.scans.geometry import SKEWED, Geometry, geometry_of
 from datasets.scans.nifti import (
-    SKEWED,
     STRAIGHTEN,
     nifti_affines,
     nifti_header,

@@ -8,10 +8,9 @@ import numpy as np
 
 from datasets.scans.dicom_slices import slices_of
 from datasets.scans.files import DICOM, ScanFile
-from datasets.scans.nifti import nifti_header
+from datasets.scans.geometry import Geometry
 from datasets.scans.series_header import first_image
 from datasets.scans.text_headers import sized_axes, text_header, voxel_size_text
-from datasets.scans.volumes import Geometry
 
 
 def voxel_size_is_known(scan: ScanFile, slices: int, geometry: Geometry | None) -> bool:
@@ -35,6 +34,8 @@ def stated_sizes(scan: ScanFile, slices: int, geometry: Geometry | None) -> int:
         return 0
     if scan.suffix == DICOM:  # several slices are refused without it
         return 3 if slices > 1 else _stated_in_slice(scan.path)
+    from datasets.scans.nifti import nifti_header
+
     header = nifti_header(scan.path)
     if header is None:
         fields = text_header(scan.path)

@@ -22,6 +22,7 @@ from torch import nn
 
 from common.console import printable
 from common.errors import InputError
+from common.precision import allow_tf32
 from config.settings import base_checkpoint, class_names, warn_of_changed_code
 from config.shared_flags import SCRATCH
 from datasets.registry import SYNAPSE
@@ -50,6 +51,10 @@ __all__ = [
     "test_single_volume",
     "unwrap",
 ]
+
+# How much memory cuBLAS works in; products are repeatable with two values only.
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
 
 
 def start_logging(path: Path | None) -> None:
@@ -84,7 +89,9 @@ def seed_everything(seed: int, *, deterministic: bool, compiles: bool = False) -
     """Seed every random generator.
 
     Args:
-        deterministic: use only repeatable GPU kernels, which costs some speed.
+        deterministic: use only repeatable GPU kernels, which costs some speed. An operator that has
+            none raises a RuntimeError then. Attention is repeatable in this strict mode only: where
+            PyTorch just warns, it keeps the faster backward passes, which add in any order.
         compiles: torch.compile will be used, and has to choose repeatable kernels as well.
     """
     random.seed(seed)
@@ -92,13 +99,16 @@ def seed_everything(seed: int, *, deterministic: bool, compiles: bool = False) -
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    if deterministic:
-        # CUDA reads this variable when it starts.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # CUDA reads this variable when it starts. Products refuse other values in strict mode.
+    if deterministic and os.environ.get(CUBLAS_WORKSPACE) not in REPEATABLE_WORKSPACES:
+        os.environ[CUBLAS_WORKSPACE] = REPEATABLE_WORKSPACES[0]
+    # Deterministic mode would write NaN to every new tensor, to show reads of what nobody wrote: on
+    # a GPU, one more kernel for each of some 900 tensors in a training step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     if compiles:
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        torch.use_deterministic_algorithms(deterministic)
     else:  # The same setting, without the seconds it takes to import the compiler.
-        torch.set_deterministic_debug_mode("warn" if deterministic else "default")
+        torch.set_deterministic_debug_mode("error" if deterministic else "default")
 
 
 def choose_device(name: str) -> torch.device:
@@ -125,12 +135,6 @@ def amp_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
-
-
-def allow_tf32(allowed: bool) -> None:
-    """Set whether NVIDIA GPUs may round the factors of float32 products to 10 bits, for speed."""
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def build_model(

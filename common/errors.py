@@ -38,6 +38,8 @@ GONE = {
     getattr(errno, "EREMOTEIO", errno.EIO),
     errno.ETIMEDOUT,
 }
+# What PyTorch says of an operator that deterministic mode refuses.
+NOT_REPEATABLE = "does not have a deterministic implementation"
 NOT_WRITABLE = NO_PLACE | FULL | NOT_ALLOWED | GONE
 
 # Packages of requirements.txt that only some input or flags need; a function that needs one imports
@@ -63,9 +65,10 @@ class MissingFileError(InputError, FileNotFoundError):
 def exit_on_bad_input() -> Iterator[None]:
     """Run a program: an `InputError` is one line on stderr and exit code 2; a bug has a traceback.
 
-    A file that the operating system refuses to read or write counts as wrong input too, and so does
-    a full disk under standard output. If nobody reads the output any more (`| head`, a closed
-    terminal), the program goes on to its end, and its exit code says how it ended.
+    A file that the operating system refuses to read or write counts as wrong input too, and so do a
+    full disk under standard output and an operator that deterministic mode refuses. If nobody reads
+    the output any more (`| head`, a closed terminal), the program goes on to its end, and its exit
+    code says how it ended.
     """
     prepare_console()
     try:
@@ -92,6 +95,15 @@ def exit_on_bad_input() -> Iterator[None]:
         _say_once(
             f"error: {error.filename} cannot be used ({error.strerror}); give the right to read "
             "and write there, make room, or choose another path"
+        )
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    except RuntimeError as error:  # The network of a user's own module may use such an operator.
+        operator, found, _ = str(error).partition(f" {NOT_REPEATABLE}")
+        if not found:
+            raise
+        _say_once(
+            f"error: a GPU cannot repeat {operator[-80:]}, which the network uses, bit for bit; "
+            "pass --deterministic 0, or use another operator in the network"
         )
         raise SystemExit(EXIT_BAD_INPUT) from None
 

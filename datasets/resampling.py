@@ -8,14 +8,14 @@ them) scipy's last coordinate rounds past the edge, so the last row and column b
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
 import torch
 from scipy import ndimage
+
+from common.precision import full_float32
 
 BLOCK = 64  # rows or columns: small enough to skip most of a zoom matrix, large enough to be fast
 NEGLIGIBLE = 1e-9  # weights of a zoom matrix, whose rows sum to 1
@@ -36,7 +36,7 @@ def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     rows, columns = size
     if (height, width) == (rows, columns):
         return images
-    with _full_float32(images.device):
+    with full_float32():  # TF32 would round slices to 10 bits.
         right = zoom_blocks(width, columns, images.device, images.dtype)
         images = torch.cat([images[..., start:stop] @ block.T for start, stop, block in right], -1)
         left = zoom_blocks(height, rows, images.device, images.dtype)
@@ -92,20 +92,6 @@ def zoom_matrix(source: int, target: int) -> np.ndarray:  # (target, source), fl
     units = np.eye(source)
     factor = target / source
     return np.stack([ndimage.zoom(unit, factor, order=3) for unit in units], axis=1)
-
-
-@contextlib.contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Switch TF32 off for a while, because it would round slices to 10 bits."""
-    if device.type != "cuda":
-        yield
-        return
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 @lru_cache(maxsize=256)

@@ -102,7 +102,8 @@ class SegmentationLoss(nn.Module):
     ) -> dict[str, torch.Tensor]:  # (B, C, H, W), (B, H, W) int64 -> three scalars
         """Return `loss`, `loss_ce` and `loss_dice`, computed in float32 for any dtype of logits."""
         logits = logits.float()
-        ce = F.cross_entropy(logits, labels, reduction="sum")
+        # On a GPU, `reduction="sum"` would add the pixels in any order.
+        ce = F.cross_entropy(logits, labels, reduction="none").sum()
         pixels = ce.new_full((), labels.numel())
         dice = dice_sums(logits.softmax(dim=1), labels)
         sums = self.total(torch.cat([torch.stack([ce, pixels]), dice.flatten()]))

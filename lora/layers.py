@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import InputError
+from segment_anything.modeling.common import product_dtype
 
 
 class LoRABranch(nn.Module):
@@ -65,7 +66,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
         if self.merged_weight is not None:
             return F.linear(x, self.merged_weight, self.bias)
-        tokens = x.flatten(0, -2)  # (N, in)
+        tokens = x.flatten(0, -2).to(product_dtype(x))  # (N, in); autocast would cast it twice
         out = F.linear(tokens, self.weight, self.bias)  # (N, out)
         down, up = self.low_rank()
         hidden = F.linear(tokens, down)  # (N, updates · rank)

@@ -17,11 +17,7 @@ from common.errors import InputError, MissingFileError
 from evaluation.cpu_speed import can_pack, pack_encoder
 from segment_anything import ENCODERS, Sam, SamPredictor, sam_model_registry
 from segment_anything.modeling import relative_attention
-from segment_anything.modeling.relative_attention import (
-    Attention,
-    ChunkedAttention,
-    folded_attention,
-)
+from segment_anything.modeling.relative_attention import Attention
 from trainer import freeze_unreached
 
 PLAIN_GRIDS = [  # grid, window
@@ -35,16 +31,15 @@ PLAIN_GRIDS = [  # grid, window
 ]
 
 
-@pytest.mark.parametrize("form", [folded_attention, ChunkedAttention.apply])
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
 @pytest.mark.parametrize(("grid", "window"), PLAIN_GRIDS)
 def test_attention_equals_the_plain_form(
-    grid: int, window: int | None, form, monkeypatch: pytest.MonkeyPatch
+    grid: int, window: int | None, device_type: str, monkeypatch: pytest.MonkeyPatch
 ):
     """A GPU's form and a CPU's: what SAM writes down, and its gradients."""
-    monkeypatch.setattr(relative_attention, "folded_attention", form)
-    monkeypatch.setattr(relative_attention.ChunkedAttention, "apply", form)
     monkeypatch.setattr(relative_attention, "CHUNK", 3 * min(grid, window or grid) ** 4 // 2)
     layer = Attention(12, 3, grid, window).double()
+    layer.device_type = device_type
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     x = torch.randn(2, grid, grid, 12, dtype=torch.double, requires_grad=True)

@@ -23,7 +23,7 @@ from evaluation.metrics import score_volume
 from evaluation.predict_volume import predict_volume
 from lora import LoRAModel
 from lora.adapter_file import read_adapter
-from segment_anything.modeling.relative_attention import folded_attention
+from segment_anything.modeling.relative_attention import folded_attention, place_table
 from training.memory import GIB, estimate_training_memory, kept_for_gradient
 from training.validation import Validation, hold_out, validate
 
@@ -317,12 +317,14 @@ def test_memory_is_estimated_for_the_device_in_use():
     on_cpu = estimate(model, 8)["activations of 8 slices"]
     assert on_cpu == pytest.approx(real, rel=0.01)
 
-    # The fused kernel of a GPU keeps queries, keys, values, output, and a sum for each query.
+    # The fused kernel of a GPU keeps queries and keys with the extra channels, values, output, and
+    # a sum for each query.
     q, k, v = (torch.rand(2, 3, 64, 16, device="meta", requires_grad=True) for _ in range(3))
     rows, columns = (torch.rand(2, 3, 8, 8, 8, device="meta", requires_grad=True) for _ in range(2))
-    folded, sums = 2 * 3 * 64 * (16 + 8 + 8) * 4, 2 * 3 * 64 * 4
-    found = kept_for_gradient(lambda: folded_attention(q, k, v, rows, columns), set())
-    assert found == pytest.approx(4 * folded + sums, abs=64)
+    place = place_table(8, 16).to("meta")
+    plain, folded, sums = (2 * 3 * 64 * n * 4 for n in (16, 16 + 8 + 8, 1))
+    found = kept_for_gradient(lambda: folded_attention(q, k, v, rows, columns, place), set())
+    assert found == pytest.approx(2 * folded + 2 * plain + sums, abs=64)
     assert estimate(model, 8, device_type="cuda")["activations of 8 slices"] > on_cpu
 
 

@@ -10,6 +10,14 @@ from einops import rearrange
 from torch import nn
 
 
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which `x` is multiplied: that of autocast where it is on."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
 class LayerNorm2d(nn.Module):
     """Layer norm over the channels of a (B, C, H, W) tensor."""
 

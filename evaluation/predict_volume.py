@@ -11,6 +11,7 @@ from torch import nn
 
 from common.errors import InputError, first_few
 from datasets.resampling import resize_images, resize_labels
+from evaluation.slice_batches import slice_batches
 
 Segment = Callable[[torch.Tensor], torch.Tensor]  # images (B, 3, S, S) to logits (B, C, S, S)
 
@@ -31,7 +32,8 @@ def predict_volume(
 
     Cubic zoom brings each slice to `input_size`, the size of the training slices, and then to
     `image_size`. The class with the largest logit at that size returns by nearest neighbour.
-    Only the labels are copied to the host, all at once, so that a GPU never waits between batches.
+    Slices go to a GPU, and labels come back at once in the end, without waiting in between; see
+    `slice_batches`.
 
     To compute in bf16 or fp16, call this function inside `torch.autocast`: the network then
     follows it, and the resizing stays in float32.
@@ -41,7 +43,7 @@ def predict_volume(
         volume: (D, H, W) or, in colour, (D, 3, H, W), about [0, 1]. An object with this `shape`
             whose slices are such arrays also works, so the volume need not be in memory.
         input_size, image_size: (rows, columns).
-        batch_size: slices per batch; None: 12, on a CPU 2, which fit into its cache.
+        batch_size: slices per batch; None: those of `default_batch_size`.
         progress: called after each batch with its number of slices.
         flips: axes of a slice, 0 for rows and 1 for columns; see `averaged`.
         on_probabilities: called after each batch with the index of its first slice and its
@@ -51,7 +53,7 @@ def predict_volume(
         (D, H, W) uint8 labels. Logits that are NaN or infinite raise an `InputError`.
     """
     device = next(net.parameters()).device
-    batch_size = batch_size or (2 if device.type == "cpu" else 12)
+    batch_size = batch_size or default_batch_size(device)
     if isinstance(volume, torch.Tensor):
         volume = volume.cpu().numpy()
     depth, size = volume.shape[0], tuple(volume.shape[-2:])
@@ -61,21 +63,26 @@ def predict_volume(
     def segment(images: torch.Tensor) -> torch.Tensor:  # (B, 3, S, S) -> (B, C, S, S) logits
         return net(images, True, image_size[0])["masks"]
 
-    for start in range(0, depth, batch_size):
-        slices = torch.as_tensor(volume[start : start + batch_size]).to(device, torch.float32)
+    for start, count, slices in slice_batches(volume, batch_size, device):
         images = network_input(slices, input_size, image_size)
         scores = averaged(segment, images, flips) if flips else segment(images)
+        scores = scores[:count]  # the rest of a batch on a GPU belongs to no slice
         # `max` picks the first of equal scores, as argmax does, and is six times faster on a CPU
         best, classes = scores.max(dim=1)  # (B, S, S) both; the largest of NaN and others is NaN
-        finite[start : start + batch_size] = best.isfinite().flatten(1).all(dim=1)
-        labels[start : start + batch_size] = resize_labels(classes.to(torch.uint8), size)
+        finite[start : start + count] = best.isfinite().flatten(1).all(dim=1)
+        labels[start : start + count] = resize_labels(classes.to(torch.uint8), size)
         if on_probabilities is not None:
             probabilities = scores if flips else scores.float().softmax(dim=1)
             on_probabilities(start, F.interpolate(probabilities, size, mode="bilinear"))
         if progress is not None:
-            progress(len(slices))
+            progress(count)
     _require_finite(finite.cpu().numpy())
     return labels.cpu().numpy()
+
+
+def default_batch_size(device: torch.device) -> int:
+    """Return the slices per batch that `--batch_size` sets: on a CPU those that fit its cache."""
+    return 2 if device.type == "cpu" else 12
 
 
 def _require_finite(finite: np.ndarray) -> None:  # (D,) bool, of each slice

@@ -17,6 +17,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from common.errors import EXIT_BAD_INPUT, InputError, exit_code_of, exit_on_bad_input, first_few
+from common.gpu_memory import telling_full_gpu
 from common.written import Written
 from config.flags import predict_parser
 from config.settings import dataset_spec, parse_args, prediction_key, recorded_values
@@ -30,7 +31,7 @@ from distributed.signals import ended_by_signals
 from evaluation.cases import Case, read_case
 from evaluation.cpu_speed import pack_encoder
 from evaluation.output_folder import look_into_folder, open_folder, refuse_folder_of
-from evaluation.predict_volume import predict_volume
+from evaluation.predict_volume import default_batch_size, predict_volume
 from evaluation.records import recorded, remove_earlier, require_output
 from evaluation.scan_results import scratch_array, write_case
 from evaluation.scan_summary import SUMMARY, volume_table, what_to_open, write_summary
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if processes > 1:
         raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))
     device = local_device(choose_device(args.device))
-    with joined(device) as ranks:
+    with telling_full_gpu(), joined(device) as ranks:
         try:
             predict(args, device, ranks)
         except KeyboardInterrupt as stop:
@@ -254,13 +255,15 @@ def segment(
         volumes[:, start : start + len(part)] = part.transpose(0, 1).half().cpu().numpy()
 
     device = next(model.parameters()).device
-    with torch.autocast(device.type, amp_dtype(device), enabled=args.use_amp):
+    autocast = torch.autocast(device.type, amp_dtype(device), enabled=args.use_amp)
+    batch_size = args.batch_size or default_batch_size(device)
+    with telling_full_gpu(batch_size, use_amp=args.use_amp), autocast:
         labels = predict_volume(
             model,
             case.slices,
             input_size=(args.input_size, args.input_size),
             image_size=(args.img_size, args.img_size),
-            batch_size=args.batch_size,
+            batch_size=batch_size,
             progress=lambda slices: progress(slices / depth),
             flips=[("rows", "columns").index(name) for name in args.flips],
             on_probabilities=None if volumes is None else keep,
@@ -298,9 +301,6 @@ def _message(error: Exception) -> str:
     """Return the message for an error in a scan; a bug is also logged in full."""
     if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()
-        return f"out of GPU memory ({str(error).splitlines()[0]:.200}); lower --batch_size"
     if not isinstance(error, (OSError, MemoryError)):
         logging.error("this is a bug in the program:", exc_info=error)
     return f"{type(error).__name__} {error}"

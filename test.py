@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from common.errors import exit_on_bad_input, warn
 from common.files import make_folder
+from common.gpu_memory import telling_full_gpu
 from common.written import Written
 from config.flags import test_parser
 from config.settings import class_names, dataset_spec, parse_args, recorded_values
@@ -40,7 +41,7 @@ from evaluation.medpy_check import (
 )
 from evaluation.metrics import ClassScore
 from evaluation.page import write_page
-from evaluation.predict_volume import predict_volume
+from evaluation.predict_volume import default_batch_size, predict_volume
 from evaluation.tables import (
     CaseResult,
     WorstSlice,
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if processes > 1:
         raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))
     device = local_device(choose_device(args.device))
-    with joined(device) as ranks:
+    with telling_full_gpu(), joined(device) as ranks:
         test(args, device, ranks)
 
 
@@ -222,6 +223,7 @@ def test_cases(
         return
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, amp_dtype(device), enabled=args.use_amp)
+    batch_size = args.batch_size or default_batch_size(device)
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(os.cpu_count()) as finishers:
         waiting: deque[tuple[Future[CaseResult], Future[None]]] = deque()
         coming = reader.submit(read_case, dataset, 0)
@@ -229,13 +231,13 @@ def test_cases(
             case = coming.result()
             if index + 1 < len(dataset):
                 coming = reader.submit(read_case, dataset, index + 1)
-            with autocast:
+            with telling_full_gpu(batch_size, use_amp=args.use_amp), autocast:
                 prediction = predict_volume(
                     model,
                     case.image,
                     input_size=(args.input_size, args.input_size),
                     image_size=(args.img_size, args.img_size),
-                    batch_size=args.batch_size,
+                    batch_size=batch_size,
                     progress=progress,
                 )
             scoring = finishers.submit(score_case, case, prediction, args, folder, check)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from common.errors import InputError, exit_on_bad_input
+from common.gpu_memory import is_gpu_full
 from common.writing import write_json, write_text
 from config.data_spec import record_training_data
 from config.flags import train_parser
@@ -54,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if processes > 1:
         raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))
     device = local_device(choose_device(args.device))
-    with joined(device) as ranks:
-        try:
+    try:
+        with joined(device) as ranks:
             train(args, device, ranks)
-        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-            if "out of memory" not in str(error):
-                raise
-            raise InputError(out_of_memory(error, args)) from None
+    except RuntimeError as error:
+        if not is_gpu_full(error):
+            raise
+        raise InputError(out_of_memory(error, args)) from None
 
 
 def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:

@@ -16,6 +16,7 @@ from types import ModuleType
 import processes
 import pytest
 import torch
+from test_gpu_memory import FULL
 from test_resume import assert_equal_runs, folder_of, small_flags_of, wait_for_step, write_data
 
 import train
@@ -272,9 +273,11 @@ def exhausted(*args: object, **kwargs: object) -> None:
     raise torch.OutOfMemoryError(CUDA_SAYS)
 
 
-def exhausted_at_start(*args: object, **kwargs: object) -> None:
-    # CUDA itself finds no room.
-    raise torch.AcceleratorError("CUDA error: out of memory")
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return fail
 
 
 @pytest.mark.parametrize(
@@ -283,7 +286,9 @@ def exhausted_at_start(*args: object, **kwargs: object) -> None:
         (trainer, "training_step", exhausted),
         (trainer, "validate", exhausted),
         (train, "build_model", exhausted),
-        (train, "build_model", exhausted_at_start),
+        *[(train, "build_model", raising(error)) for error in FULL[1:]],
+        *[(trainer, "training_step", raising(error)) for error in FULL[4:]],
+        (train, "joined", raising(FULL[-1])),  # NCCL finds no room for its buffers.
     ],
 )
 def test_too_little_gpu_memory_is_reported_wherever_it_happens(

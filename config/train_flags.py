@@ -174,7 +174,8 @@ TRAIN = {
         ),
         Flag(
             "num_workers",
-            "processes that load slices; default: 4 with a GPU, 0 on a CPU",
+            "processes that load slices; default: with a GPU the cores of each process but one, "
+            "from 1 to 8; on a CPU 0",
             type=int,
             low=0,
             high=256,

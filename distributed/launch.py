@@ -17,9 +17,16 @@ from common.errors import NOTES
 from distributed.ranks import EXIT_LOST_RANK, LAUNCHER, is_rank
 from distributed.signals import heeded_signals
 
-# Seconds that ranks have to finish after a signal or the end of another rank. torchrun's variable,
-# because a script that starts either sets only one.
+# Environment variable: seconds that ranks have to end. It is torchrun's, because a script that
+# starts either sets only one.
 GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+# The seconds without that variable. After a signal, ranks finish their step and save.
+AFTER_SIGNAL = 120.0
+# After the end of another rank there is little to finish, and a rank whose GPU waits for that rank
+# hears no signal. torchrun waits as long.
+AFTER_FAULT = 30.0
+# Seconds after which a killed rank is given up: the driver of a broken GPU may hold it for ever.
+KILLED = 30.0
 
 
 def was_restarted() -> bool:
@@ -48,9 +55,9 @@ def launch(script: str, argv: Sequence[str], processes: int) -> int:
     """Run `python script argv` as `processes` ranks on this machine, and return the exit code.
 
     The ranks meet in a file of a folder that only this user can enter, and talk over the loopback
-    interface, so that no other machine can reach them. A signal is passed on to every rank. When a
-    rank fails, the others are ended. They have `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` seconds (120) to
-    finish.
+    interface, so that no other machine can reach them. A signal is passed on to every rank; they
+    have 120 seconds to end. When a rank fails, the others are asked to end within 30 seconds. Then
+    they are killed. `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` sets other seconds for both.
     """
     ranks: list[subprocess.Popen[bytes]] = []
     asked: list[int] = []
@@ -65,13 +72,13 @@ def launch(script: str, argv: Sequence[str], processes: int) -> int:
         with tempfile.TemporaryDirectory(prefix="samed-") as folder:
             for index in range(processes):
                 ranks.append(_start([script, *argv], index, processes, folder))
-            _wait(ranks, asked)
+            failed = _wait(ranks, asked)
     finally:
         for rank in ranks:
             rank.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
-    return _exit_code([rank.returncode for rank in ranks], asked)
+    return _exit_code([rank.returncode for rank in ranks], asked, failed)
 
 
 def _start(words: Sequence[str], rank: int, processes: int, folder: str) -> subprocess.Popen[bytes]:
@@ -79,42 +86,65 @@ def _start(words: Sequence[str], rank: int, processes: int, folder: str) -> subp
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         NOTES: folder,
         LAUNCHER: str(os.getpid()),
     }
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))}
     # A session of its own: Ctrl-C reaches a rank once, through this process.
     return subprocess.Popen(
         [sys.executable, *words], env=threads | os.environ | variables, start_new_session=True
     )
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], asked: Sequence[int]) -> None:
-    """Wait until all ranks have ended; if one fails, end the others, and kill them in the end."""
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], asked: Sequence[int]) -> list[int]:
+    """Wait until all ranks have ended; if one fails, end the others, and kill them in the end.
+
+    Returns:
+        The numbers of the ranks that failed first, before this process asked any to end.
+    """
+    failed: list[int] = []
     deadline = None
-    while None in [rank.poll() for rank in ranks]:
-        failed = any(rank.returncode for rank in ranks)
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = failed or [index for index, code in enumerate(codes) if code]
+        now = time.monotonic()
+        if None not in codes or (deadline is not None and now > deadline + KILLED):
+            return failed
         if deadline is None and (asked or failed):
-            deadline = time.monotonic() + float(os.environ.get(GRACE, 120))
+            deadline = now + float(os.environ.get(GRACE, AFTER_SIGNAL if asked else AFTER_FAULT))
             if not asked:
                 for rank in ranks:
                     rank.terminate()
-        if deadline is not None and time.monotonic() > deadline:
+        if deadline is not None and now > deadline:
             for rank in ranks:
                 rank.kill()
         time.sleep(0.1)
 
 
-def _exit_code(codes: Sequence[int], asked: Sequence[int]) -> int:
-    """Return one exit code for all ranks; some may have ended only because another rank did."""
-    largest = max(codes)
-    if largest > EXIT_LOST_RANK or not any(codes):  # That rank has reported why.
-        return largest
+def _exit_code(codes: Sequence[int | None], asked: Sequence[int], failed: Sequence[int]) -> int:
+    """Return one exit code for all ranks; some may have ended only because another rank did.
+
+    Args:
+        codes: None: the rank did not end even when it was killed.
+        asked: the signals that were passed on.
+        failed: the ranks that failed first.
+    """
+    for index, code in enumerate(codes):
+        if code is None:
+            print(
+                f"error: rank {index} does not end although it was killed, because the system does "
+                "not let go of it; its GPU or disk may need a restart of the machine",
+                file=sys.stderr,
+            )
+    largest = max(code or 0 for code in codes)
+    if largest > EXIT_LOST_RANK or not any(code is None or code for code in codes):
+        return largest  # That rank has reported why.
     if asked:
         return 128 + asked[0]
-    killed = [i for i, code in enumerate(codes) if code < 0 and code != -signal.SIGTERM]
+    killed = [index for index in failed if codes[index] < 0]
     if killed:
         print(
             f"error: rank {killed[0]} of {len(codes)} was killed by signal {-codes[killed[0]]}, so "

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from common.errors import NOTES, WARNING, InputError
+from common.errors import NOTES, WARNING, InputError, first_line
+from common.gpu_memory import is_gpu_full
 from distributed.messages import pack, unpack
 from distributed.signals import EXIT_INTERRUPTED, end_with_parent
 
@@ -31,6 +32,19 @@ LONG = timedelta(hours=12)
 JOIN = timedelta(minutes=5)
 # How long ranks wait for a slower rank in a training step.
 STEP = timedelta(minutes=30)
+# How PyTorch's watchdog of NCCL ends a rank; a variable of the user stays as it is. These are the
+# defaults of PyTorch 2.11 to 2.13, but for the last: a timeout leaves no traces in /tmp, and ranks
+# do not ask the store every second whether another wants some.
+NCCL_VARIABLES = {
+    # A collective that fails, or takes longer than `STEP`, ends the process. NCCL is not asked to
+    # clean up first, because that may hang as well.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+    # If the watchdog itself hangs, its monitor ends the process, at the latest after three times
+    # these seconds, which is before `STEP`.
+    "TORCH_NCCL_ENABLE_MONITORING": "1",
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "480",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+}
 # Environment variable: the process that started this rank, if it was `distributed.launch`.
 LAUNCHER = "SAMED_LAUNCHER"
 # The file in the folder of notes in which the ranks of one launch meet.
@@ -178,8 +192,19 @@ def is_rank() -> bool:
     return LAUNCHER in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def ranks_here() -> int:
+    """Return the number of ranks that share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_rank() else 1
+
+
 def local_device(device: torch.device) -> torch.device:
-    """Return this rank's GPU; a CPU stays a CPU."""
+    """Return this rank's GPU, and make it the current one; a CPU stays a CPU.
+
+    Otherwise CUDA would also start on the first GPU, and take some 500 MB there.
+
+    Raises:
+        InputError: there are fewer GPUs than ranks, or CUDA cannot use this one.
+    """
     if device.type == "cuda" and is_rank():
         index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if index >= count:
@@ -187,7 +212,15 @@ def local_device(device: torch.device) -> torch.device:
                 f"this is process {index + 1} of this machine, which has {count} GPUs; start at "
                 "most one process for each GPU"
             )
-        return torch.device("cuda", index)
+        device = torch.device("cuda", index)
+    if device.index is not None:
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:
+            raise InputError(
+                f"{device} cannot be used ({first_line(error)}); if another program fills or "
+                "reserves this GPU, end it or wait, or pass another --device"
+            ) from None
     return device
 
 
@@ -197,15 +230,24 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if not is_rank() or int(os.environ["WORLD_SIZE"]) == 1:
         yield ALONE
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     memory, rank, count = _meet()
     # torchrun keeps one store for all attempts, which still holds the addresses of dead ranks.
     attempt = memory.add(f"samed/starts/{rank}", 1)
     store = dist.PrefixStore(f"samed/attempt/{attempt}", memory)
     store.set_timeout(JOIN)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=STEP)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        for name, value in NCCL_VARIABLES.items():
+            os.environ.setdefault(name, value)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=count,
+        timeout=STEP,
+        # NCCL connects at once, so that what prevents it is told at the start.
+        device_id=device if on_gpu else None,
+    )
     try:
         control = dist.new_group(backend="gloo", timeout=LONG)
         yield Ranks(rank, count, control, memory)
@@ -214,7 +256,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             dist.destroy_process_group()
         raise
     except RuntimeError as error:
-        if not GONE.search(str(error)):
+        if not GONE.search(str(error)) or is_gpu_full(error):
             raise
         folder = os.environ.get(NOTES)
         # If there are notes, the other rank has reported why it ended.

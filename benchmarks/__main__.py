@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Sequence
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +14,13 @@ import torch
 from common.arguments import ArgumentParser
 from common.errors import InputError, exit_on_bad_input
 from common.writing import atomic_path
-from utils import choose_device, environment
+from utils import choose_device
 
 from . import scaling
 from .rows import ROWS
 from .table import update_page
 from .timing import DisagreementError
+from .where import device_name, installed, where
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
@@ -61,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown row {unknown[0]!r}, expected some of {', '.join(known)}")
     require_peers(args.rows or known)
     device = choose_device(args.device)
+    if device.type == "cuda":  # `python -m benchmarks.gpu` times training steps there
+        known.remove("step")
+        if "step" in args.rows:
+            parser.error("the row 'step' is of a CPU; run: python -m benchmarks.gpu --only speed")
     torch.manual_seed(0)
     path = HERE / "results" / f"{device.type}.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     flush=True,
                 )
             missed += [row.what for row in rows if not row.met]
-        kept[name] = {"measured": measured, "where": where(device)}
+        kept[name] = {"measured": measured, "where": where(device, PEERS)}
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     update_page(PAGE, HERE / "results")
@@ -104,33 +106,6 @@ def require_peers(rows: Sequence[str]) -> None:
             f"the row {row!r} is timed against {name}, which is not installed; run: pip install -r "
             "benchmarks/requirements.txt, or name other rows"
         )
-
-
-def installed(package: str) -> str | None:
-    """Return the version of a package; None if it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def where(device: torch.device) -> dict[str, Any]:
-    """Return hardware, versions and date of a measurement."""
-    return {
-        "device": device_name(device),
-        "date": date.today().isoformat(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "versions": {name: installed(name) for name in PEERS},
-        "commit": environment()["commit"],
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of the hardware."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from conftest import randomise_updates, tiny_model, write_slices
 
 import test
 from benchmarks import __main__ as benchmarks
-from benchmarks import scaling, scenes, table, testing
+from benchmarks import scaling, scenes, table, testing, where
 from benchmarks.plain import plain_copy, plain_sample, plain_test
 from benchmarks.timing import Comparison, DisagreementError, Row, compare
 from common.errors import exit_on_bad_input
@@ -159,7 +159,7 @@ def test_missing_peers_are_named_before_anything_is_measured(
     def absent(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(benchmarks, "version", absent)
+    monkeypatch.setattr(where, "version", absent)
     monkeypatch.setattr(benchmarks, "ROWS", dict.fromkeys(benchmarks.ROWS))
     with pytest.raises(SystemExit) as stop, exit_on_bad_input():
         benchmarks.main(flags)
@@ -169,4 +169,4 @@ def test_missing_peers_are_named_before_anything_is_measured(
     else:
         assert stop.value.code == 2 and told.err.startswith("error: the row 'encoder' is timed")
         assert "pip install -r benchmarks/requirements.txt" in told.err
-    assert benchmarks.where(torch.device("cpu"))["versions"]["transformers"] is None
+    assert where.where(torch.device("cpu"), benchmarks.PEERS)["versions"]["transformers"] is None

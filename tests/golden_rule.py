@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import zlib
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import torch
 
 from lora import LoRAModel
 from segment_anything import sam_model_registry
+from trainer import StepOptions, freeze_unreached, learning_rate, make_optimizer, training_step
+from training.losses import SegmentationLoss
 
 GOLDEN = Path(__file__).parent / "golden"
 MODULES = {
@@ -76,9 +80,46 @@ def read_npz(name: str) -> dict[str, np.ndarray]:
         return dict(archive)
 
 
+def golden_bound(expected: np.ndarray) -> float:
+    """Return the largest absolute error: 1e-5 + 1e-4 · (largest absolute value)."""
+    return 1e-5 + 1e-4 * float(np.abs(expected).max())
+
+
 def assert_golden(found: torch.Tensor | np.ndarray, expected: np.ndarray) -> None:
-    """Require an absolute error of at most 1e-5 + 1e-4 · (largest absolute value)."""
+    """Require an absolute error within `golden_bound`."""
     found = found.detach().numpy() if isinstance(found, torch.Tensor) else found
     assert found.shape == expected.shape
-    bound = 1e-5 + 1e-4 * np.abs(expected).max()
-    assert np.abs(found - expected).max() <= bound
+    assert np.abs(found - expected).max() <= golden_bound(expected)
+
+
+def golden_steps(
+    variant: str, device: torch.device
+) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
+    """Make the eight golden training steps.
+
+    Yields:
+        Of each step, what was found (`lr_used`, `grad_norm` and the loss terms) and the reference.
+    """
+    expected = read_json(f"train_{variant}.json")
+    model = golden_model(224, variant, zero_up=True).to(device)
+    freeze_unreached(model)
+    criterion = SegmentationLoss(9, dice_weight=0.8)
+    optimizer = make_optimizer(model, adamw=True, base_lr=expected["base_lr"])
+    for step, reference in enumerate(expected["steps"]):
+        rng = np.random.default_rng([0, 100 + step])
+        image = rng.random((expected["batch"], 1, 224, 224), dtype=np.float32)
+        label = rng.integers(0, 9, (expected["batch"], 7, 7)).repeat(8, 1).repeat(8, 2)
+        batch = {
+            "image": torch.from_numpy(image).repeat(1, 3, 1, 1).to(device),
+            "low_res_label": torch.from_numpy(label).to(device),
+        }
+        lr = learning_rate(
+            step,
+            base_lr=expected["base_lr"],
+            warmup=expected["warmup_period"],
+            max_iterations=expected["max_iterations"],
+            exponent=0.9,
+        )
+        options = StepOptions(clip_grad=math.inf)  # measures the norm and changes nothing
+        terms, _ = training_step(model, batch, criterion, optimizer, lr, options)
+        yield {"lr_used": lr} | {name: value.item() for name, value in terms.items()}, reference

@@ -18,12 +18,11 @@ from utils import choose_device
 
 from . import scaling
 from .rows import ROWS
-from .table import update_page
+from .table import PAGE, RESULTS, update_page
 from .timing import DisagreementError
 from .where import device_name, installed, where
 
-HERE = Path(__file__).resolve().parent
-PAGE = HERE.parent / "docs" / "benchmarks.md"
+ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("transformers", "MedPy", "scipy", "SimpleITK", "h5py")
 NEEDS = {  # row: peers that it cannot do without; the others are imported by the project itself
     "encoder": ("transformers",),
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "step" in args.rows:
             parser.error("the row 'step' is of a CPU; run: python -m benchmarks.gpu --only speed")
     torch.manual_seed(0)
-    path = HERE / "results" / f"{device.type}.json"
+    path = RESULTS / f"{device.type}.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     missed = []
     for name in args.rows or known:
@@ -91,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept[name] = {"measured": measured, "where": where(device, PEERS)}
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    update_page(PAGE, HERE / "results")
-    print(f"tables: {PAGE.relative_to(HERE.parent)}, numbers: {path.relative_to(HERE.parent)}")
+    update_page(PAGE, RESULTS)
+    print(f"tables: {PAGE.relative_to(ROOT)}, numbers: {path.relative_to(ROOT)}")
     for what in missed:
         print(f"missed: {what}")
     return EXIT_SLOW if missed else 0

@@ -9,7 +9,11 @@ from typing import Any
 from common.writing import atomic_path
 
 from . import scaling
+from .gpu import report
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+RESULTS = Path(__file__).resolve().parent / "results"
+PROOF = "gpu.json"  # what `python -m benchmarks.gpu` found
 START, END = "<!-- measured -->", "<!-- end of measured -->"
 DEVICES = {"cpu": "On a CPU", "cuda": "On a GPU"}
 
@@ -22,6 +26,13 @@ def update_page(page: Path, results: Path) -> None:
     for device, title in DEVICES.items():
         path = results / f"{device}.json"
         kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        proof = results / PROOF
+        if device == "cuda" and proof.is_file():
+            kept_proof = json.loads(proof.read_text(encoding="utf-8"))
+            parts.append(f"### {title}\n\n`make gpu`:\n\n{report.table(kept_proof)}")
+            if not kept:
+                continue
+            title = f"{title}, against other programs"
         parts.append(section(title, device, kept))
     text = before + START + "\n\n" + "\n\n".join(parts) + "\n\n" + END + after
     with atomic_path(page) as temporary:
@@ -32,7 +43,7 @@ def section(title: str, device: str, kept: dict[str, Any]) -> str:
     """Return the tables of one device."""
     lines = [f"### {title}", ""]
     if not kept:
-        command = f"make benchmark DEVICE={device}"
+        command = "make gpu" if device == "cuda" else f"make benchmark DEVICE={device}"
         return "\n".join([*lines, f"Not measured. `{command}` fills this section in."])
     rows = [
         (row, entry["where"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.arguments import ArgumentParser
-from common.errors import exit_on_bad_input
+from common.errors import InputError, exit_on_bad_input
 from common.writing import write_json
 
 from .child import run_child
@@ -77,11 +77,28 @@ def main(
     if args.child is not None:
         run_child(args.child, args.rows_fd, args.device, small=args.small)
         return 0
+    if not args.small:
+        require_gpu(args.device)
     output = args.output or RESULTS / ("gpu_small.json" if args.small else "gpu.json")
     proof = prove(args, stages, output)
     print(f"\n{table(proof)}\nnumbers: {output}", flush=True)
+    if not (args.small or args.only or args.output):
+        from benchmarks.table import PAGE, update_page
+
+        update_page(PAGE, RESULTS)
     rows = [row for stage in proof["stages"].values() for row in stage["rows"]]
     return EXIT_FAILED if any(row["passed"] is False for row in rows) else 0
+
+
+def require_gpu(device: str) -> None:
+    """Raise an `InputError` if the sizes for a GPU would run on a CPU."""
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        raise InputError(
+            f"--device is {device} and PyTorch finds {torch.cuda.device_count()} CUDA GPUs; pass "
+            "--small to run every stage on a CPU, at sizes that prove nothing about speed"
+        )
 
 
 def prove(

@@ -20,6 +20,7 @@ from typing import Any
 from .rows import Row
 
 ROOT = Path(__file__).resolve().parents[2]
+CHILD = ("-m", "benchmarks.gpu")  # how Python starts a child
 KEPT_OF_STDERR = 4000  # characters
 TO_THE_END = "the stage runs to its end"
 
@@ -75,7 +76,7 @@ def run_stage(
 def start(target: str, flags: Sequence[str], log: Path) -> Child:
     """Start a child in its own session, so that it can be killed with all it has started."""
     reading, writing = os.pipe()
-    command = [sys.executable, "-m", "benchmarks.gpu", "--child", target]
+    command = [sys.executable, *CHILD, "--child", target]
     try:
         with log.open("wb") as file:
             process = subprocess.Popen(

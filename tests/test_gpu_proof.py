@@ -1,0 +1,253 @@
+"""The proof on a GPU: whatever a stage does, the others run and the JSON holds what was found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import table
+from benchmarks.gpu import __main__ as proof
+from benchmarks.gpu import attention, child, repeats, report, running, syncs
+from benchmarks.gpu.rows import Row, Setting, at_least, at_most, from_json, holds, not_run, to_json
+from common.errors import InputError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CPU = Setting(torch.device("cpu"), small=True)
+# A child as the runner starts it, without the seconds of importing PyTorch.
+FAKE_CHILD = """
+import json, os, signal, subprocess, sys, time
+kind = sys.argv[sys.argv.index("--child") + 1]
+descriptor = int(sys.argv[sys.argv.index("--rows_fd") + 1])
+
+def send(content):
+    os.write(descriptor, json.dumps(content).encode() + b"\\n")
+
+send({"where": {"device": "fake", "date": "d", "python": "3", "torch": "2", "versions": {},
+      "commit": None}})
+print('{"row": "stray"}')
+print("stray\\n" * 100_000, file=sys.stderr)
+send({"row": {"what": kind, "value": 1.0}})
+if kind == "crash":
+    raise ValueError("what broke")
+if kind == "hang":
+    time.sleep(60)
+if kind == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if kind == "orphan":
+    orphan = subprocess.Popen(["sleep", "60"], pass_fds=(descriptor,))
+    send({"row": {"what": "orphan", "value": float(orphan.pid)}})
+send({"row": {"what": "second", "value": "text", "passed": True}})
+if kind != "silent end":
+    send({"finished": True})
+"""
+
+
+@pytest.fixture
+def fake_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "fake_child.py"
+    path.write_text(FAKE_CHILD)
+    monkeypatch.setattr(running, "CHILD", (str(path),))
+
+
+def run(output: Path, *kinds: str, more: tuple[str, ...] = ()) -> tuple[int, dict]:
+    """Run fake stages; return the exit code and the content of the JSON."""
+    stages = {kind: (kind, 0.5) for kind in kinds}
+    code = proof.main(["--small", "--device", "cpu", "--output", str(output), *more], stages)
+    return code, json.loads(output.read_text())
+
+
+@pytest.mark.usefixtures("fake_child")
+def test_a_stage_that_breaks_ends_alone_and_says_how(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    counts = []
+
+    def written(path: Path, content: dict) -> None:
+        write(path, content)
+        stages = json.loads(path.read_text())["stages"].values()
+        counts.append(sum(len(stage["rows"]) for stage in stages))
+
+    write = proof.write_json
+    monkeypatch.setattr(proof, "write_json", written)
+    code, found = run(tmp_path / "o.json", "crash", "hang", "killed", "silent end", "good")
+    assert code == proof.EXIT_FAILED and found["where"]["device"] == "fake"
+    rows = {name: [from_json(row) for row in s["rows"]] for name, s in found["stages"].items()}
+    assert [row.what for row in rows["good"]] == ["good", "second"]
+    assert all(stage[0] == Row(name, 1.0) for name, stage in rows.items())
+    ends = {name: stage[-1] for name, stage in rows.items() if name != "good"}
+    assert all(row.passed is False and row.what == running.TO_THE_END for row in ends.values())
+    assert ends["crash"].value == "ended with code 1"
+    assert ends["crash"].note == "ValueError: what broke"
+    assert ends["hang"].value == "killed after 2 s, the stage's deadline"
+    assert ends["killed"].value == "killed by SIGKILL"
+    assert ends["silent end"].value == "ended with code 0"  # it said nothing of its end
+    assert found["stages"]["crash"]["stderr"].endswith("ValueError: what broke")
+    assert len(found["stages"]["crash"]["stderr"]) <= running.KEPT_OF_STDERR
+    assert counts == sorted(counts) and set(range(1, 12)) <= set(counts)  # one row at a time
+    told = capsys.readouterr().out
+    assert "| crash | the stage runs to its end | ended with code 1 |" in told
+    assert "2 PASS, 4 FAIL, 5 figure, 0 not run. fake, d, Python 3, torch 2" in told
+
+
+@pytest.mark.usefixtures("fake_child")
+def test_what_a_stage_leaves_behind_is_ended(tmp_path: Path):
+    started = time.monotonic()
+    code, found = run(tmp_path / "o.json", "orphan")
+    assert code == 0 and time.monotonic() - started < 2  # not the 60 s of the process it left
+    pid = int(found["stages"]["orphan"]["rows"][1]["value"])
+    status = Path(f"/proc/{pid}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+@pytest.mark.usefixtures("fake_child")
+def test_the_total_deadline_ends_a_stage_and_leaves_out_the_rest(tmp_path: Path):
+    more = ("--deadline", "0.01")
+    code, found = run(tmp_path / "o.json", "hang", "good", more=more)
+    assert code == proof.EXIT_FAILED
+    late, left_out = (stage["rows"][-1] for stage in found["stages"].values())
+    assert late["value"] == "killed after 1 s, the total deadline of 0.01 minutes"
+    assert from_json(left_out) == not_run(
+        "the stage", "it would start after the total deadline of 0.01 minutes"
+    )
+    assert run(tmp_path / "o.json", "good", "hang", more=("--only", "good"))[0] == 0
+
+
+FAKE_STAGES = """
+import sys
+from benchmarks.gpu.rows import Row, at_most
+
+def stage(setting):
+    assert setting.small
+    print("a stray print")
+    yield at_most("error", float("nan"), 1)
+    yield Row("figure", float("inf"))
+    yield Row("value", 0.5, "ms")
+    raise RuntimeError("broken")
+"""
+
+
+def test_the_child_sends_each_row_and_no_nan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    (tmp_path / "fake_stages.py").write_text(FAKE_STAGES)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "rows"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+    with pytest.raises(RuntimeError, match="broken"):
+        child.run_child("fake_stages:stage", descriptor, "cpu", small=True)
+    os.close(descriptor)
+    assert "a stray print" in capfd.readouterr().out
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is not JSON")
+
+    first, *rest = (
+        json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()
+    )
+    assert first["where"]["torch"] == torch.__version__ and "commit" in first["where"]
+    error, figure, value = (from_json(content["row"]) for content in rest)
+    assert (error.value, error.passed, error.verdict) == ("nan", False, "FAIL")
+    assert (figure.value, figure.passed) == ("inf", False)
+    assert value == Row("value", 0.5, "ms") and value.verdict == "figure"
+
+
+def test_rows_say_whether_a_bound_holds():
+    assert at_most("a", 1, 1).passed and not at_most("a", 1.01, 1).passed
+    assert at_least("a", 1, 1).passed and not at_least("a", 0.99, 1).passed
+    assert not at_most("a", float("nan"), 1).passed and not at_least("a", float("nan"), 1).passed
+    assert holds("a", True).verdict == "PASS" and holds("a", False).verdict == "FAIL"
+    assert not_run("a").verdict == "not run" and not_run("a").note == "needs CUDA"
+    assert to_json(Row("a", torch.tensor(2.0)))["value"] == 2.0
+
+
+def test_the_sizes_of_a_gpu_do_not_run_on_a_cpu():
+    with pytest.raises(InputError, match="pass --small"):
+        proof.main(["--device", "cpu"])
+
+
+def test_every_stage_can_be_imported_on_a_bare_machine():
+    """A PyTorch machine has none of these packages, and the proof must run there."""
+    absent = ["SimpleITK", "nibabel", "tensorboardX", "medpy", "icecream", "pydicom"]
+    script = "import sys, importlib\n"
+    script += f"sys.modules |= dict.fromkeys({absent})\n"
+    script += "from benchmarks.gpu.__main__ import STAGES\n"
+    script += "for target, _ in STAGES.values():\n"
+    script += "    module, name = target.split(':')\n"
+    script += "    assert getattr(importlib.import_module(module), name).__doc__\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_page_shows_the_proof(tmp_path: Path):
+    rows = [to_json(at_most("error | of a", 0.5, 1, "mm")), to_json(not_run("b"))]
+    where = {"device": "card", "date": "d", "python": "3", "torch": "2", "commit": "c"}
+    content = {"where": where | {"versions": {}}, "stages": {"s": {"rows": rows}}}
+    (tmp_path / table.PROOF).write_text(json.dumps(content))
+    page = tmp_path / "page.md"
+    page.write_text(f"{table.START}\n{table.END}\n")
+    table.update_page(page, tmp_path)
+    text = page.read_text()
+    assert "| s | error / of a | 0.5 mm | ≤ 1 | PASS |" in text
+    assert "| s | b | – |  | not run: needs CUDA |" in text and "card, d, Python 3" in text
+    assert report.counts(content) == "1 PASS, 0 FAIL, 0 figure, 1 not run"
+
+
+@pytest.mark.parametrize("window", [14, None])
+def test_the_stage_of_attention_sees_a_wrong_gradient(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    row = attention.attention_row(CPU.device, 15, window, 64, torch.float32)
+    assert row.passed and row.value < 1e-5
+    assert "_scaled_dot_product_flash_attention_for_cpu_backward" in row.note
+    # Then the gradients of two runs are added.
+    monkeypatch.setattr(torch.nn.Module, "zero_grad", lambda self: None)
+    assert not attention.attention_row(CPU.device, 15, window, 64, torch.float32).passed
+
+
+def test_a_wait_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch):
+    """On a fake GPU that refuses the second time, as PyTorch does in this mode."""
+    modes, calls = [], []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def steps() -> None:
+        calls.append(modes[-1:])
+        if modes:
+            raise RuntimeError("called a synchronizing CUDA operation\nmore")
+
+    row = syncs.waits_for_nothing("steps", steps, torch.device("cuda"))
+    assert row.passed is False and calls == [[], ["error"]] and modes == ["error", "default"]
+    assert row.note.startswith("called a synchronizing CUDA operation, in test_gpu_proof.py:")
+    assert syncs.waits_for_nothing("steps", lambda: None, torch.device("cuda")).passed
+
+
+def test_the_digest_sees_every_bit():
+    state = {"a": [torch.tensor([1.0, 2.0])], "lr": 0.1}
+    same = {"a": [torch.tensor([1.0, 2.0])], "lr": 0.1}
+    assert repeats.digest(state) == repeats.digest(same)
+    others = [
+        {"a": [torch.tensor([1.0, 2.0 + 2.4e-7])], "lr": 0.1},
+        {"a": [torch.tensor([1.0, 2.0])], "lr": 0.1000001},
+        {"a": [torch.tensor([1.0, 2.0], dtype=torch.float64)], "lr": 0.1},
+        {"a": [torch.tensor([-0.0])]},
+        {"a": [torch.tensor([0.0])]},
+    ]
+    assert len({repeats.digest(content) for content in [state, *others]}) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["machine", "attention", "syncs", "repeats", "memory"])
+def test_a_small_stage_runs_to_its_end(name: str, tmp_path: Path):
+    output = tmp_path / "o.json"
+    code = proof.main(["--small", "--device", "cpu", "--only", name, "--output", str(output)])
+    rows = json.loads(output.read_text())["stages"][name]["rows"]
+    assert code == 0 and rows and all(row["what"] != running.TO_THE_END for row in rows)

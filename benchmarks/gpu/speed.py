@@ -6,6 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -97,8 +98,8 @@ def speed(setting: Setting) -> Iterator[Row]:
         if key not in estimates:
             estimates[key] = estimated_memory(network, case, *key)
         twin = copy.deepcopy(network).to(device)
-        step = way.step(twin, batch)
-        found = measure(step, len(batch["image"]), setting)
+        step = partial(way.updates(twin, case.batch), batch)
+        found = measure(step, case.batch, setting)
         yield _speed_row(str(way), found, ceilings)
         yield _memory_row(str(way), found, estimates[key])
         yield from launch_rows(way, step, found, device)

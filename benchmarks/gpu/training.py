@@ -91,15 +91,16 @@ class Way:
         seed_everything(0, deterministic=self.deterministic)
         allow_tf32(self.precision == "tf32")
 
-    def step(
-        self, network: nn.Module, batch: dict[str, torch.Tensor]
-    ) -> Callable[[], torch.Tensor]:
-        """Return a function that makes one update by AdamW and returns the loss, on the device."""
+    def updates(
+        self, network: nn.Module, batch_size: int
+    ) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+        """Return a function from a batch to the loss, on the device, after an update by AdamW."""
         criterion = SegmentationLoss(CLASSES, 0.8)
         optimizer = make_optimizer(network, adamw=True, base_lr=LR)
-        at_once = -(-len(batch["image"]) // self.parts)
-        options = StepOptions(at_once=at_once, amp_dtype=self.amp_dtype)
-        return lambda: training_step(network, batch, criterion, optimizer, LR, options)[0]["loss"]
+        options = StepOptions(at_once=-(-batch_size // self.parts), amp_dtype=self.amp_dtype)
+        return lambda batch: training_step(network, batch, criterion, optimizer, LR, options)[0][
+            "loss"
+        ]
 
 
 def median_seconds(step: Callable[[], object], setting: Setting) -> float:

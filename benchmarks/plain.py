@@ -184,7 +184,20 @@ def plain_test(
 
     with h5py.File(path, "r") as file:
         image, label = file["image"][()], file["label"][()]
-    prediction = np.zeros_like(label)
+    prediction = plain_prediction(image, net, input_size=input_size, image_size=image_size)
+    scores = [medpy_scores(prediction == c, label == c) for c in range(1, classes + 1)]
+    for suffix, array in (("pred", prediction), ("img", image), ("gt", label)):
+        volume = sitk.GetImageFromArray(array.astype(np.float32))
+        volume.SetSpacing((1, 1, 1))
+        sitk.WriteImage(volume, str(folder / f"{path.name}_{suffix}.nii.gz"))
+    return prediction, scores
+
+
+def plain_prediction(
+    image: np.ndarray, net: nn.Module, *, input_size: int, image_size: int
+) -> np.ndarray:  # (D, H, W) -> (D, H, W) uint8
+    """Segment one volume as the original does, a slice at a time."""
+    prediction = np.zeros(image.shape, dtype=np.uint8)
     for index, plane in enumerate(image):
         small = plain_zoom(plane, (input_size, input_size), order=3)
         inputs = plain_zoom(small, (image_size, image_size), order=3)
@@ -195,9 +208,4 @@ def plain_test(
         prediction[index] = (
             out if out.shape == plane.shape else plain_zoom(out, plane.shape, order=0)
         )
-    scores = [medpy_scores(prediction == c, label == c) for c in range(1, classes + 1)]
-    for suffix, array in (("pred", prediction), ("img", image), ("gt", label)):
-        volume = sitk.GetImageFromArray(array.astype(np.float32))
-        volume.SetSpacing((1, 1, 1))
-        sitk.WriteImage(volume, str(folder / f"{path.name}_{suffix}.nii.gz"))
-    return prediction, scores
+    return prediction

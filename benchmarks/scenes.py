@@ -20,7 +20,7 @@ from config.flags import test_parser
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.registry import SYNAPSE
 from lora import LoRAModel
-from preprocess.phantom_volume import make_phantom
+from preprocess.phantom_volume import Phantom, make_phantom
 from sam_lora_image_encoder import LoRA_Sam
 from segment_anything import sam_model_registry
 
@@ -54,16 +54,21 @@ def scene(slices: int = 150, size: int = 512) -> Scene:
     The prediction is the label under a smooth random warp of a few voxels: it finds every organ,
     none perfectly, and its surfaces are like those of a fair segmentation.
     """
-    phantom = make_phantom(3, size=size, slices=-(-slices // 3))  # slices of 5 mm
+    image, label = prepared(make_phantom(3, size=size, slices=-(-slices // 3)))  # slices of 5 mm
+    image, label = (
+        np.repeat(a, 3, axis=0)[:slices] for a in (image, label)
+    )  # thin slices, about as many as a BTCV scan has
+    return Scene(image, label, warped(label))
+
+
+def prepared(phantom: Phantom) -> tuple[np.ndarray, np.ndarray]:
+    """Return image (float32 in [0, 1]) and classes (uint8) of a phantom, as preprocess does."""
     low, high = SYNAPSE.intensity.low, SYNAPSE.intensity.high
     image = ((phantom.image.clip(low, high) - low) / (high - low)).astype(np.float32)
     to_class = np.zeros(256, dtype=np.uint8)
     for raw, index in SYNAPSE.raw_labels.items():
         to_class[raw] = index
-    image, label = (
-        np.repeat(a, 3, axis=0)[:slices] for a in (image, to_class[phantom.label])
-    )  # thin slices, about as many as a BTCV scan has
-    return Scene(image, label, warped(label))
+    return image, to_class[phantom.label]
 
 
 def warped(label: np.ndarray) -> np.ndarray:

@@ -66,6 +66,13 @@ class Ceilings:
     datasheet: float | None
     measured: float
 
+    @classmethod
+    def of(cls, operations: int, setting: Setting) -> Ceilings:
+        """Measure the speed of a large product, and look up the datasheet's."""
+        on_gpu = setting.device.type == "cuda"
+        name = torch.cuda.get_device_name(setting.device) if on_gpu else ""
+        return cls(operations, datasheet_peak(name), product_speed(setting, torch.bfloat16))
+
     def shares(self, speed: Speed) -> dict[str, float | None]:
         """Return the share of each peak in %."""
         rate = 100 * self.operations * speed.images_per_s
@@ -83,12 +90,12 @@ def speed(setting: Setting) -> Iterator[Row]:
     note = f"forward {trained[0] / 1e9:.4g}, backward {trained[1] / 1e9:.4g}; "
     note += f"{sum(every) / 1e9:.4g} if frozen weights had gradients too"
     yield Row("operations of a training image, plain form", sum(trained) / 1e9, "GFLOP", note=note)
-    ceilings = Ceilings(sum(trained), _datasheet(device), product_speed(setting, torch.bfloat16))
+    ceilings = Ceilings.of(sum(trained), setting)
     plain = measure_plain(network, case, setting)
     if plain is None:
         yield not_run("speed, plain fp32", "the memory is too small for a quarter of the batch")
     else:
-        yield _speed_row("plain fp32, as the original computes", plain, ceilings)
+        yield speed_row("plain fp32, as the original computes", plain, ceilings)
         yield _memory_row("plain fp32", plain)
     batch = case.slices(case.batch, device)
     estimates: dict[tuple[torch.dtype | None, int], float] = {}
@@ -100,7 +107,7 @@ def speed(setting: Setting) -> Iterator[Row]:
         twin = copy.deepcopy(network).to(device)
         step = partial(way.updates(twin, case.batch), batch)
         found = measure(step, case.batch, setting)
-        yield _speed_row(str(way), found, ceilings)
+        yield speed_row(str(way), found, ceilings)
         yield _memory_row(str(way), found, estimates[key])
         yield from launch_rows(way, step, found, device)
         if way == PROMISED:
@@ -112,11 +119,6 @@ def _all_trained(network: nn.Module) -> nn.Module:
     twin = copy.deepcopy(network)
     twin.train_all_weights()
     return twin
-
-
-def _datasheet(device: torch.device) -> float | None:
-    on_gpu = device.type == "cuda"
-    return datasheet_peak(torch.cuda.get_device_name(device)) if on_gpu else None
 
 
 def measure_plain(network: nn.Module, case: Case, setting: Setting) -> Speed | None:
@@ -169,7 +171,8 @@ def estimated_memory(
     return sum(parts.values())
 
 
-def _speed_row(what: str, found: Speed, ceilings: Ceilings) -> Row:
+def speed_row(what: str, found: Speed, ceilings: Ceilings) -> Row:
+    """Return the images per second, and which share of the peaks they are."""
     shares = ", ".join(
         f"{share:.3g} % of the {name} bf16 peak"
         for name, share in ceilings.shares(found).items()

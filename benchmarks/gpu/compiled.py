@@ -1,0 +1,58 @@
+"""A training step whose encoder blocks are compiled one by one."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from functools import partial
+
+from benchmarks import scenes
+from benchmarks.timing import timed
+from utils import allow_tf32, seed_everything
+
+from .rows import Row, Setting, at_most
+from .speed import Ceilings, measure, speed_row
+from .training import Case, Way
+from .work import step_operations
+
+# Blocks of windows, blocks of the whole image, and the first block, whose input needs no gradient.
+GRAPHS_OF_A_SHAPE = 3
+MOST_DIFFERENCE = 0.02  # of the loss from the eager one, in bf16
+HOPED = "hoped on an H100: 450 to 500 images/s"
+
+
+def compiled(setting: Setting) -> Iterator[Row]:
+    """Train on batches of 24, 3 and 24 slices: seconds to compile, graphs, images a second."""
+    from torch._dynamo.utils import counters
+
+    from training.compiling import compile_blocks
+
+    case, device, way = Case.of(setting), setting.device, Way("bf16")
+    # An earlier run must not have left its code.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scenes.scratch_folder())
+    seed_everything(0, deterministic=True, compiles=True)
+    allow_tf32(False)
+    network = case.network(device)
+    ceilings = Ceilings.of(sum(step_operations(network, case.image_size)), setting)
+    whole, odd = (case.slices(count, device) for count in (case.batch, max(1, case.batch // 8)))
+    eager = way.updates(copy.deepcopy(network), case.batch)(whole)
+    # On a CPU, Inductor would need a C++ compiler and minutes.
+    compile_blocks(network, "aot_eager" if setting.small else "inductor")
+    update = way.updates(network, case.batch)
+    counters.clear()
+    graphs, losses = [], []
+    for batch in (whole, odd, whole):
+        before = counters["stats"]["unique_graphs"]
+        seconds = timed(lambda batch=batch: losses.append(update(batch)), device)
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+        what = f"step {len(graphs)}, {len(batch['image'])} slices, compiled blocks"
+        yield Row(what, seconds, "s", note=f"{graphs[-1]} graphs compiled")
+    right = graphs == [GRAPHS_OF_A_SHAPE, GRAPHS_OF_A_SHAPE, 0]
+    expected = f"{GRAPHS_OF_A_SHAPE} for each shape, none when it comes again"
+    yield Row("graphs of the three steps", " + ".join(map(str, graphs)), "", expected, right)
+    difference = float((losses[0] - eager).abs())
+    yield at_most("loss of the first step: difference from eager", difference, MOST_DIFFERENCE)
+    found = measure(partial(update, whole), case.batch, setting)
+    row = speed_row(f"{way}, compiled blocks", found, ceilings)
+    yield Row(row.what, row.value, row.unit, note=f"{row.note}; {HOPED}")

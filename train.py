@@ -32,8 +32,14 @@ from distributed.ranks import Ranks, joined, local_device
 from lora import LoRAModel
 from trainer import freeze_unreached, trainer_synapse
 from training.data_check import Page, describe
-from training.memory import out_of_memory
-from training.resuming import earlier_starts, has_state, set_aside, unlike_before
+from training.memory import choose_at_once, out_of_memory
+from training.resuming import (
+    at_once_before,
+    earlier_starts,
+    has_state,
+    set_aside,
+    unlike_before,
+)
 from training.validation import hold_out
 from utils import (
     allow_tf32,
@@ -46,6 +52,8 @@ from utils import (
 
 # The key under which torchrun's store keeps the run folder for ranks that are started again.
 RUN = "run"
+# File in the run folder: the environments of all starts of the run.
+STARTS = "environment.json"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,7 +84,7 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     facts = dataset.check() if ranks.first else []
     model, low_res = build_model(args, device, move_heads=True)
     freeze_unreached(model)
-    folder = page = None
+    folder, starts, start, goes_on, page = None, [], {}, False, None
     if ranks.first:
         record_training_data(args, facts, left)
         cases = {case: part.sample_list for case, part in held_out.items()}
@@ -84,7 +92,13 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
         args.weights = fingerprint_weights(model.sam.base_fingerprint, args.lora_ckpt)
         folder = find_run(args) if args.resume else None
         goes_on = folder is not None and not args.restart and has_state(folder)
-        page = None if goes_on else describe(args, facts, model, device)
+        starts = earlier_starts(folder / STARTS) if goes_on else []
+        start = environment(device) | processors(ranks)
+    before = ranks.from_first(at_once_before(starts, start))
+    processes = processes_here(args.device, args.processes, args.n_gpu) if args.check else None
+    choose_at_once(args, model, ranks, processes=processes, before=before)
+    if ranks.first:
+        page = None if goes_on else describe(args, facts, model, processes or ranks.count)
         if args.check:
             print(page)
         elif folder is None:
@@ -100,7 +114,7 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
         if ranks.first:
             if kept:
                 logging.info("begun anew; what %s held is kept in %s", folder, kept)
-            write_facts(args, folder, page, environment(device) | processors(ranks))
+            write_facts(args, folder, page, start | {"at_once": args.at_once})
             log_warnings(args, page)
             log_model(args, folder, model, resumed=page is None)
         multimask_output = args.num_classes > 1
@@ -111,7 +125,7 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
 
 
 def processors(ranks: Ranks) -> dict[str, int]:
-    """Return what decides in which order numbers are added, and so how they are rounded."""
+    """Return which processors add numbers in their order, and so round them in their way."""
     return {"processes": ranks.count, "threads": torch.get_num_threads()}
 
 
@@ -139,7 +153,7 @@ def write_facts(
         page: what was found in the data; None: the run goes on from a state.
         start: the environment of this start of the run.
     """
-    starts_file = folder / "environment.json"
+    starts_file = folder / STARTS
     starts = earlier_starts(starts_file)
     if page is not None:
         write_json(folder / "check.json", page.facts)

@@ -16,7 +16,9 @@ from datasets.dataset_synapse import Synapse_dataset
 from distributed.ranks import ALONE, Ranks
 from lora.older_module import as_lora_model
 from training.batches import augmented_batch, make_loader
+from training.compiling import compile_blocks
 from training.losses import SegmentationLoss, calc_loss
+from training.memory import choose_at_once
 from training.parts import BatchInParts
 from training.run import TrainingRun
 from training.validation import training_data, validate
@@ -99,7 +101,7 @@ class StepOptions:
         """Return the options that the flags of `train.py` describe."""
         dtype = amp_dtype(device) if args.use_amp else None
         return cls(
-            at_once=args.batch_size,
+            at_once=args.at_once,
             clip_grad=args.clip_grad,
             skip_not_finite=args.skip_nan > 0,
             amp_dtype=dtype,
@@ -130,6 +132,7 @@ def training_step(
     images, labels, scaler = batch["image"], batch["low_res_label"], options.scaler
     for group in optimizer.param_groups:
         group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)  # now, so that the forward pass has their memory
     if len(images):
         forward = partial(_low_res_logits, model, options.amp_dtype)
         parts = BatchInParts(forward, images, options.at_once)
@@ -138,7 +141,6 @@ def training_step(
         parts = None
         logits = images.new_zeros(0, criterion.n_classes, *labels.shape[1:], requires_grad=True)
     terms = criterion(logits, labels)
-    optimizer.zero_grad(set_to_none=True)
     if options.skip_not_finite and not math.isfinite(terms["loss"].item()):
         terms["grad_norm"] = terms["loss"]  # Every step has the same terms.
         return {name: value.detach() for name, value in terms.items()}, logits.detach()
@@ -201,7 +203,9 @@ def trainer_synapse(
     freeze_unreached(model)
     model.require_trained_is_saved()
     model.sam.image_encoder.checkpoint_blocks = args.checkpoint_blocks
-    network = torch.compile(model) if args.compile else model
+    choose_at_once(args, model, ranks)
+    if args.compile:
+        compile_blocks(model)
     criterion = SegmentationLoss(args.num_classes + 1, args.dice_param, ranks.total)
     optimizer = make_optimizer(model, adamw=args.AdamW, base_lr=args.base_lr)
     options = StepOptions.from_flags(args, device, ranks)
@@ -219,7 +223,7 @@ def trainer_synapse(
                     exponent=args.lr_exp,
                 )
                 batch = augmented_batch(slices, epoch, args, low_res, device)
-                terms, logits = training_step(network, batch, criterion, optimizer, lr, options)
+                terms, logits = training_step(model, batch, criterion, optimizer, lr, options)
                 run.end_step(lr, terms, batch, logits)
             run.end_epoch(epoch)
             if run.validates(epoch):

@@ -78,7 +78,7 @@ RECIPE = (
     ),
     Flag(
         "batch_size",
-        "slices that a GPU computes at once",
+        "slices of an update for each GPU of the recipe",
         type=int,
         default=12,
         low=1,
@@ -87,8 +87,8 @@ RECIPE = (
     ),
     Flag(
         "n_gpu",
-        "number of GPUs in the recipe. An update always uses batch_size × n_gpu slices; on fewer "
-        "GPUs they are computed in parts of batch_size",
+        "number of GPUs in the recipe. An update always uses batch_size × n_gpu slices, however "
+        "many GPUs there are",
         type=int,
         default=2,
         low=1,
@@ -253,8 +253,20 @@ TRAIN = {
         *PRECISION,
         PROCESSES,
         Flag(
+            "at_once",
+            "slices that a process computes at once; the other parts of its batch follow, with one "
+            "more forward pass. Default: on a GPU as many as fit into its memory, on a CPU "
+            "batch_size",
+            type=int,
+            low=1,
+            high=100_000,
+            changes_numbers=False,
+            # A matter of the machine: environment.json records what every start used.
+            in_config=False,
+        ),
+        Flag(
             "compile",
-            "compile the network with torch.compile; only worth it on a GPU",
+            "compile the blocks of the encoder with torch.compile; only worth it on a GPU",
             type=bool,
             changes_numbers=False,
         ),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,7 @@ from datasets.names import case_of
 from evaluation import metrics
 from evaluation.metrics import score_volume
 from evaluation.predict_volume import predict_volume
-from lora import LoRAModel
 from lora.adapter_file import read_adapter
-from segment_anything.modeling.relative_attention import folded_attention, place_table
-from training.memory import GIB, estimate_training_memory, kept_for_gradient
 from training.validation import Validation, hold_out, validate
 
 pytestmark = pytest.mark.slow
@@ -274,63 +270,3 @@ def test_check_stops_on_errors(fault: str, data: Path, tmp_path: Path):
     train.main([*flags, "--max_iterations", "1"])  # faulty test data do not prevent training
     (folder,) = (tmp_path / "out").iterdir()
     assert "the test data cannot be used" in (folder / "check.txt").read_text()
-
-
-def estimate(model: LoRAModel, batch: int, **kwargs: object) -> dict[str, float]:
-    return estimate_training_memory(
-        model, batch_size=batch, img_size=64, adamw=True, **{"device_type": "cpu"} | kwargs
-    )
-
-
-def test_memory_is_estimated_without_computing():
-    model = tiny_model()
-    few, many = estimate(model, 1), estimate(model, 8)
-    assert few["weights"] == many["weights"]
-    single, eight = few["activations of 1 slices"], many["activations of 8 slices"]
-    assert 5 * single < eight < 8.5 * single
-    less = estimate(model, 8, checkpoint_blocks=True)
-    assert less["activations of 8 slices"] < 0.7 * eight
-    assert 0 < less["a block computed again"] < 0.5 * eight
-    assert next(model.parameters()).device == torch.device("cpu")
-    assert model.sam.image_encoder.checkpoint_blocks is False
-
-
-def bytes_kept(compute: Callable[[], object], parameters: Iterable[torch.Tensor]) -> int:
-    """Return the bytes that autograd keeps of a computation, without the parameters."""
-    kept: dict[int, int] = {}
-    places = {tensor.data_ptr() for tensor in parameters}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = compute()
-    assert result is not None  # the result keeps the tensors alive until here
-    return sum(size for place, size in kept.items() if place not in places)
-
-
-def test_memory_is_estimated_for_the_device_in_use():
-    model = tiny_model()
-    images = torch.rand(8, 3, 64, 64)
-    real = bytes_kept(lambda: model(images, full_size_masks=False), model.parameters()) / GIB
-    on_cpu = estimate(model, 8)["activations of 8 slices"]
-    assert on_cpu == pytest.approx(real, rel=0.01)
-
-    # The fused kernel of a GPU keeps queries and keys with the extra channels, values, output, and
-    # a sum for each query.
-    q, k, v = (torch.rand(2, 3, 64, 16, device="meta", requires_grad=True) for _ in range(3))
-    rows, columns = (torch.rand(2, 3, 8, 8, 8, device="meta", requires_grad=True) for _ in range(2))
-    place = place_table(8, 16).to("meta")
-    plain, folded, sums = (2 * 3 * 64 * n * 4 for n in (16, 16 + 8 + 8, 1))
-    found = kept_for_gradient(lambda: folded_attention(q, k, v, rows, columns, place), set())
-    assert found == pytest.approx(2 * folded + 2 * plain + sums, abs=64)
-    assert estimate(model, 8, device_type="cuda")["activations of 8 slices"] > on_cpu
-
-
-@pytest.mark.parametrize("flags", [[], ["--checkpoint_blocks"]])
-def test_check_estimates_the_memory_with_the_given_flags(
-    flags: list[str], data: Path, capsys: pytest.CaptureFixture
-):
-    train.main(["--root_path", str(data), *TINY_FLAGS, *FLAGS, *flags, "--check"])
-    assert ("a block computed again" in capsys.readouterr().out) == bool(flags)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.errors import InputError, first_few
 from config.settings import class_names
 from datasets.dataset_synapse import Synapse_dataset
@@ -19,7 +17,13 @@ from datasets.groups import groups_of
 from datasets.names import case_of
 from datasets.prepared_files import SampleFacts
 from lora.model import LoRAModel
-from training.memory import GIB, estimate_training_memory
+from training.memory import (
+    FITS_AGAIN,
+    free_memory,
+    memory_of_step,
+    remedies,
+    slices_of_process,
+)
 
 SHOWN_SHAPES = 6
 # Intensities of a [0, 1] image after a cubic zoom.
@@ -44,7 +48,6 @@ def check_page(
     test: Sequence[SampleFacts],
     class_names: Sequence[str],
     memory: dict[str, float],
-    capacity: float | None = None,
     folder: Path | None = None,
 ) -> Page:
     """Sum up the facts about all samples.
@@ -53,7 +56,6 @@ def check_page(
         train, test: facts about the training slices and the test volumes; test may be empty.
         class_names: names of the classes 1….
         memory: GiB that training needs, for each purpose.
-        capacity: GiB of the GPU; None: there is no GPU.
         folder: holds the data, and the record of their groups; None: only the names tell.
     """
     groups = groups_of([sample.name for sample in train], folder, slices=True)
@@ -75,11 +77,6 @@ def check_page(
         *_classes(train, class_names),
         *_intensities([*train, *test]),
     ]
-    if capacity is not None and total > 0.95 * capacity:
-        warnings.append(
-            f"the GPU has {capacity:.1f} GiB, {total:.1f} are estimated to be needed; lower "
-            "--batch_size (with --global_batch the recipe stays) or pass --checkpoint_blocks"
-        )
     facts = {
         "training_slices": len(train),
         "training_cases": sorted(cases),
@@ -173,9 +170,13 @@ def _intensities(samples: Sequence[SampleFacts]) -> list[str]:
 
 
 def describe(
-    args: argparse.Namespace, facts: list[SampleFacts], model: LoRAModel, device: torch.device
+    args: argparse.Namespace, facts: list[SampleFacts], model: LoRAModel, processes: int
 ) -> Page:
-    """Return the page about the training data, the test volumes beside them, and the memory."""
+    """Return the page about the training data, the test volumes beside them, and the memory.
+
+    Args:
+        processes: number of those that will train, each with `args.at_once` slices at once.
+    """
     tested: list[SampleFacts] = []
     faults: list[str] = []
     root = Path(args.root_path)
@@ -191,19 +192,18 @@ def describe(
                 raise
             # Training does not need the test data.
             faults.append(f"the test data cannot be used: {error}")
-    memory = estimate_training_memory(
-        model,
-        batch_size=args.batch_size,
-        img_size=args.img_size,
-        adamw=args.AdamW,
-        device_type=device.type,
-        checkpoint_blocks=args.checkpoint_blocks,
+    share, device = slices_of_process(args, processes), next(model.parameters()).device
+    memory = memory_of_step(args, model, share, args.at_once)
+    free = free_memory(device) if device.type == "cuda" else None
+    page = check_page(facts, tested, class_names(args), memory, folder=Path(args.root_path))
+    page.lines.append(
+        f"each of {processes} process(es) computes {share} slices of an update, {args.at_once} at "
+        f"once, on {'a CPU' if free is None else f'a GPU with {free:.1f} GiB free'}"
     )
-    capacity = None
-    if device.type == "cuda":
-        capacity = torch.cuda.get_device_properties(device).total_memory / GIB
-    page = check_page(
-        facts, tested, class_names(args), memory, capacity, folder=Path(args.root_path)
-    )
+    if free is not None and (needed := sum(memory.values())) > FITS_AGAIN * free:
+        page.warnings.append(
+            f"the GPU has {free:.1f} GiB free, {needed:.1f} are estimated to be needed; "
+            f"{remedies(args)}"
+        )
     page.warnings.extend(faults)
     return page

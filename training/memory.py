@@ -1,22 +1,36 @@
-"""How much memory a training step needs, counted without computing it."""
+"""How much memory a training step needs, counted without computing it, and how much fits."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from config.train_flags import slices_of_update
+from distributed.ranks import Ranks
 from lora import LoRAModel
+from segment_anything.modeling import relative_attention
 from segment_anything.modeling.relative_attention import Attention
+from training.losses import SegmentationLoss
 
 GIB = 2**30
+# The part of the free memory that an estimate may fill. The rest is for what is not counted: the
+# kernels' own buffers, the libraries, and gaps between the tensors.
+FITS = 0.8
+# A run that goes on keeps the number of slices it began with up to this part.
+FITS_AGAIN = 0.95
 
 
 def estimate_training_memory(
@@ -27,89 +41,244 @@ def estimate_training_memory(
     adamw: bool,
     device_type: str,
     checkpoint_blocks: bool = False,
+    amp_dtype: torch.dtype | None = None,
+    at_once: int | None = None,
 ) -> dict[str, float]:
-    """Return GiB for the weights, for gradients and optimiser, and for the forward pass.
+    """Return GiB for the weights, for gradients and optimiser, and for all else of a training step.
 
-    The network runs on the meta device, where tensors have a shape but no content. Every storage
-    that autograd keeps for the gradient counts once. Temporary buffers, the CUDA context and
-    fragmentation are not counted. `--use_amp` needs less.
+    A step runs on tensors that have a shape but no content, and every storage counts while
+    something holds it. The sum of the parts is the peak. Buffers inside kernels, the CUDA context
+    and fragmentation are not counted.
 
     Args:
         model: network on any device; it is not changed.
-        batch_size: slices computed at once.
+        batch_size: slices of an update that this process computes.
         device_type: "cpu" or "cuda"; attention on a CPU keeps less than on a GPU.
         checkpoint_blocks: the encoder's blocks are computed a second time, one after the other.
+        amp_dtype: dtype of autocast, which keeps the weights in float32; None: full precision.
+        at_once: slices that are computed at a time (`BatchInParts`); None: all.
     """
-    shadow = copy.deepcopy(model).to("meta")
-    for module in shadow.modules():
-        if isinstance(module, Attention):
-            module.device_type = device_type
-    encoder = shadow.sam.image_encoder
-    encoder.checkpoint_blocks = checkpoint_blocks
-    images = torch.empty(batch_size, 3, img_size, img_size, device="meta")
-    parameters = list(shadow.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    trainable = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    excluded = {parameter.untyped_storage()._cdata for parameter in parameters}
+    at_once = min(at_once or batch_size, batch_size)
+    trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    # AdamW keeps two moments, SGD one. The update needs one more value for each weight for a while.
+    moments, update = trainable * (2 if adamw else 1), trainable
+    # Autocast knows no meta tensors, so that it needs the slower fake tensors.
+    device = "meta" if amp_dtype is None else "cpu"
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if amp_dtype else contextlib.nullcontext()
+    with _as_computed(), fake:
+        shadow = _without_content(model, device)
+        for module in shadow.modules():
+            if isinstance(module, Attention):
+                module.device_type = device_type
+        shadow.sam.image_encoder.checkpoint_blocks = checkpoint_blocks
+        images = torch.empty(batch_size, 3, img_size, img_size, device=device)
+        weights = [*shadow.parameters(), *shadow.buffers()]
+        peak = _Peak([*weights, images])
+        with peak:
+            _forward_and_backward(shadow, images, at_once, amp_dtype)
+    weights = sum(tensor.nbytes for tensor in weights)
+    most = max(moments + peak.bytes, weights + moments + trainable + update)
     taken = {
         "weights": weights,
-        "gradients and optimiser": trainable * (3 if adamw else 2),
-        f"activations of {batch_size} slices": kept_for_gradient(
-            lambda: shadow(images, full_size_masks=False), excluded
-        ),
+        "gradients and optimiser": moments + trainable,
+        f"activations of {at_once} slices": max(0, most - weights - moments - trainable),
     }
-    if checkpoint_blocks:
-        with torch.no_grad():
-            tokens = encoder.patch_embed(images)  # (B, H, W, C)
-        taken["a block computed again"] = max(
-            kept_for_gradient(lambda block=block: block(tokens), excluded)
-            for block in encoder.blocks
-        )
     return {name: size / GIB for name, size in taken.items()}
 
 
-def kept_for_gradient(compute: Callable[[], object], excluded: set[int]) -> int:
-    """Return the bytes that autograd keeps of a computation, without the `excluded` storages."""
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in excluded:
-            # Holding the storage keeps its address from being used again.
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
-        compute()
-    return sum(storage.nbytes() for storage in kept.values())
+def _without_content(model: nn.Module, device: str) -> Any:
+    """Return a copy of a network whose parameters and buffers have no content."""
+    copies: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device=device)
+        copies[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+    for buffer in model.buffers():
+        copies[id(buffer)] = torch.empty_like(buffer, device=device)
+    return copy.deepcopy(model, copies).train()
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Count the fused attention of a GPU: on meta, PyTorch uses one that keeps all logits."""
+def _forward_and_backward(
+    model: nn.Module, images: torch.Tensor, at_once: int, amp_dtype: torch.dtype | None
+) -> None:
+    """Do what `training_step` does with a batch, with a single one of its parts."""
 
-    def __torch_function__(
+    def forward() -> torch.Tensor:  # -> (at_once, classes + 1, S/4, S/4)
+        enabled = amp_dtype is not None
+        with torch.autocast("cpu", amp_dtype or torch.bfloat16, enabled=enabled):
+            return model(images[:at_once], full_size_masks=False)["low_res_logits"]
+
+    in_parts = at_once < len(images)
+    with torch.set_grad_enabled(not in_parts):
+        logits = forward()
+    if in_parts:
+        logits = logits.new_empty(len(images), *logits.shape[1:], requires_grad=True)
+    labels = torch.empty_like(logits[:, 0], dtype=torch.int64)
+    SegmentationLoss(logits.shape[1], 0.5)(logits, labels)["loss"].backward()
+    if in_parts:
+        forward().backward(logits.grad[:at_once])
+
+
+class _Peak(TorchDispatchMode):
+    """Measures how many bytes all storages have together that something holds.
+
+    Args:
+        tensors: those that exist before.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.bytes = 0  # the largest sum so far
+        self.now = 0  # an upper bound of the sum
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._add(tensors)
+
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is F.scaled_dot_product_attention and "attn_mask" not in (kwargs or {}):
-            # The kernel for float32.
-            fused = torch.ops.aten._scaled_dot_product_efficient_attention
-            return fused(*args, attn_bias=None, compute_log_sumexp=True, **(kwargs or {}))[0]
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self._add(x for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+        return result
+
+    def _add(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._drop([storage._cdata])  # An address is used again.
+            if storage._cdata not in self.held:
+                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self.now += storage.nbytes()
+        if self.now > self.bytes:
+            self._drop(list(self.held))
+            self.bytes = max(self.bytes, self.now)
+
+    def _drop(self, keys: Sequence[int]) -> None:
+        """Forget the storages that nothing holds any more."""
+        for key in keys:
+            if key in self.held and self.held[key][0].expired():
+                self.now -= self.held.pop(key)[1]
+
+
+@contextlib.contextmanager
+def _as_computed() -> Iterator[None]:
+    """Keep what the kernels of a GPU and a CPU keep, where tensors have no content.
+
+    PyTorch would choose an attention that keeps all logits, and a CPU's attention would take
+    seconds for its many chunks.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def fused(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, **options: Any
+    ) -> torch.Tensor:
+        if attn_mask is not None:
+            return plain(q, k, v, attn_mask, **options)
+        if torch.is_autocast_enabled("cpu"):
+            q, k, v = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (q, k, v))
+        # The kernel for float32 keeps what the flash kernels of 16 bits keep.
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        return kernel(q, k, v, None, True, **options)[0]
+
+    with (
+        patch.object(F, "scaled_dot_product_attention", fused),
+        patch.object(relative_attention, "chunks", lambda q: ()),
+    ):
+        yield
+
+
+def choose_at_once(
+    args: argparse.Namespace,
+    model: LoRAModel,
+    ranks: Ranks,
+    *,
+    processes: int | None = None,
+    before: int | None = None,
+) -> None:
+    """Set `args.at_once`, the slices that a process computes at a time, unless it is given.
+
+    On a GPU these are all of its slices of an update, or the largest equal parts that fit. On a CPU
+    they are `args.batch_size`.
+
+    Args:
+        processes: number of those that will train; None: `ranks.count`.
+        before: slices at once at an earlier start of the run, kept if they fit: so the run goes on
+            with the same bits.
+    """
+    share = slices_of_process(args, processes or ranks.count)
+    chosen, device = args.at_once, next(model.parameters()).device
+    if chosen is None and device.type == "cuda":
+        chosen = -ranks.agree(-_most_that_fit(args, model, share, free_memory(device), before))
+    args.at_once = min(chosen or args.batch_size, share)
+
+
+def slices_of_process(args: argparse.Namespace, processes: int) -> int:
+    """Return the largest number of slices of an update that one of the processes computes."""
+    return -(-slices_of_update(vars(args)) // processes)
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the GiB of a GPU that this process holds or may still take."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return (free + torch.cuda.memory_reserved(device)) / GIB
+
+
+def memory_of_step(
+    args: argparse.Namespace, model: LoRAModel, share: int, at_once: int
+) -> dict[str, float]:
+    """Return `estimate_training_memory` for the flags of `train.py`."""
+    return estimate_training_memory(
+        model,
+        batch_size=share,
+        img_size=args.img_size,
+        adamw=args.AdamW,
+        device_type=next(model.parameters()).device.type,
+        checkpoint_blocks=args.checkpoint_blocks,
+        amp_dtype=torch.bfloat16 if args.use_amp else None,  # fp16 takes as much
+        at_once=at_once,
+    )
+
+
+def _most_that_fit(
+    args: argparse.Namespace, model: LoRAModel, share: int, free: float, before: int | None
+) -> int:
+    """Return how many of `share` slices fit at once into the `free` GiB, at least 1."""
+    if before is not None:
+        before = min(before, share)
+        if sum(memory_of_step(args, model, share, before).values()) <= FITS_AGAIN * free:
+            return before
+    sizes = sorted({-(-share // parts) for parts in range(1, share + 1)}, reverse=True)
+    while True:
+        memory = memory_of_step(args, model, share, sizes[0])
+        *fixed, activations = memory.values()
+        room = FITS * free - sum(fixed)
+        if len(sizes) == 1 or activations <= room:
+            return sizes[0]
+        # The activations grow about in proportion, so that hopeless sizes are not tried.
+        hopeful = [size for size in sizes[1:] if size * activations <= sizes[0] * room]
+        sizes = hopeful or sizes[-1:]
 
 
 def out_of_memory(error: RuntimeError, args: argparse.Namespace) -> str:
     """Return a sentence for a GPU out of memory: what was missing, and which flags help."""
     text = str(error).splitlines()[0]
-    remedies = []
-    if args.batch_size > 1:
-        fewer = f"--batch_size {args.batch_size // 2} --global_batch {slices_of_update(vars(args))}"
-        remedies.append(f"pass {fewer} (the same recipe)")
-    if not args.checkpoint_blocks:
-        remedies.append("pass --checkpoint_blocks")
-    remedies = remedies or ["pass --use_amp", "a smaller --vit_name"]
     missing = _missing(text)
     how_much = f" by {missing:.2f} GiB" if missing is not None else ""
-    return f"the GPU's memory was too small{how_much} ({text}); {', or '.join(remedies)}"
+    return f"the GPU's memory was too small{how_much} ({text}); {remedies(args)}"
+
+
+def remedies(args: argparse.Namespace) -> str:
+    """Return what makes a run with these flags need less memory."""
+    found = []
+    if args.at_once is not None:  # None: the network itself did not fit.
+        if args.at_once > 1:
+            found.append(f"pass --at_once {args.at_once // 2} (the same recipe)")
+        if not args.checkpoint_blocks:
+            found.append("pass --checkpoint_blocks (the same recipe)")
+        if not found and not args.use_amp:
+            found.append("pass --use_amp")
+    if not found:
+        found.append("end other programs on this GPU")
+    if args.at_once in (None, 1):
+        found.append("pass a smaller --vit_name")
+    return ", or ".join(found)
 
 
 def _missing(text: str) -> float | None:

@@ -17,6 +17,8 @@ from training.run_log import METRICS
 
 # Start of the folders in which `set_aside` keeps what a run left.
 BEFORE = "before-"
+# What decides in which order numbers are added, by its name in environment.json.
+ROUNDING = {"processes": "processes", "threads": "threads", "at_once": "slices at once"}
 
 
 def has_state(folder: Path) -> bool:
@@ -77,13 +79,24 @@ def earlier_starts(path: Path) -> list[dict[str, Any]]:
     return []
 
 
+def at_once_before(starts: Sequence[dict[str, Any]], now: dict[str, Any]) -> int | None:
+    """Return how many slices a run computed at once on such a GPU; None: nothing is known.
+
+    With another GPU or other processes the numbers are rounded differently anyway.
+    """
+    if not starts or any(starts[-1].get(name) != now.get(name) for name in ("gpu", "processes")):
+        return None
+    found = starts[-1].get("at_once")
+    return found if type(found) is int and found > 0 else None
+
+
 def unlike_before(starts: Sequence[dict[str, Any]], now: dict[str, Any]) -> str | None:
-    """Return a sentence if a run goes on with other numbers of processes or threads."""
+    """Return a sentence if a run goes on with other processes, threads or parts of its batches."""
     if not starts:
         return None
     found = [
-        f"{starts[-1][name]} {name} before, {now[name]} now"
-        for name in ("processes", "threads")
-        if name in starts[-1] and starts[-1][name] != now[name]
+        f"{starts[-1][name]} {what} before, {now[name]} now"
+        for name, what in ROUNDING.items()
+        if name in starts[-1] and starts[-1][name] != now.get(name)
     ]
     return f"{', '.join(found)}: the numbers go on equal up to rounding" if found else None

@@ -212,7 +212,7 @@ class TrainingRun:
             self.steps_per_epoch,
             self.sampler.global_batch,
             self.ranks.count,
-            self.args.batch_size,
+            self.args.at_once,
             self.last_step,
             next(self.model.parameters()).device,
             " with --use_amp" if self.args.use_amp else "",

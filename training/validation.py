@@ -118,9 +118,11 @@ def validate(
     names = list(cases)[ranks.rank :: ranks.count]
     model.eval()
     found = {}
-    for name in names:
-        between_cases()
-        found[name] = dsc_of_case(model, cases[name], num_classes, img_size, amp_dtype)
+    # The sizes of validation's batches are not worth compiling for (`--compile`).
+    with torch.compiler.set_stance("force_eager"):
+        for name in names:
+            between_cases()
+            found[name] = dsc_of_case(model, cases[name], num_classes, img_size, amp_dtype)
     model.train()
     every = {name: scores for part in ranks.gather(found) for name, scores in part.items()}
     scores = {name: every[name] for name in cases}

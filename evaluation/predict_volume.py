@@ -32,8 +32,7 @@ def predict_volume(
 
     Cubic zoom brings each slice to `input_size`, the size of the training slices, and then to
     `image_size`. The class with the largest logit at that size returns by nearest neighbour.
-    Slices go to a GPU, and labels come back at once in the end, without waiting in between; see
-    `slice_batches`.
+    A GPU does not wait between batches (see `slice_batches`), and the labels come back all at once.
 
     To compute in bf16 or fp16, call this function inside `torch.autocast`: the network then
     follows it, and the resizing stays in float32.

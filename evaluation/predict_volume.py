@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from common.errors import InputError, first_few
 from datasets.resampling import resize_images, resize_labels
 from evaluation.slice_batches import slice_batches
+from segment_anything.modeling.common import resize_bilinear
 
 Segment = Callable[[torch.Tensor], torch.Tensor]  # images (B, 3, S, S) to logits (B, C, S, S)
 
@@ -72,7 +72,7 @@ def predict_volume(
         labels[start : start + count] = resize_labels(classes.to(torch.uint8), size)
         if on_probabilities is not None:
             probabilities = scores if flips else scores.float().softmax(dim=1)
-            on_probabilities(start, F.interpolate(probabilities, size, mode="bilinear"))
+            on_probabilities(start, resize_bilinear(probabilities, size))
         if progress is not None:
             progress(count)
     _require_finite(finite.cpu().numpy())

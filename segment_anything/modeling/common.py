@@ -1,4 +1,4 @@
-"""The layers that several parts of SAM use."""
+"""The layers that several parts of SAM use, and the resizing of its masks."""
 
 from __future__ import annotations
 
@@ -46,3 +46,17 @@ class MLPBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., C) -> (..., C)
         return self.lin2(self.act(self.lin1(x)))
+
+
+def resize_bilinear(
+    images: torch.Tensor, size: tuple[int, int]
+) -> torch.Tensor:  # (B, C, H, W) -> (B, C, *size)
+    """Interpolate linearly in both axes, as `F.interpolate(mode="bilinear")` does, bit for bit.
+
+    In deterministic mode, `F.interpolate` on a GPU computes by some 36 small kernels in many times
+    the memory, because the gradient of its single kernel is not repeatable. Where no gradient is
+    needed, this function calls the single kernel, whose output always is.
+    """
+    if images.requires_grad and torch.is_grad_enabled():
+        return F.interpolate(images, size, mode="bilinear", align_corners=False)
+    return torch.ops.aten.upsample_bilinear2d.vec(images, size, False, None)

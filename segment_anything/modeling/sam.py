@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .common import resize_bilinear
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import MaskDecoder
 from .prompt_encoder import PromptEncoder
@@ -153,8 +154,8 @@ class Sam(nn.Module):
             (B, masks, *original_size) logits.
         """
         side = self.image_encoder.img_size
-        square = F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)
+        square = resize_bilinear(logits, (side, side))
         masks = square[..., : input_size[0], : input_size[1]]
         if tuple(masks.shape[-2:]) == tuple(original_size):
             return masks
-        return F.interpolate(masks, original_size, mode="bilinear", align_corners=False)
+        return resize_bilinear(masks, original_size)

@@ -96,7 +96,7 @@ def speed(setting: Setting) -> Iterator[Row]:
         yield not_run("speed, plain fp32", "the memory is too small for a quarter of the batch")
     else:
         yield speed_row("plain fp32, as the original computes", plain, ceilings)
-        yield _memory_row("plain fp32", plain)
+        yield memory_row("plain fp32", plain)
     batch = case.slices(case.batch, device)
     estimates: dict[tuple[torch.dtype | None, int], float] = {}
     for way in WAYS:
@@ -108,7 +108,7 @@ def speed(setting: Setting) -> Iterator[Row]:
         step = partial(way.updates(twin, case.batch), batch)
         found = measure(step, case.batch, setting)
         yield speed_row(str(way), found, ceilings)
-        yield _memory_row(str(way), found, estimates[key])
+        yield memory_row(str(way), found, estimates[key])
         yield from launch_rows(way, step, found, device)
         if way == PROMISED:
             yield from goal_rows(found, plain, ceilings)
@@ -182,7 +182,7 @@ def speed_row(what: str, found: Speed, ceilings: Ceilings) -> Row:
     return Row(f"speed, {what}", found.images_per_s, "images/s", note=note)
 
 
-def _memory_row(what: str, found: Speed, estimate: float | None = None) -> Row:
+def memory_row(what: str, found: Speed, estimate: float | None = None) -> Row:
     """Return the peak memory, which may exceed an estimate by what the trainer allows for."""
     name = f"peak memory, {what}"
     if found.memory is None:

@@ -25,11 +25,11 @@ SMALL_SLACK = 4
 # Stages in their order with their deadlines in seconds. They are named by text, so that a module
 # that cannot be imported fails only its own stage.
 STAGES: dict[str, tuple[str, float]] = {
-    "machine": ("benchmarks.gpu.machine:machine", 40),
+    "machine": ("benchmarks.gpu.machine:machine", 30),
     "golden": ("benchmarks.gpu.golden:golden", 60),
     "attention": ("benchmarks.gpu.attention:attention", 40),
     "syncs": ("benchmarks.gpu.syncs:syncs", 40),
-    "repeats": ("benchmarks.gpu.repeats:repeats", 60),
+    "repeats": ("benchmarks.gpu.repeats:repeats", 80),
     "speed": ("benchmarks.gpu.speed:speed", 120),
     "kernels": ("benchmarks.gpu.kernels:kernels", 60),
     "loader": ("benchmarks.gpu.loader:loader", 60),

@@ -10,7 +10,7 @@ import torch
 from benchmarks import scenes
 
 from . import files
-from .programs import Program, start
+from .programs import start
 from .rows import Row, Setting, holds, not_run
 
 # The limit is set in the process of the program, before it starts.
@@ -19,9 +19,9 @@ import sys
 import torch
 from common.errors import exit_on_bad_input
 
-name, share, *argv = sys.argv[1:]
+name, share, device, *argv = sys.argv[1:]
 if float(share) < 1:
-    torch.cuda.set_per_process_memory_fraction(float(share))
+    torch.cuda.set_per_process_memory_fraction(float(share), device)
 program = __import__(name)
 with exit_on_bad_input():
     program.main(argv)
@@ -38,10 +38,11 @@ def memory(setting: Setting) -> Iterator[Row]:
     if on_gpu:
         share = SHARE
         least = WEIGHTS_ONLY / torch.cuda.get_device_properties(setting.device).total_memory
-    running = {
-        name: limited(name, flags, least if name == "predict" else share, folder)
-        for name, flags in commands(setting, folder).items()
-    }
+    running = {}
+    for name, flags in commands(setting, folder).items():
+        limit = least if name == "predict" else share
+        limited = ["-c", LIMITED, name, f"{limit:.6f}", str(setting.device), *flags]
+        running[name] = start(limited, folder / f"{name}.txt")
     for name, program in running.items():
         code, told = program.process.wait(), program.told()
         if not on_gpu:
@@ -54,11 +55,6 @@ def memory(setting: Setting) -> Iterator[Row]:
         which = least if name == "predict" else share
         what = f"{name}.py with {100 * which:.1f} % of the memory: code 2 and one sentence"
         yield holds(what, passed, f"code {code}; {(errors or told or ['it said nothing'])[-1]}")
-
-
-def limited(name: str, flags: list[str], share: float, folder: Path) -> Program:
-    """Start a program with a share of the card's memory; 1: all of it."""
-    return start(["-c", LIMITED, name, f"{share:.6f}", *flags], folder / f"{name}.txt")
 
 
 def commands(setting: Setting, folder: Path) -> dict[str, list[str]]:

@@ -46,7 +46,8 @@ def build_parser(stages: Mapping[str, tuple[str, float]]) -> ArgumentParser:
         prog="python -m benchmarks.gpu",
         description="Prove that the project is right and fast on a GPU: print one table and write\n"
         f"a JSON file, which is complete after every row. Exit code {EXIT_FAILED}: a row failed.\n"
-        "Needs a PyTorch with CUDA, numpy, scipy, h5py, einops, safetensors and tqdm; no network.",
+        "Needs PyTorch with CUDA, numpy, scipy, h5py, einops, safetensors, tqdm, pillow and\n"
+        "matplotlib; no network.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -153,7 +153,7 @@ def milliseconds(
 def first_calls(shape: Shape, kernel: str, setting: Setting) -> Row:
     """Time the first forward pass on batch sizes that the process has not seen."""
     what = f"{shape.name}, bf16, {kernel}: first call on a new batch size"
-    seed_everything(0, deterministic=True)
+    seed_everything(0, deterministic=False)  # In strict determinism PyTorch leaves cuDNN out.
     first, again = [], []
     with sdpa_kernel(KERNELS[kernel]), torch.inference_mode():
         for images in NEW_BATCHES:

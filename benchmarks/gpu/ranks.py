@@ -109,6 +109,7 @@ def in_processes(
         RuntimeError: a process failed; its last line is on stderr.
     """
     folder.mkdir()
+    torch.cuda.empty_cache()  # The processes need the memory.
     command = [sys.executable, "-m", "benchmarks.gpu.ranks", backend, str(folder)]
     processes = [
         subprocess.Popen(

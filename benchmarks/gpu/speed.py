@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity
 from benchmarks.plain import plain_copy, plain_step
 from benchmarks.timing import wait
 from training.losses import SegmentationLoss
-from training.memory import estimate_training_memory
+from training.memory import FITS, estimate_training_memory
 
 from .machine import product_speed
 from .rows import Row, Setting, at_least, at_most, not_run
@@ -33,8 +33,6 @@ WAYS = [
 PROMISED = WAYS[0]
 AIM = 40  # % of the datasheet's bf16 peak
 FASTER, LEANER = 8, 1 / 3  # goals: images/s and memory of PROMISED as multiples of plain fp32
-# The trainer lets an estimate take this share of the free memory, so it may be this much too low.
-TRUSTED = 0.8
 SHOWN = 10  # kernels
 
 
@@ -183,15 +181,19 @@ def speed_row(what: str, found: Speed, ceilings: Ceilings) -> Row:
 
 
 def memory_row(what: str, found: Speed, estimate: float | None = None) -> Row:
-    """Return the peak memory, which may exceed an estimate by what the trainer allows for."""
+    """Return the peak memory.
+
+    The trainer lets an estimate take the share `FITS` of the free memory, so it may be that much
+    too low.
+    """
     name = f"peak memory, {what}"
     if found.memory is None:
         return not_run(name)
     note = f"batch {found.images}"
     if estimate is None:
         return Row(name, found.memory, "GiB", note=note)
-    note += f", estimate {estimate:.3g} GiB / {TRUSTED}"
-    return at_most(name, found.memory, estimate / TRUSTED, "GiB", note)
+    note += f", estimate {estimate:.3g} GiB / {FITS}"
+    return at_most(name, found.memory, estimate / FITS, "GiB", note)
 
 
 def goal_rows(found: Speed, plain: Speed | None, ceilings: Ceilings) -> Iterator[Row]:

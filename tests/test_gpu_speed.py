@@ -154,6 +154,11 @@ def test_kernels_are_added_up_by_name(monkeypatch: pytest.MonkeyPatch):
     assert rows[2].note == "1 calls, 50.0 %: product"
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_what_runs_on_a_cpu_is_no_kernel():
+    assert speed.profile(lambda: torch.ones(3) + 1, torch.device("cpu")) == []
+
+
 def test_an_update_that_differs_fails_and_names_the_weight():
     whole = {"a": torch.zeros(2), "b": torch.zeros(3), "loss": torch.tensor(1.0)}
     other = {"a": torch.full((2,), 9e-5), "b": torch.tensor([0, 0, 2e-4]), "loss": whole["loss"]}

@@ -34,6 +34,7 @@ PROMISED = WAYS[0]
 AIM = 40  # % of the datasheet's bf16 peak
 FASTER, LEANER = 8, 1 / 3  # goals: images/s and memory of PROMISED as multiples of plain fp32
 SHOWN = 10  # kernels
+ACTIVITIES = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ def launch_rows(
 def profile(step: Callable[[], object], device: torch.device) -> list[Kernel]:
     """Return what a step runs on the GPU, the largest share of the time first."""
     wait(device)
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
+    with torch.profiler.profile(activities=ACTIVITIES) as recorded:
         step()
         wait(device)
     on_gpu = (

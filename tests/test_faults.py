@@ -25,6 +25,7 @@ from common.errors import InputError
 from common.tensors import _HashingFile, load_tensors
 from distributed.signals import EXIT_INTERRUPTED
 from training import checkpoint as training_state
+from training.batches import read_batches
 from training.checkpoint import newest_state, saved_states
 from training.losses import SegmentationLoss
 
@@ -100,6 +101,21 @@ def test_a_fault_in_a_loader_worker_ends_the_run_with_an_error_line(
     errors = [line for line in log.read_text().splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and said[what] in errors[0]
     assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError()])
+def test_a_loader_worker_that_is_killed_while_it_hands_over_a_batch_is_told(error: Exception):
+    class Loader:
+        num_workers = 2
+
+        def __iter__(self):
+            yield {"index": [0]}
+            raise error
+
+    batches = read_batches(Loader())
+    assert next(batches) == {"index": [0]}
+    with pytest.raises(InputError, match="a loader process was killed"):
+        next(batches)
 
 
 @pytest.mark.parametrize(

@@ -125,10 +125,20 @@ def make_loader(
 
 def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
     """Yield the batches of one epoch; raise an `InputError` if a slice cannot be read any more."""
-    for slices in loader:
-        if isinstance(slices, InputError):
-            raise slices
-        yield slices
+    try:
+        for slices in loader:
+            if isinstance(slices, InputError):
+                raise slices
+            yield slices
+    except (ConnectionError, EOFError):  # A process was killed while it handed over a batch.
+        raise _killed_worker(loader) from None
+
+
+def _killed_worker(loader: DataLoader) -> InputError:
+    return InputError(
+        "a loader process was killed, most often because memory ran out; go on by --resume "
+        f"with a smaller --num_workers (now {loader.num_workers})"
+    )
 
 
 @contextlib.contextmanager
@@ -142,10 +152,7 @@ def loader_workers(loader: DataLoader) -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise InputError(
-            "a loader process was killed, most often because memory ran out; go on by --resume "
-            f"with a smaller --num_workers (now {loader.num_workers})"
-        ) from None
+        raise _killed_worker(loader) from None
     else:  # After an error, `Interruption` has killed them.
         iterator, loader._iterator = loader._iterator, None
         if iterator is not None:

@@ -29,7 +29,8 @@ def update_page(page: Path, results: Path) -> None:
         proof = results / PROOF
         if device == "cuda" and proof.is_file():
             kept_proof = json.loads(proof.read_text(encoding="utf-8"))
-            parts.append(f"### {title}\n\n`make gpu`:\n\n{report.table(kept_proof)}")
+            shown = report.table(kept_proof).replace("<", "&lt;")  # in names of kernels
+            parts.append(f"### {title}\n\n`make gpu`:\n\n{shown}")
             if not kept:
                 continue
             title = f"{title}, against other programs"

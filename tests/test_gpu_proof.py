@@ -120,7 +120,7 @@ def test_the_total_deadline_ends_a_stage_and_leaves_out_the_rest(tmp_path: Path)
 
 
 FAKE_STAGES = """
-import sys
+import os
 from benchmarks.gpu.rows import Row, at_most
 
 def stage(setting):
@@ -129,6 +129,7 @@ def stage(setting):
     yield at_most("error", float("nan"), 1)
     yield Row("figure", float("inf"))
     yield Row("value", 0.5, "ms")
+    yield Row("cuBLAS", os.environ["CUBLAS_WORKSPACE_CONFIG"])
     raise RuntimeError("broken")
 """
 
@@ -138,6 +139,7 @@ def test_the_child_sends_each_row_and_no_nan(
 ):
     (tmp_path / "fake_stages.py").write_text(FAKE_STAGES)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2")  # with which strict mode refuses
     path = tmp_path / "rows"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
     with pytest.raises(RuntimeError, match="broken"):
@@ -152,10 +154,46 @@ def test_the_child_sends_each_row_and_no_nan(
         json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()
     )
     assert first["where"]["torch"] == torch.__version__ and "commit" in first["where"]
-    error, figure, value = (from_json(content["row"]) for content in rest)
+    error, figure, value, cublas = (from_json(content["row"]) for content in rest)
     assert (error.value, error.passed, error.verdict) == ("nan", False, "FAIL")
     assert (figure.value, figure.passed) == ("inf", False)
     assert value == Row("value", 0.5, "ms") and value.verdict == "figure"
+    assert cublas.value == ":4096:8"
+
+
+CUDA_ERROR = """some warning
+Traceback (most recent call last):
+  File "a.py", line 1, in <module>
+    fails()
+    ^^^^^^^
+ValueError: first
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "b.py", line 2, in step
+torch.AcceleratorError: CUDA error: an illegal memory access was encountered
+CUDA kernel errors might be asynchronously reported at some other API call.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+"""
+
+
+def test_the_note_of_a_failed_stage_is_its_error():
+    expected = "torch.AcceleratorError: CUDA error: an illegal memory access was encountered"
+    assert running.last_line(CUDA_ERROR) == expected
+    stack = "Current thread 0x1 (most recent call first):\n  File a, line 3 in f\n  File b\n"
+    assert running.last_line(f"noise\n{stack}") == "File a, line 3 in f"
+    assert running.last_line("one\ntwo") == "two"
+    assert running.last_line("") == "it printed nothing on stderr"
+
+
+def test_the_names_of_kernels_are_short():
+    name = "void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float>(float*, int)"
+    assert attention.short(name) == "cunn_SoftMaxForward<4, float>"
+    name = (
+        "fmha_cutlassF_f32_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<float>)"
+    )
+    assert attention.short(name) == "fmha_cutlassF_f32_aligned_64x128_rf_sm80"
 
 
 def test_rows_say_whether_a_bound_holds():

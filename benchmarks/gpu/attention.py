@@ -94,6 +94,6 @@ def kernels_of(run: Callable[[], object]) -> list[str]:
 
 def short(name: str) -> str:
     """Shorten the name of a kernel: without return type, namespaces and template arguments."""
-    name = name.removeprefix("void ").split("(")[0]
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "").split("(")[0]
     plain, _, arguments = name.partition("<")
     return f"{plain.split('::')[-1]}{f'<{arguments}'[:60] if arguments else ''}"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from benchmarks import scenes
 from benchmarks.timing import timed
+from benchmarks.where import installed
 from utils import allow_tf32, seed_everything
 
 from .rows import Row, Setting, at_most
@@ -23,12 +27,25 @@ MOST_DIFFERENCE = 0.02  # of the loss from the eager one, in bf16
 HOPED = "hoped on an H100: 450 to 500 images/s"
 
 
+def compiler() -> str:
+    """Say which of Triton, a C compiler and the headers of Python this machine has."""
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    c_compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang")), None)
+    found = {
+        "Triton": installed("triton"),
+        "C compiler": c_compiler,
+        "Python.h": header if header.is_file() else None,
+    }
+    return ", ".join(f"{name}: {value or 'absent'}" for name, value in found.items())
+
+
 def compiled(setting: Setting) -> Iterator[Row]:
     """Train on batches of 24, 3 and 24 slices: seconds to compile, graphs, images a second."""
     from torch._dynamo.utils import counters
 
     from training.compiling import compile_blocks
 
+    yield Row("what Inductor needs for a GPU", compiler())
     case, device, way = Case.of(setting), setting.device, Way("bf16")
     # An earlier run must not have left its code.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scenes.scratch_folder())

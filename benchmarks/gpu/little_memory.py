@@ -54,7 +54,7 @@ def memory(setting: Setting) -> Iterator[Row]:
         passed = code == 2 and len(errors) == 1 and "memory" in errors[0] and clean
         which = least if name == "predict" else share
         what = f"{name}.py with {100 * which:.1f} % of the memory: code 2 and one sentence"
-        yield holds(what, passed, f"code {code}; {(errors or told or ['it said nothing'])[-1]}")
+        yield holds(what, passed, f"code {code}; {(errors or told)[-1]}")
 
 
 def commands(setting: Setting, folder: Path) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ from benchmarks import scenes
 from benchmarks.timing import timed
 from config.settings import complete
 from datasets.dataset_synapse import Synapse_dataset
-from training.batches import augmented_batch, loader_workers, make_loader, read_batches
+from training.batches import (
+    augmented_batch,
+    default_workers,
+    loader_workers,
+    make_loader,
+    read_batches,
+)
 
 from . import files
 from .rows import Row, Setting, at_least
@@ -23,18 +30,18 @@ from .training import Case, Way
 
 SIZE = 224  # of a training slice
 FILES = 96
-DEFAULT_WORKERS = 4  # of `make_loader` on a GPU
-WORKERS = (DEFAULT_WORKERS, 8, 16)
+WORKERS = (4, 8, 16)
 
 
 def loader(setting: Setting) -> Iterator[Row]:
-    """Compare the loader with 4, 8 and 16 processes with training from memory."""
+    """Compare the loader with 4, 8 and 16 processes, and as many as is usual, with training."""
     case, device = Case.of(setting), setting.device
     folder = scenes.scratch_folder()
     written = Synapse_dataset(files.write_slices(folder / "data", FILES, SIZE), None, "train")
-    count = case.batch * (3 if setting.small else 40)
+    count = case.batch * (3 if setting.small else 30)
     dataset = written.subset([index % FILES for index in range(count)])
-    args = recipe(folder, case, DEFAULT_WORKERS)
+    usual = WORKERS[0] if setting.small else default_workers(device)
+    args = recipe(folder, case, usual)
     train = training(case, args, device)
     with reading(dataset, args, device) as slices:
         train(read_batches(slices))  # to warm up: every rotation is prepared once
@@ -42,14 +49,14 @@ def loader(setting: Setting) -> Iterator[Row]:
     in_memory = train([kept] * len(slices))
     need = len(dataset) / in_memory
     yield Row("training from memory, bf16, with augmentation", need, "images/s")
-    for workers in (DEFAULT_WORKERS,) if setting.small else WORKERS:
+    for workers in (usual,) if setting.small else sorted({usual, *WORKERS}):
         with reading(dataset, recipe(folder, case, workers), device) as slices:
             for _ in read_batches(slices):  # starts the processes
                 pass
-            found = len(dataset) / timed(lambda slices=slices: list(read_batches(slices)))
+            found = len(dataset) / timed(lambda slices=slices: deque(read_batches(slices), 0))
             from_files = train(read_batches(slices))
         what = f"loader alone, {workers} processes"
-        if workers == DEFAULT_WORKERS and not setting.small:
+        if workers == usual and not setting.small:
             yield at_least(what, found, need, "images/s", "the default; training needs the bound")
         else:
             yield Row(what, found, "images/s")

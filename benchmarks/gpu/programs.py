@@ -23,9 +23,9 @@ class Program:
     log: Path
 
     def told(self) -> list[str]:
-        """Return the lines that it printed, without empty ones."""
+        """Return the lines that it printed, without empty ones; at least one."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return [line.strip() for line in lines if line.strip()]
+        return [line.strip() for line in lines if line.strip()] or ["it said nothing"]
 
 
 def start(command: Sequence[str], log: Path) -> Program:

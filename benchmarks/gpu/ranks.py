@@ -35,7 +35,6 @@ def ranks(setting: Setting) -> Iterator[Row]:
     """Compare one update of a batch in all the ways in which processes can share it."""
     device = setting.device
     on_gpu = device.type == "cuda"
-    yield nccl_alone(device) if on_gpu else not_run("NCCL, one process: a sum")
     case = Case.of(setting)
     start = trained_weights(case.network(torch.device("cpu")))
     whole = update(case, device, ALONE)
@@ -55,6 +54,8 @@ def ranks(setting: Setting) -> Iterator[Row]:
     if "nccl" not in pairs:
         why = "there is one card" if on_gpu else "needs two GPUs"
         yield not_run(f"2 × {half} on two processes, NCCL, two cards", why)
+    # It comes last: where a library fails to start, it may never end.
+    yield nccl_alone(device) if on_gpu else not_run("NCCL, one process: a sum")
 
 
 def nccl_alone(device: torch.device) -> Row:

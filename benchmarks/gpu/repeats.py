@@ -31,6 +31,7 @@ def repeats(setting: Setting) -> Iterator[Row]:
     flags += ["--vit_name", vit_name, "--img_size", str(size), "--device", str(setting.device)]
     flags += ["--processes", "1", "--n_gpu", "1", "--batch_size", str(BATCH), "--AdamW"]
     flags += ["--base_lr", "1e-3", "--log_every", "1", "--max_epochs", "1"]
+    flags += ["--num_workers", "1"]  # of each of the programs that run at once
     kinds = ["float32"] if setting.small else list(KINDS)
 
     def train(kind: str, log: str, name: str, steps: int, *more: str) -> Program:

@@ -44,5 +44,5 @@ def place(where: dict[str, Any] | None) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     return (
         f"{where['device']}, {where['date']}, Python {where['python']}, torch {where['torch']}, "
-        f"{versions}, commit {where['commit']}."
+        f"{versions}, commit {where['commit'] or 'not known'}."
     )

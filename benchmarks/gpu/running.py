@@ -131,9 +131,15 @@ def kill(child: Child) -> None:
 
 
 def last_line(told: str) -> str:
-    """Return the last line of a stderr; of a stack that faulthandler wrote, the innermost call."""
+    """Return the line of a stderr that says most.
+
+    That is the innermost call of a stack that faulthandler wrote, the first line of an error (those
+    of CUDA go on with general advice), or else the last line.
+    """
     if stack := re.findall(r"^Current thread .*\n *(.+)", told, re.MULTILINE):
         return stack[-1]
+    if errors := re.findall(r"^Traceback .*\n(?: .*\n|\n)*(\S.*)", told, re.MULTILINE):
+        return errors[-1][:300]
     return told.splitlines()[-1][:300] if told else "it printed nothing on stderr"
 
 

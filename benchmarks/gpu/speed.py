@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ PROMISED = WAYS[0]
 AIM = 40  # % of the datasheet's bf16 peak
 FASTER, LEANER = 8, 1 / 3  # goals: images/s and memory of PROMISED as multiples of plain fp32
 SHOWN = 10  # kernels
+MOST_OF_NAME = 120  # characters; those of a kernel may be a thousand
 ACTIVITIES = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
 
 
@@ -103,6 +105,7 @@ def speed(setting: Setting) -> Iterator[Row]:
         key = way.amp_dtype, case.batch // way.parts
         if key not in estimates:
             estimates[key] = estimated_memory(network, case, *key)
+        gc.collect()  # What earlier networks hold would count as memory of this one.
         twin = copy.deepcopy(network).to(device)
         step = partial(way.updates(twin, case.batch), batch)
         found = measure(step, case.batch, setting)
@@ -126,6 +129,7 @@ def measure_plain(network: nn.Module, case: Case, setting: Setting) -> Speed | N
     for images in (case.batch, case.batch // 2, case.batch // 4):
         if found := _plain_speed(network, case.slices(images, setting.device), setting):
             return found
+        gc.collect()
         torch.cuda.empty_cache()
     return None
 
@@ -233,6 +237,9 @@ def launch_rows(
         yield not_run(f"launches a step, {way}")
         return
     kernels = profile(step, device)
+    if not kernels:  # A machine may forbid it, of which the profiler only warns.
+        yield not_run(f"launches a step, {way}", "PyTorch's profiler sees no kernel of this GPU")
+        return
     busy = sum(kernel.milliseconds for kernel in kernels)
     launches = sum(kernel.calls for kernel in kernels)
     yield Row(f"launches a step, {way}", launches, note="kernels, copies and fills on the GPU")
@@ -241,7 +248,8 @@ def launch_rows(
     yield Row(f"idle GPU within a step, {way}", idle, "%", note=note)
     if way == PROMISED:
         for rank, kernel in enumerate(kernels[:SHOWN], start=1):
-            note = f"{kernel.calls} calls, {100 * kernel.milliseconds / busy:.1f} %: {kernel.name}"
+            note = f"{kernel.calls} calls, {100 * kernel.milliseconds / busy:.1f} %: "
+            note += kernel.name[:MOST_OF_NAME]
             yield Row(f"kernel {rank} of a step, {way}", kernel.milliseconds, "ms", note=note)
 
 

@@ -17,7 +17,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from common.errors import EXIT_BAD_INPUT, InputError, exit_code_of, exit_on_bad_input, first_few
-from common.gpu_memory import telling_full_gpu
+from common.full_memory import telling_full_memory
 from common.written import Written
 from config.flags import predict_parser
 from config.settings import dataset_spec, parse_args, prediction_key, recorded_values
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if processes > 1:
         raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))
     device = local_device(choose_device(args.device))
-    with telling_full_gpu(), joined(device) as ranks:
+    with telling_full_memory(), joined(device) as ranks:
         try:
             predict(args, device, ranks)
         except KeyboardInterrupt as stop:
@@ -257,7 +257,7 @@ def segment(
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, amp_dtype(device), enabled=args.use_amp)
     batch_size = args.batch_size or default_batch_size(device)
-    with telling_full_gpu(batch_size, use_amp=args.use_amp), autocast:
+    with telling_full_memory(batch_size, use_amp=args.use_amp), autocast:
         labels = predict_volume(
             model,
             case.slices,

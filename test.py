@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.errors import exit_on_bad_input, warn
 from common.files import make_folder
-from common.gpu_memory import telling_full_gpu
+from common.full_memory import telling_full_memory
 from common.written import Written
 from config.flags import test_parser
 from config.settings import class_names, dataset_spec, parse_args, recorded_values
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if processes > 1:
         raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))
     device = local_device(choose_device(args.device))
-    with telling_full_gpu(), joined(device) as ranks:
+    with telling_full_memory(), joined(device) as ranks:
         test(args, device, ranks)
 
 
@@ -231,7 +231,7 @@ def test_cases(
             case = coming.result()
             if index + 1 < len(dataset):
                 coming = reader.submit(read_case, dataset, index + 1)
-            with telling_full_gpu(batch_size, use_amp=args.use_amp), autocast:
+            with telling_full_memory(batch_size, use_amp=args.use_amp), autocast:
                 prediction = predict_volume(
                     model,
                     case.image,

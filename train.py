@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from common.errors import InputError, exit_on_bad_input
-from common.gpu_memory import is_gpu_full
 from common.writing import write_json, write_text
 from config.data_spec import record_training_data
 from config.flags import train_parser
@@ -66,10 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with joined(device) as ranks:
             train(args, device, ranks)
-    except RuntimeError as error:
-        if not is_gpu_full(error):
+    except (RuntimeError, MemoryError, OSError) as error:
+        told = out_of_memory(error, args, device)
+        if told is None:
             raise
-        raise InputError(out_of_memory(error, args)) from None
+        raise InputError(told) from None
 
 
 def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
@@ -96,9 +96,10 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
         start = environment(device) | processors(ranks)
     before = ranks.from_first(at_once_before(starts, start))
     processes = processes_here(args.device, args.processes, args.n_gpu) if args.check else None
-    choose_at_once(args, model, ranks, processes=processes, before=before)
+    memory = choose_at_once(args, model, ranks, processes=processes, before=before)
     if ranks.first:
-        page = None if goes_on else describe(args, facts, model, processes or ranks.count)
+        if not goes_on:
+            page = describe(args, facts, model, processes or ranks.count, memory)
         if args.check:
             print(page)
         elif folder is None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from common.errors import NOTES, WARNING, InputError, first_line
-from common.gpu_memory import is_gpu_full
+from common.full_memory import is_gpu_full
 from distributed.messages import pack, unpack
 from distributed.signals import EXIT_INTERRUPTED, end_with_parent
 

@@ -18,7 +18,7 @@ from test_scans import placed
 import predict
 import test as test_program
 from common.errors import InputError, exit_on_bad_input
-from common.gpu_memory import ENOUGH_TO_START, is_gpu_full, telling_full_gpu
+from common.full_memory import ENOUGH_TO_START, is_gpu_full, telling_full_memory
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.scans.volumes import write_volume
 from evaluation.predict_volume import predict_volume
@@ -104,7 +104,7 @@ def test_what_may_have_other_causes_counts_only_if_memory_ran_out(
 def test_other_errors_are_no_full_gpu(error: Exception, monkeypatch: pytest.MonkeyPatch):
     gpu_with(monkeypatch, free=0, refused=1)
     assert not is_gpu_full(error)
-    with pytest.raises(type(error)) as caught, telling_full_gpu(12, use_amp=False):
+    with pytest.raises(type(error)) as caught, telling_full_memory(12, use_amp=False):
         raise error
     assert caught.value is error
 
@@ -120,7 +120,7 @@ def test_other_errors_are_no_full_gpu(error: Exception, monkeypatch: pytest.Monk
 )
 def test_the_sentence_names_only_flags_that_help(batch_size: int, use_amp: bool, told: str):
     for error in FULL:
-        with pytest.raises(InputError) as caught, telling_full_gpu(batch_size, use_amp=use_amp):
+        with pytest.raises(InputError) as caught, telling_full_memory(batch_size, use_amp=use_amp):
             raise error
         text = str(caught.value)
         assert text.startswith("the GPU's memory was too small (") and text.endswith(told)
@@ -135,7 +135,7 @@ def test_what_failed_holds_no_memory_any_more():
         held.append(weakref.ref(large))
         raise Oom("CUDA out of memory")
 
-    with pytest.raises(InputError) as caught, telling_full_gpu():
+    with pytest.raises(InputError) as caught, telling_full_memory():
         fail()
     assert held[0]() is None and caught.value.__cause__ is None
 

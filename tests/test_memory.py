@@ -219,7 +219,7 @@ def test_too_little_gpu_memory_suggests_what_helps(
 ):
     args = train_parser().parse_args(flags)
     args.at_once = at_once
-    text = out_of_memory(torch.OutOfMemoryError("other words"), args)
+    text = out_of_memory(torch.OutOfMemoryError("other words"), args, torch.device("cuda"))
     assert told in text and "by" not in text.split("(")[0]
 
 

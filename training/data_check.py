@@ -55,7 +55,7 @@ def check_page(
     Args:
         train, test: facts about the training slices and the test volumes; test may be empty.
         class_names: names of the classes 1….
-        memory: GiB that training needs, for each purpose.
+        memory: GiB that training needs, for each purpose; empty: unknown.
         folder: holds the data, and the record of their groups; None: only the names tell.
     """
     groups = groups_of([sample.name for sample in train], folder, slices=True)
@@ -66,9 +66,9 @@ def check_page(
     else:
         lines.append("test: no volumes beside the training data")
     lines += ["", *_class_table(train, test, class_names), ""]
-    total = sum(memory.values())
     parts = ", ".join(f"{name} {value:.2f}" for name, value in memory.items())
-    lines.append(f"memory of one process, estimated: {total:.2f} GiB ({parts})")
+    told = f"{sum(memory.values()):.2f} GiB ({parts})" if memory else "unknown for this network"
+    lines.append(f"memory of one process, estimated: {told}")
     warnings = [
         *_leaks(train, test, folder),
         *(f"{doubt}; --val_every holds out whole scans" for doubt in groups.doubts),
@@ -170,12 +170,17 @@ def _intensities(samples: Sequence[SampleFacts]) -> list[str]:
 
 
 def describe(
-    args: argparse.Namespace, facts: list[SampleFacts], model: LoRAModel, processes: int
+    args: argparse.Namespace,
+    facts: list[SampleFacts],
+    model: LoRAModel,
+    processes: int,
+    memory: dict[str, float],
 ) -> Page:
     """Return the page about the training data, the test volumes beside them, and the memory.
 
     Args:
         processes: number of those that will train, each with `args.at_once` slices at once.
+        memory: what `choose_at_once` returned.
     """
     tested: list[SampleFacts] = []
     faults: list[str] = []
@@ -193,7 +198,7 @@ def describe(
             # Training does not need the test data.
             faults.append(f"the test data cannot be used: {error}")
     share, device = slices_of_process(args, processes), next(model.parameters()).device
-    memory = memory_of_step(args, model, share, args.at_once)
+    memory = memory or memory_of_step(args, model, share, args.at_once)
     free = free_memory(device) if device.type == "cuda" else None
     page = check_page(facts, tested, class_names(args), memory, folder=Path(args.root_path))
     page.lines.append(

@@ -5,24 +5,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from common.full_memory import is_gpu_full, what_is_full
 from config.train_flags import slices_of_update
 from distributed.ranks import Ranks
 from lora import LoRAModel
 from segment_anything.modeling import relative_attention
 from segment_anything.modeling.relative_attention import Attention
+from training.hollow import Hollow, Peak
 from training.losses import SegmentationLoss
 
 GIB = 2**30
@@ -62,18 +61,15 @@ def estimate_training_memory(
     trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     # AdamW keeps two moments, SGD one. The update needs one more value for each weight for a while.
     moments, update = trainable * (2 if adamw else 1), trainable
-    # Autocast knows no meta tensors, so that it needs the slower fake tensors.
-    device = "meta" if amp_dtype is None else "cpu"
-    fake = FakeTensorMode(allow_non_fake_inputs=True) if amp_dtype else contextlib.nullcontext()
-    with _as_computed(), fake:
-        shadow = _without_content(model, device)
+    with _as_computed():
+        shadow = _without_content(model)
         for module in shadow.modules():
             if isinstance(module, Attention):
                 module.device_type = device_type
         shadow.sam.image_encoder.checkpoint_blocks = checkpoint_blocks
-        images = torch.empty(batch_size, 3, img_size, img_size, device=device)
+        images = Hollow(torch.empty(batch_size, 3, img_size, img_size, device="meta"))
         weights = [*shadow.parameters(), *shadow.buffers()]
-        peak = _Peak([*weights, images])
+        peak = Peak([*weights, images])
         with peak:
             _forward_and_backward(shadow, images, at_once, amp_dtype)
     weights = sum(tensor.nbytes for tensor in weights)
@@ -86,14 +82,14 @@ def estimate_training_memory(
     return {name: size / GIB for name, size in taken.items()}
 
 
-def _without_content(model: nn.Module, device: str) -> Any:
+def _without_content(model: nn.Module) -> Any:
     """Return a copy of a network whose parameters and buffers have no content."""
     copies: dict[int, Any] = {}
     for parameter in model.parameters():
-        empty = torch.empty_like(parameter, device=device)
+        empty = Hollow(torch.empty_like(parameter, device="meta"))
         copies[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
     for buffer in model.buffers():
-        copies[id(buffer)] = torch.empty_like(buffer, device=device)
+        copies[id(buffer)] = Hollow(torch.empty_like(buffer, device="meta"))
     return copy.deepcopy(model, copies).train()
 
 
@@ -116,45 +112,6 @@ def _forward_and_backward(
     SegmentationLoss(logits.shape[1], 0.5)(logits, labels)["loss"].backward()
     if in_parts:
         forward().backward(logits.grad[:at_once])
-
-
-class _Peak(TorchDispatchMode):
-    """Measures how many bytes all storages have together that something holds.
-
-    Args:
-        tensors: those that exist before.
-    """
-
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.bytes = 0  # the largest sum so far
-        self.now = 0  # an upper bound of the sum
-        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._add(tensors)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._add(x for x in tree_leaves(result) if isinstance(x, torch.Tensor))
-        return result
-
-    def _add(self, tensors: Iterable[torch.Tensor]) -> None:
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._drop([storage._cdata])  # An address is used again.
-            if storage._cdata not in self.held:
-                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-                self.now += storage.nbytes()
-        if self.now > self.bytes:
-            self._drop(list(self.held))
-            self.bytes = max(self.bytes, self.now)
-
-    def _drop(self, keys: Sequence[int]) -> None:
-        """Forget the storages that nothing holds any more."""
-        for key in keys:
-            if key in self.held and self.held[key][0].expired():
-                self.now -= self.held.pop(key)[1]
 
 
 @contextlib.contextmanager
@@ -191,7 +148,7 @@ def choose_at_once(
     *,
     processes: int | None = None,
     before: int | None = None,
-) -> None:
+) -> dict[str, float]:
     """Set `args.at_once`, the slices that a process computes at a time, unless it is given.
 
     On a GPU these are all of its slices of an update, or the largest equal parts that fit. On a CPU
@@ -201,12 +158,18 @@ def choose_at_once(
         processes: number of those that will train; None: `ranks.count`.
         before: slices at once at an earlier start of the run, kept if they fit: so the run goes on
             with the same bits.
+
+    Returns:
+        The memory of a step with that number (`memory_of_step`); empty if it was not asked for.
     """
     share = slices_of_process(args, processes or ranks.count)
-    chosen, device = args.at_once, next(model.parameters()).device
+    chosen, memory, device = args.at_once, {}, next(model.parameters()).device
     if chosen is None and device.type == "cuda":
-        chosen = -ranks.agree(-_most_that_fit(args, model, share, free_memory(device), before))
+        fit, memory = _most_that_fit(args, model, share, free_memory(device), before)
+        chosen = -ranks.agree(-fit)
+        memory = memory if chosen == fit else {}
     args.at_once = min(chosen or args.batch_size, share)
+    return memory
 
 
 def slices_of_process(args: argparse.Namespace, processes: int) -> int:
@@ -223,49 +186,76 @@ def free_memory(device: torch.device) -> float:
 def memory_of_step(
     args: argparse.Namespace, model: LoRAModel, share: int, at_once: int
 ) -> dict[str, float]:
-    """Return `estimate_training_memory` for the flags of `train.py`."""
-    return estimate_training_memory(
-        model,
-        batch_size=share,
-        img_size=args.img_size,
-        adamw=args.AdamW,
-        device_type=next(model.parameters()).device.type,
-        checkpoint_blocks=args.checkpoint_blocks,
-        amp_dtype=torch.bfloat16 if args.use_amp else None,  # fp16 takes as much
-        at_once=at_once,
-    )
+    """Return `estimate_training_memory` for the flags of `train.py`.
+
+    Empty if the network of a user's own module cannot be copied, or looks at its numbers.
+    """
+    try:
+        return estimate_training_memory(
+            model,
+            batch_size=share,
+            img_size=args.img_size,
+            adamw=args.AdamW,
+            device_type=next(model.parameters()).device.type,
+            checkpoint_blocks=args.checkpoint_blocks,
+            amp_dtype=torch.bfloat16 if args.use_amp else None,  # fp16 takes as much
+            at_once=at_once,
+        )
+    except Exception as error:
+        logging.debug("the memory of a step is unknown", exc_info=error)
+        return {}
 
 
 def _most_that_fit(
     args: argparse.Namespace, model: LoRAModel, share: int, free: float, before: int | None
-) -> int:
-    """Return how many of `share` slices fit at once into the `free` GiB, at least 1."""
+) -> tuple[int, dict[str, float]]:
+    """Return how many of `share` slices fit at once into the `free` GiB, at least 1.
+
+    If the memory cannot be counted, these are the recipe's slices of one GPU.
+
+    Returns:
+        The number of slices, and the memory of a step with it.
+    """
     if before is not None:
         before = min(before, share)
-        if sum(memory_of_step(args, model, share, before).values()) <= FITS_AGAIN * free:
-            return before
+        memory = memory_of_step(args, model, share, before)
+        if sum(memory.values()) <= FITS_AGAIN * free:
+            return before, memory
     sizes = sorted({-(-share // parts) for parts in range(1, share + 1)}, reverse=True)
     while True:
         memory = memory_of_step(args, model, share, sizes[0])
+        if not memory:
+            return min(args.batch_size, share), {}
         *fixed, activations = memory.values()
         room = FITS * free - sum(fixed)
         if len(sizes) == 1 or activations <= room:
-            return sizes[0]
+            return sizes[0], memory
         # The activations grow about in proportion, so that hopeless sizes are not tried.
         hopeful = [size for size in sizes[1:] if size * activations <= sizes[0] * room]
         sizes = hopeful or sizes[-1:]
 
 
-def out_of_memory(error: RuntimeError, args: argparse.Namespace) -> str:
-    """Return a sentence for a GPU out of memory: what was missing, and which flags help."""
-    text = str(error).splitlines()[0]
-    missing = _missing(text)
-    how_much = f" by {missing:.2f} GiB" if missing is not None else ""
-    return f"the GPU's memory was too small{how_much} ({text}); {remedies(args)}"
+def out_of_memory(
+    error: BaseException, args: argparse.Namespace, device: torch.device
+) -> str | None:
+    """Return a sentence for too little memory: what was missing, and which flags help.
+
+    None: the error is another one.
+    """
+    told = what_is_full(error)
+    if told is None:
+        return None
+    if is_gpu_full(error):
+        missing = _missing(str(error))
+        if missing is not None:
+            told = told.replace("too small", f"too small by {missing:.2f} GiB", 1)
+    elif device.type != "cpu":  # What it computes lies on the GPU.
+        return f"{told}; end other programs on this machine, or pass a smaller --num_workers"
+    return f"{told}; {remedies(args, 'this GPU' if is_gpu_full(error) else 'this machine')}"
 
 
-def remedies(args: argparse.Namespace) -> str:
-    """Return what makes a run with these flags need less memory."""
+def remedies(args: argparse.Namespace, place: str = "this GPU") -> str:
+    """Return what makes a run with these flags need less memory at a place."""
     found = []
     if args.at_once is not None:  # None: the network itself did not fit.
         if args.at_once > 1:
@@ -275,7 +265,7 @@ def remedies(args: argparse.Namespace) -> str:
         if not found and not args.use_amp:
             found.append("pass --use_amp")
     if not found:
-        found.append("end other programs on this GPU")
+        found.append(f"end other programs on {place}")
     if args.at_once in (None, 1):
         found.append("pass a smaller --vit_name")
     return ", or ".join(found)

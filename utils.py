@@ -100,8 +100,8 @@ def seed_everything(seed: int, *, deterministic: bool, compiles: bool = False) -
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     # On H100 and later PyTorch asks cuDNN for attention first in half precision. It builds a plan
-    # for every new shape, up to half a second in each direction, and the last batch of a volume or
-    # an epoch is of another shape. On the shapes of an encoder flash attention is about as fast.
+    # for every new shape, which takes time, and the last batch of a volume or an epoch is of
+    # another shape. On the shapes of an encoder flash attention is about as fast.
     # Where algorithms have to be deterministic, PyTorch refuses cuDNN attention anyway.
     torch.backends.cuda.enable_cudnn_sdp(False)
     # CUDA reads this variable when it starts. Products refuse other values in strict mode.

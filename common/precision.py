@@ -22,8 +22,11 @@ def allow_tf32(allowed: bool) -> None:
 
 
 @contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Compute products and convolutions without TF32 for a while."""
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Compute products and convolutions without TF32 for a while; a CPU knows no TF32."""
+    if device.type != "cuda":
+        yield
+        return
     products = torch.backends.cuda.matmul.fp32_precision == "tf32"
     convolutions = torch.backends.cudnn.conv.fp32_precision == "tf32"
     allow_tf32(False)

@@ -36,7 +36,7 @@ def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     rows, columns = size
     if (height, width) == (rows, columns):
         return images
-    with full_float32():  # TF32 would round slices to 10 bits.
+    with full_float32(images.device):  # TF32 would round slices to 10 bits.
         right = zoom_blocks(width, columns, images.device, images.dtype)
         images = torch.cat([images[..., start:stop] @ block.T for start, stop, block in right], -1)
         left = zoom_blocks(height, rows, images.device, images.dtype)

@@ -20,10 +20,12 @@ import predict
 import test
 import train
 from common.precision import allow_tf32, full_float32
+from datasets import resampling
 from datasets.resampling import resize_images
 from segment_anything.modeling.relative_attention import Attention
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+GPU = torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -65,10 +67,16 @@ def test_it_is_off_for_a_while(products: bool, convolutions: bool, newer_name: b
     else:
         torch.backends.cuda.matmul.allow_tf32 = products
         torch.backends.cudnn.allow_tf32 = convolutions
-    with pytest.raises(KeyError), full_float32():
+    with pytest.raises(KeyError), full_float32(GPU):
         assert tf32() == (False, False)
         raise KeyError
     assert tf32() == (products, convolutions)
+
+
+def test_the_golden_model_switches_it_off():
+    allow_tf32(True)
+    golden_model(224, vit="vit_tiny")
+    assert tf32() == (False, False)
 
 
 class Products(TorchDispatchMode):
@@ -86,8 +94,9 @@ class Products(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def test_slices_are_resized_exactly_although_tf32_is_allowed():
+def test_slices_are_resized_exactly_although_tf32_is_allowed(monkeypatch: pytest.MonkeyPatch):
     allow_tf32(True)
+    monkeypatch.setattr(resampling, "full_float32", lambda device: full_float32(GPU))
     with Products() as products:
         resize_images(torch.rand(2, 40, 30), (64, 64))
     assert products.seen and not any(products.seen)

@@ -270,6 +270,6 @@ def test_an_operator_of_a_users_own_network_that_refuses_is_one_sentence():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr == (
-        "error: a GPU cannot repeat put_, which the network uses, bit for bit; pass "
+        "error: this device cannot repeat put_, which the network uses, bit for bit; pass "
         "--deterministic 0, or use another operator in the network\n"
     )

@@ -131,6 +131,8 @@ def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
                 raise slices
             yield slices
     except (ConnectionError, EOFError):  # A process was killed while it handed over a batch.
+        if not loader.num_workers:
+            raise
         raise _killed_worker(loader) from None
 
 

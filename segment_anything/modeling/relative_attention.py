@@ -252,7 +252,9 @@ def padding_of(places: torch.Tensor, tokens: int, window: int) -> list[torch.Ten
     Padding lies below and to the right, so in the last row and column of windows.
 
     Args:
+        places: (B, P, ...), windows in row-major order.
         tokens: number of tokens of the grid, a square.
+        window: side of the windows in tokens.
     """
     grid = math.isqrt(tokens)
     rows = -(-grid // window)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
+from common.errors import InputError
 from lora import LoRAModel
 
 # Graphs of the blocks that may exist at once. A shape has up to five: windows and the whole image,
@@ -24,8 +26,17 @@ def compile_blocks(model: LoRAModel, backend: str | Callable = "inductor") -> No
 
     Args:
         backend: for `torch.compile`.
+
+    Raises:
+        InputError: the image encoder of a user's own module has no blocks.
     """
+    blocks = getattr(model.sam.image_encoder, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise InputError(
+            f"--compile compiles the list `blocks` of the image encoder, which the network of "
+            f"{model.variant} does not have; leave out --compile"
+        )
     # PyTorch's own limit is 8. Beyond it, blocks would silently run without being compiled.
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
-    for block in model.sam.image_encoder.blocks:
+    for block in blocks:
         block.compile(backend=backend, dynamic=False)

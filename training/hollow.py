@@ -31,7 +31,7 @@ class Hollow(torch.Tensor):
         )
 
     def __init__(self, inner: torch.Tensor) -> None:
-        self.inner = inner
+        self.as_meta = inner
 
     @classmethod
     def __torch_dispatch__(
@@ -40,7 +40,7 @@ class Hollow(torch.Tensor):
         known: dict[int, torch.Tensor] = {}  # An operator may return what it was given.
 
         def inner(outer: torch.Tensor) -> torch.Tensor:
-            found = outer.inner if isinstance(outer, cls) else outer.to("meta")
+            found = outer.as_meta if isinstance(outer, cls) else outer.to("meta")
             known[id(found)] = outer
             return found
 
@@ -80,7 +80,7 @@ class Peak(TorchDispatchMode):
         return result
 
     def _add(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = getattr(tensor, "inner", tensor).untyped_storage()
+        storage = (tensor.as_meta if isinstance(tensor, Hollow) else tensor).untyped_storage()
         key = storage._cdata
         if key not in self.held:
             self.held[key] = storage.nbytes()

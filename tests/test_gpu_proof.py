@@ -161,6 +161,30 @@ def test_the_child_sends_each_row_and_no_nan(
     assert cublas.value == ":4096:8"
 
 
+STUCK_STAGE = """
+import multiprocessing, tempfile, time
+from benchmarks.gpu.rows import Row
+
+def stage(setting):
+    yield Row("folder", tempfile.mkdtemp())
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,)).start()
+    raise ValueError("broken while a process runs")
+"""
+
+
+def test_a_broken_stage_waits_for_no_process_and_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "stuck_stage.py").write_text(STUCK_STAGE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    flags = ["--device", "cpu", "--small"]
+    contents = list(running.run_stage("stuck_stage:stage", flags, 300, "the deadline"))
+    folder, end = (from_json(content["row"]) for content in contents if "row" in content)
+    assert not Path(folder.value).exists()
+    assert (end.what, end.value) == (running.TO_THE_END, "ended with code 1")
+    assert end.note == "ValueError: broken while a process runs"
+
+
 CUDA_ERROR = """some warning
 Traceback (most recent call last):
   File "a.py", line 1, in <module>

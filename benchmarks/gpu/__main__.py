@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,12 @@ def main(
     """Run the stages, write the JSON, print the table, and return the exit code."""
     args = build_parser(stages).parse_args(argv)
     if args.child is not None:
-        run_child(args.child, args.rows_fd, args.device, small=args.small)
+        try:
+            run_child(args.child, args.rows_fd, args.device, small=args.small)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)  # Python would wait for the processes that the stage has started.
         return 0
     if not args.small:
         require_gpu(args.device)

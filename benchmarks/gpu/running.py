@@ -49,7 +49,8 @@ def run_stage(
         `{"where": facts}`, `{"row": fields}`, and, if the stage failed, `{"stderr": text}` after
         its failed row.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    # The child's own temporary files lie there too, and go with it even if it is killed.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         child = start(target, flags, Path(folder) / "log.txt")
         finished = False
         try:
@@ -86,6 +87,7 @@ def start(target: str, flags: Sequence[str], log: Path) -> Child:
                 stdout=subprocess.DEVNULL,
                 stderr=file,
                 pass_fds=(writing,),
+                env=os.environ | {"TMPDIR": str(log.parent)},
                 start_new_session=True,
             )
     finally:

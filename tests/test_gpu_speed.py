@@ -145,13 +145,13 @@ def test_kernels_are_added_up_by_name(monkeypatch: pytest.MonkeyPatch):
     expected = [("product", 1, 2.5), ("norm", 2, 1.5), ("copy", 1, 1.0)]
     assert [(k.name, k.calls, k.milliseconds) for k in found] == expected
     monkeypatch.setattr(speed, "profile", lambda step, device: found)
-    rows = list(
-        speed.launch_rows(
-            speed.PROMISED, lambda: None, speed.Speed(0.01, 24, 1.0), torch.device("cuda")
-        )
-    )
+    slow = speed.Speed(0.01, 24, 1.0)
+    rows = list(speed.launch_rows(speed.PROMISED, lambda: None, slow, torch.device("cuda")))
     assert [row.value for row in rows] == [4, 50.0, 2.5, 1.5, 1.0]
     assert rows[2].note == "1 calls, 50.0 %: product"
+    found.clear()  # where the profiler may not look at the GPU
+    (row,) = speed.launch_rows(speed.PROMISED, lambda: None, slow, torch.device("cuda"))
+    assert row.verdict == "not run" and "profiler" in row.note
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")

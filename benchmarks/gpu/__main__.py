@@ -30,14 +30,14 @@ SMALL_SLACK = 4
 STAGES: dict[str, tuple[str, float]] = {
     "machine": ("benchmarks.gpu.machine:machine", 60),
     "golden": ("benchmarks.gpu.golden:golden", 60),
-    "attention": ("benchmarks.gpu.attention:attention", 40),
+    "attention": ("benchmarks.gpu.attention:attention", 60),
     "syncs": ("benchmarks.gpu.syncs:syncs", 40),
-    "repeats": ("benchmarks.gpu.repeats:repeats", 80),
-    "speed": ("benchmarks.gpu.speed:speed", 120),
+    "repeats": ("benchmarks.gpu.repeats:repeats", 100),
+    "speed": ("benchmarks.gpu.speed:speed", 150),
     "kernels": ("benchmarks.gpu.kernels:kernels", 60),
     "loader": ("benchmarks.gpu.loader:loader", 60),
     "ranks": ("benchmarks.gpu.ranks:ranks", 60),
-    "phantoms": ("benchmarks.gpu.phantoms:phantoms", 90),
+    "phantoms": ("benchmarks.gpu.phantoms:phantoms", 110),
     "memory": ("benchmarks.gpu.little_memory:memory", 60),
     "compiled": ("benchmarks.gpu.compiled:compiled", 120),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -105,7 +104,6 @@ def speed(setting: Setting) -> Iterator[Row]:
         key = way.amp_dtype, case.batch // way.parts
         if key not in estimates:
             estimates[key] = estimated_memory(network, case, *key)
-        gc.collect()  # What earlier networks hold would count as memory of this one.
         twin = copy.deepcopy(network).to(device)
         step = partial(way.updates(twin, case.batch), batch)
         found = measure(step, case.batch, setting)
@@ -129,7 +127,6 @@ def measure_plain(network: nn.Module, case: Case, setting: Setting) -> Speed | N
     for images in (case.batch, case.batch // 2, case.batch // 4):
         if found := _plain_speed(network, case.slices(images, setting.device), setting):
             return found
-        gc.collect()
         torch.cuda.empty_cache()
     return None
 

@@ -95,11 +95,13 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
         starts = earlier_starts(folder / STARTS) if goes_on else []
         start = environment(device) | processors(ranks)
     before = ranks.from_first(at_once_before(starts, start))
-    processes = processes_here(args.device, args.processes, args.n_gpu) if args.check else None
+    processes = ranks.count
+    if args.check:  # It is one process, except under torchrun.
+        processes = max(processes, processes_here(args.device, args.processes, args.n_gpu))
     memory = choose_at_once(args, model, ranks, processes=processes, before=before)
     if ranks.first:
         if not goes_on:
-            page = describe(args, facts, model, processes or ranks.count, memory)
+            page = describe(args, facts, model, processes, memory)
         if args.check:
             print(page)
         elif folder is None:

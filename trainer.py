@@ -14,6 +14,7 @@ from torch import nn
 from config.settings import complete
 from datasets.dataset_synapse import Synapse_dataset
 from distributed.ranks import ALONE, Ranks
+from evaluation.predict_volume import default_batch_size
 from lora.older_module import as_lora_model
 from training.batches import augmented_batch, make_loader
 from training.compiling import compile_blocks
@@ -233,6 +234,8 @@ def trainer_synapse(
                     num_classes=args.num_classes,
                     img_size=args.img_size,
                     amp_dtype=options.amp_dtype,
+                    # So that --at_once helps where validation is what does not fit.
+                    batch_size=min(args.at_once, default_batch_size(device)),
                     between_cases=run.stop_if_asked,
                     ranks=ranks,
                 )

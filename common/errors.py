@@ -102,8 +102,8 @@ def exit_on_bad_input() -> Iterator[None]:
         if not found:
             raise
         _say_once(
-            f"error: this device cannot repeat {operator[-80:]}, which the network uses, bit for bit; "
-            "pass --deterministic 0, or use another operator in the network"
+            f"error: this device cannot repeat {operator[-80:]}, which the network uses, bit for "
+            "bit; pass --deterministic 0, or use another operator in the network"
         )
         raise SystemExit(EXIT_BAD_INPUT) from None
 

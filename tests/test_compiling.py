@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_FLAGS, randomise_updates, tiny_model, tiny_sam, write_slices
+from launches import as_on_gpu
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -18,7 +19,6 @@ import trainer
 from common.tensors import load_tensors
 from lora import LoRAModel
 from lora.variants import load_variant
-from segment_anything.modeling.relative_attention import Attention
 from trainer import StepOptions, freeze_unreached, make_optimizer, training_step
 from training.compiling import compile_blocks
 from training.losses import SegmentationLoss
@@ -45,11 +45,8 @@ def nothing_compiled() -> Iterator[None]:
 
 def as_on_a_gpu(model: LoRAModel) -> LoRAModel:
     """Let a network compute the attention of a GPU, and freeze what `trainer_synapse` freezes."""
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.device_type = "cuda"
     freeze_unreached(model)
-    return model.train()
+    return as_on_gpu(model).train()
 
 
 def steps(

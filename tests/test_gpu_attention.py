@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from conftest import tiny_model
 from launches import Call, FusedAttention, as_on_gpu, without_content
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from benchmarks.plain import PlainAttention
 from segment_anything.modeling.relative_attention import (
@@ -73,7 +74,27 @@ def test_every_fused_kernel_takes_the_widths(depth: int, side: int, dtype: torch
         if dtype in HALF and capability >= 80:
             assert flash_takes(call, capability), capability
     if dtype == torch.float32:
-        assert call.widths[2] == depth  # nothing is copied
+        assert call.widths[2] == depth
+
+
+def test_values_do_not_keep_the_projection():
+    """A view of it would hold queries and keys, too, until the backward pass."""
+    qkv = torch.rand(2, 64, 3, 3, 16)  # (N, tokens, parts, heads, d)
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    rows, columns = torch.rand(2, 3, 8, 8, 8), torch.rand(2, 3, 8, 8, 8)
+    seen = []
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.scaled_dot_product_attention:
+                seen.extend(args[:3])
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        folded_attention(q, k, v, rows, columns, place_table(8, 16))
+    assert len(seen) == 3
+    for tensor in seen:
+        assert tensor.untyped_storage().data_ptr() != qkv.untyped_storage().data_ptr()
 
 
 def test_the_widths_of_before_were_refused():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,15 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_FLAGS, tiny_model, write_slices
+from launches import as_on_gpu
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 import train
+import trainer
 from config.flags import train_parser
+from config.settings import complete
 from distributed.ranks import ALONE, Ranks
 from lora import LoRAModel
 from segment_anything.modeling import relative_attention
-from segment_anything.modeling.relative_attention import Attention
 from trainer import StepOptions, freeze_unreached, make_optimizer, training_step
 from training import memory
 from training.losses import SegmentationLoss
@@ -33,10 +37,7 @@ def small_model(device_type: str, everything: bool = False) -> LoRAModel:
     if everything:
         model.train_all_weights()
     freeze_unreached(model)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.device_type = device_type
-    return model.train()
+    return as_on_gpu(model, device_type).train()
 
 
 def measured(model: LoRAModel, count: int, options: StepOptions, trace: Path) -> float:
@@ -221,6 +222,31 @@ def test_too_little_gpu_memory_suggests_what_helps(
     args.at_once = at_once
     text = out_of_memory(torch.OutOfMemoryError("other words"), args, torch.device("cuda"))
     assert told in text and "by" not in text.split("(")[0]
+
+
+def test_check_counts_the_dtype_in_use():
+    model, args = small_model("cpu"), complete(argparse.Namespace(img_size=SIDE, use_amp=False))
+    full = sum(memory.memory_of_step(args, model, 24, 24).values())
+    args.use_amp = True
+    assert sum(memory.memory_of_step(args, model, 24, 24).values()) < 0.9 * full
+
+
+@pytest.mark.parametrize("flags", [[], ["--at_once", "3"]])
+def test_a_step_computes_as_many_at_once_as_was_chosen(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen = []
+
+    def parts(forward: Callable, images: torch.Tensor, at_once: int | None) -> None:
+        seen.append(at_once)
+        raise InterruptedError
+
+    monkeypatch.setattr(trainer, "BatchInParts", parts)
+    data = write_slices(tmp_path / "data", count=5)
+    given = ["--root_path", str(data), "--output", str(tmp_path / "out"), *TINY_FLAGS, *flags]
+    with pytest.raises(InterruptedError):
+        train.main([*given, "--batch_size", "4"])
+    assert seen == [3 if flags else 4]
 
 
 @pytest.mark.slow

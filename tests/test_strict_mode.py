@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_FLAGS, tiny_model, tiny_sam, write_slices
+from launches import as_on_gpu
 from refused_operators import BY_OPERATOR, REFUSED, RefusalWatch
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,7 +24,6 @@ from config.settings import complete
 from evaluation.predict_volume import predict_volume
 from lora import LoRAModel
 from sam_lora_image_encoder_mask_decoder import LoRA_Sam as WithDecoder
-from segment_anything.modeling.relative_attention import Attention
 from trainer import StepOptions, freeze_unreached, make_optimizer, training_step
 from training.batches import augmented_batch
 from training.losses import SegmentationLoss
@@ -43,14 +43,6 @@ def strict() -> Iterator[None]:
     torch.set_deterministic_debug_mode(mode)
     torch.utils.deterministic.fill_uninitialized_memory = fills
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
-
-
-def as_on_gpu(model: LoRAModel) -> LoRAModel:
-    """Let the attention of the encoder compute by the operators that it uses on a GPU."""
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.device_type = "cuda"
-    return model
 
 
 def with_updates_in_the_decoder() -> LoRAModel:

@@ -104,12 +104,14 @@ def validate(
     num_classes: int,
     img_size: int,
     amp_dtype: torch.dtype | None = None,
+    batch_size: int | None = None,
     between_cases: Callable[[], object] = lambda: None,
     ranks: Ranks = ALONE,
 ) -> Validation:
     """Segment and score the held-out cases at the size of their slices; the ranks share the cases.
 
     Args:
+        batch_size: slices per batch; None: those of `predict_volume`.
         between_cases: called before each case; may raise an error to stop.
 
     Returns:
@@ -122,7 +124,9 @@ def validate(
     with torch.compiler.set_stance("force_eager"):
         for name in names:
             between_cases()
-            found[name] = dsc_of_case(model, cases[name], num_classes, img_size, amp_dtype)
+            found[name] = dsc_of_case(
+                model, cases[name], num_classes, img_size, amp_dtype, batch_size
+            )
     model.train()
     every = {name: scores for part in ranks.gather(found) for name, scores in part.items()}
     scores = {name: every[name] for name in cases}
@@ -135,6 +139,7 @@ def dsc_of_case(
     num_classes: int,
     img_size: int,
     amp_dtype: torch.dtype | None,
+    batch_size: int | None,
 ) -> tuple[float | None, ...]:
     """Return the DSC of each class in one case, by the rule of `evaluation.metrics`."""
     counts = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
@@ -150,6 +155,7 @@ def dsc_of_case(
                     np.stack([sample["image"] for sample in group]),
                     input_size=shape,
                     image_size=(img_size, img_size),
+                    batch_size=batch_size,
                 )
             label = np.stack([sample["label"] for sample in group])
             counts += confusion(prediction, label, num_classes)

@@ -213,6 +213,10 @@ def _content(path: Path) -> Any:
             return {name: arrays[name].tobytes() for name in arrays.files}
     if path.name == JOURNAL:  # A file may be noted twice.
         return {line for line in path.read_text().splitlines() if '".done' not in line}
-    if path.match(".done/*.json") and "label" in (record := json.loads(path.read_text())):
-        return record | {"label": record["label"][:2]}  # without the time
+    if path.match(".done/*.json"):
+        record = json.loads(path.read_text())
+        if "label" in record:  # of predict
+            return record | {"label": record["label"][:2]}  # without the time
+        # Files that changed a moment ago get no stamps.
+        return record | {"sources": record["sources"]["digests"], "sha256": None}
     return path.read_bytes()

@@ -16,7 +16,7 @@ help:
 	@echo "make quickstart  phantom CT -> preprocess -> train -> test -> report, in quickstart/; run"
 	@echo "                 it again after an interruption: it goes on"
 	@echo "make check       linter, format, order of imports and the fast tests, in under two minutes"
-	@echo "make test        linter, format and all tests, in some twenty minutes"
+	@echo "make test        linter, format and all tests, in under half an hour"
 	@echo "make fuzz        half an hour of damaged files for every reader; MINUTES=5 for less"
 	@echo "make benchmark   time everything against its peers, into docs/benchmarks.md"
 	@echo "make gpu         prove on a GPU that results are right and fast: at most nine minutes, and"

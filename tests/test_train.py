@@ -62,7 +62,7 @@ def test_a_run_writes_everything_needed_to_repeat_and_test_it(data: Path, tmp_pa
     config = json.loads((folder / "config.json").read_text())
     assert config["img_size"] == 64 and config["base_lr"] == 1e-3 and config["AdamW"] is True
     again = parse_args(train_parser(), ["--config", str(folder / "config.json")])
-    once = ("config", "resume", "restart", "check", "same_code", "code", "trained_on")
+    once = ("at_once", "config", "resume", "restart", "check", "same_code", "code", "trained_on")
     flags = {k: v for k, v in config.items() if k not in CONTENT}
     assert {k: v for k, v in vars(again).items() if k not in once} == flags
     assert config["data"]["slices"].startswith("5 slices ")

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import scenes
 from config.settings import complete
-from trainer import StepOptions, freeze_unreached, make_optimizer, training_step
+from trainer import StepOptions, make_optimizer, training_step
 from training.batches import augmented_batch
 from training.losses import SegmentationLoss
 from utils import allow_tf32, amp_dtype, seed_everything
 
 from .rows import Row, Setting, holds, not_run
 from .running import ROOT
+from .training import CLASSES, LR, Case
 
 EPOCHS = 3
 
@@ -26,15 +26,15 @@ def syncs(setting: Setting) -> Iterator[Row]:
     """Make steps whole and in parts, from pinned slices to the update, and refuse every wait."""
     seed_everything(0, deterministic=True)
     allow_tf32(False)
-    vit_name, size, count = ("vit_tiny", 64, 4) if setting.small else ("vit_b", 512, 24)
-    model = scenes.network(vit_name, size).to(setting.device).train()
-    freeze_unreached(model)
-    criterion = SegmentationLoss(scenes.NUM_CLASSES + 1, 0.8)
-    optimizer = make_optimizer(model, adamw=True, base_lr=1e-4)
+    case = Case.of(setting)
+    size, count = case.image_size, case.batch
+    model = case.network(setting.device)
+    criterion = SegmentationLoss(CLASSES, 0.8)
+    optimizer = make_optimizer(model, adamw=True, base_lr=LR)
     args = complete(argparse.Namespace(root_path="", num_classes=8, img_size=size))
     slices = {
         "image": torch.rand(count, 224, 224),
-        "label": torch.randint(0, scenes.NUM_CLASSES + 1, (count, 224, 224), dtype=torch.uint8),
+        "label": torch.randint(0, CLASSES, (count, 224, 224), dtype=torch.uint8),
         "index": list(range(count)),
     }
     if setting.device.type == "cuda":
@@ -47,7 +47,7 @@ def syncs(setting: Setting) -> Iterator[Row]:
             def steps(options: StepOptions = options) -> None:
                 for epoch in range(EPOCHS):
                     batch = augmented_batch(slices, epoch, args, size // 4, setting.device)
-                    training_step(model, batch, criterion, optimizer, 1e-4, options)
+                    training_step(model, batch, criterion, optimizer, LR, options)
 
             form = "whole" if at_once is None else "in two parts"
             name = "float32" if dtype is None else str(dtype).removeprefix("torch.")

@@ -8,9 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lora import LoRAModel, Update
-from sam_lora_image_encoder import blocks_with_updates, encoder_updates
+from sam_lora_image_encoder import (
+    PUBLISHED_TARGETS,
+    blocks_with_updates,
+    encoder_updates,
+    places_are_published,
+)
 from segment_anything.modeling import Sam
 
+# Of `--lora_targets`: the updates of this module's decoder.
+DECODER = "decoder"
 TRANSFORMER = "mask_decoder.transformer"
 # Prefix of the names on disk -> attention of each decoder layer.
 LAYER_ATTENTIONS = {
@@ -48,14 +55,29 @@ def decoder_updates(depth: int) -> list[Update]:
 
 
 class LoRA_Sam(LoRAModel):
-    """SAMed_s; the arguments are those of `sam_lora_image_encoder.LoRA_Sam`."""
+    """SAMed_s.
 
-    def __init__(self, sam_model: Sam, r: int, lora_layer: Sequence[int] | None = None) -> None:
+    Args:
+        sam_model, r, lora_layer: those of `sam_lora_image_encoder.LoRA_Sam`.
+        targets: rows of its `TARGETS`. The decoder always gets its updates: `decoder` may be named
+            too, and by itself it means that the encoder gets none.
+    """
+
+    def __init__(
+        self,
+        sam_model: Sam,
+        r: int,
+        lora_layer: Sequence[int] | None = None,
+        *,
+        targets: Sequence[str] = PUBLISHED_TARGETS,
+    ) -> None:
         blocks = blocks_with_updates(sam_model, lora_layer)
+        in_encoder = [target for target in targets if target != DECODER]
         depth = len(sam_model.mask_decoder.transformer.layers)
         super().__init__(
             sam_model,
             r,
-            updates=[*encoder_updates(blocks), *decoder_updates(depth)],
+            updates=[*encoder_updates(blocks, in_encoder), *decoder_updates(depth)],
             frozen=("image_encoder.", f"{TRANSFORMER}."),
         )
+        self.is_published = places_are_published(sam_model, blocks, in_encoder)

@@ -22,6 +22,7 @@ from common.written import Written
 from config.flags import test_parser
 from config.settings import class_names, dataset_spec, parse_args, recorded_values
 from datasets.dataset_synapse import Synapse_dataset
+from datasets.neighbours import network_slices, refuse_colour
 from datasets.registry import stored_spec
 from datasets.scans.errors import require_scan_packages
 from datasets.trained_on import TrainedOn, check_test_data
@@ -52,7 +53,9 @@ from evaluation.tables import (
 )
 from evaluation.test_folder import refuse_foreign, remove_earlier
 from evaluation.test_runs import read_json
-from evaluation.volume_results import read_case, score_case, write_case
+from evaluation.viewer import PAGE, ViewedCase, write_viewer
+from evaluation.volume_results import read_case, score_case, view_part, write_case
+from training.model_card import add_test_scores
 from utils import (
     allow_tf32,
     amp_dtype,
@@ -97,6 +100,7 @@ def test(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
         if not args.overwrite:
             refuse_foreign(written, dataset.sample_list, volumes=bool(args.is_savenii))
         facts = dataset.check(workers=2)  # two at once, because volumes are large
+        refuse_colour(facts, args.input_slices)
         trained = TrainedOn.from_json(args.trained_on)
         for text in check_test_data(facts, trained, class_names(args)):
             warn(text)
@@ -168,11 +172,13 @@ def report(args: argparse.Namespace, folder: Path, results: Sequence[CaseResult]
         "environment": tested | environment(),
     }
     pages = write_pages(folder, results, names)
+    viewer = write_page_of_volumes(args, folder, results)
     remove_rows(folder)
     write_csv(folder / "results.csv", results, names)
     # This file makes the folder a tested run, so it follows what it names.
     write_json(folder / "results.json", results, names, settings, args.nsd_tolerance)
     write_page(folder / "report.html", [read_json(folder / "results.json")])
+    add_test_scores(folder)
     logging.info("\n%s", format_table(results, names))
     for caveat in (
         nsd_caveat(results, args.nsd_tolerance),
@@ -184,6 +190,19 @@ def report(args: argparse.Namespace, folder: Path, results: Sequence[CaseResult]
         ["report.html", "results.csv", "results.json", *(page.name for page in pages)]
     )
     logging.info("written in %s: %s", folder, written)
+    for line in viewer:
+        logging.info("%s", line)
+
+
+def write_page_of_volumes(
+    args: argparse.Namespace, folder: Path, results: Sequence[CaseResult]
+) -> list[str]:
+    """Write `viewer.html` if it is wanted; return lines that say so, or why not."""
+    if args.no_viewer:
+        return []
+    cases = [ViewedCase(result.case, view_part(folder, result.case)) for result in results]
+    title = f"Segmentation test: {dataset_spec(args).name}"
+    return write_viewer(folder / PAGE, cases, class_names(args), title)
 
 
 def training_cases(args: argparse.Namespace) -> Sequence[str] | None:
@@ -224,6 +243,8 @@ def test_cases(
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, amp_dtype(device), enabled=args.use_amp)
     batch_size = args.batch_size or default_batch_size(device)
+    spec = dataset_spec(args)
+    saved = folder / "predictions" if args.is_savenii else None
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(os.cpu_count()) as finishers:
         waiting: deque[tuple[Future[CaseResult], Future[None]]] = deque()
         coming = reader.submit(read_case, dataset, 0)
@@ -234,16 +255,14 @@ def test_cases(
             with telling_full_memory(batch_size, use_amp=args.use_amp), autocast:
                 prediction = predict_volume(
                     model,
-                    case.image,
+                    network_slices(case.image, args.input_slices, case.name),
                     input_size=(args.input_size, args.input_size),
                     image_size=(args.img_size, args.img_size),
                     batch_size=batch_size,
                     progress=progress,
                 )
             scoring = finishers.submit(score_case, case, prediction, args, folder, check)
-            writing = finishers.submit(
-                write_case, case, prediction, folder / "predictions" if args.is_savenii else None
-            )
+            writing = finishers.submit(write_case, case, prediction, saved, spec)
             waiting.append((scoring, writing))
             while len(waiting) > (WAITING if index + 1 < len(dataset) else 0):
                 scoring, writing = waiting.popleft()

@@ -30,7 +30,8 @@ from distributed.launch import launch, processes_here, was_restarted
 from distributed.ranks import Ranks, joined, local_device
 from lora import LoRAModel
 from trainer import freeze_unreached, trainer_synapse
-from training.data_check import Page, describe
+from training.batches import seen_slices
+from training.data_check import Page, count_parameters, describe
 from training.memory import choose_at_once, out_of_memory
 from training.resuming import (
     at_once_before,
@@ -78,12 +79,13 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     allow_tf32(args.tf32)
     choose_resume(args, ranks)
     dataset = Synapse_dataset(args.root_path, args.list_dir, "train", num_classes=args.num_classes)
+    dataset = seen_slices(dataset, args)
     left, held_out = dataset, {}
     if args.val_every:  # Refuse a wrong number of cases now.
         left, held_out = hold_out(dataset, args.val_cases, args.seed)
     facts = dataset.check() if ranks.first else []
     model, low_res = build_model(args, device, move_heads=True)
-    freeze_unreached(model)
+    freeze_unreached(model, args.prompt_prob)
     folder, starts, start, goes_on, page = None, [], {}, False, None
     if ranks.first:
         record_training_data(args, facts, left)
@@ -118,7 +120,7 @@ def train(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
             if kept:
                 logging.info("begun anew; what %s held is kept in %s", folder, kept)
             write_facts(args, folder, page, start | {"at_once": args.at_once})
-            log_warnings(args, page)
+            log_warnings(args, page, model)
             log_model(args, folder, model, resumed=page is None)
         multimask_output = args.num_classes > 1
         trainer_synapse(
@@ -167,10 +169,17 @@ def write_facts(
     save_config(args, folder)  # last: a folder with this file is a run that can be continued
 
 
-def log_warnings(args: argparse.Namespace, page: Page | None) -> None:
+def log_warnings(args: argparse.Namespace, page: Page | None, model: LoRAModel) -> None:
     """Log what is odd about the data and the flags of a new run."""
     for text in page.warnings if page else []:
         logging.warning("warning: %s", text)
+    untrained = fresh_heads(args, model)
+    if args.train == "lora" and untrained and page:
+        logging.warning(
+            "warning: --train lora trains no mask head, and %s, so classes cannot be learned well; "
+            "train the heads first by --train decoder, and pass that adapter by --lora_ckpt",
+            untrained,
+        )
     if args.max_epochs < args.stop_epoch != train_parser().get_default("stop_epoch"):
         logging.warning(
             "warning: --stop_epoch %d is beyond the schedule: --max_epochs %d is trained",
@@ -185,6 +194,15 @@ def log_warnings(args: argparse.Namespace, page: Page | None) -> None:
         )
 
 
+def fresh_heads(args: argparse.Namespace, model: LoRAModel) -> str | None:
+    """Say which mask heads start at random; None: base weights or an adapter gave all of them."""
+    if args.lora_ckpt:
+        fresh = model.moved_heads[1] if model.moved_heads else []
+        return f"those of {', '.join(fresh)} start at random" if fresh else None
+    start = model.sam.head_start or ""
+    return None if start.endswith("fresh: none") else f"some start at random ({start})"
+
+
 def log_model(args: argparse.Namespace, folder: Path, model: LoRAModel, *, resumed: bool) -> None:
     """Log the size of the network, and which heads base weights or an adapter gave it."""
     if model.moved_heads:
@@ -192,10 +210,8 @@ def log_model(args: argparse.Namespace, folder: Path, model: LoRAModel, *, resum
         logging.info("heads of %s: moved %s; fresh %s", args.lora_ckpt, moved, fresh)
     if model.sam.head_start and not args.lora_ckpt and not resumed:
         logging.info("heads: %s", model.sam.head_start)
-    parameters = list(model.parameters())
-    total = sum(parameter.numel() for parameter in parameters)
-    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    logging.info("%s: %s parameters, %s train", folder, f"{total:,}", f"{trainable:,}")
+    count = count_parameters(model)
+    logging.info("%s: %s parameters, %s train", folder, f"{count['all']:,}", f"{count['train']:,}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,29 +18,49 @@ from datasets.dataset_synapse import Synapse_dataset
 from distributed.ranks import ALONE, Ranks
 from evaluation.predict_volume import default_batch_size
 from lora.older_module import as_lora_model
+from lora.prompts import require_takes_prompts
 from training.batches import augmented_batch, make_loader
 from training.compiling import compile_blocks
 from training.losses import SegmentationLoss, calc_loss
 from training.memory import choose_at_once
+from training.optimizers import make_optimizer
 from training.parts import BatchInParts
+from training.prompts import DrawnPrompts, prompted_logits
 from training.run import TrainingRun
+from training.trained import Trained
 from training.validation import training_data, validate
 from utils import amp_dtype, unwrap
 
 __all__ = ["calc_loss", "trainer_synapse"]  # what scripts of the field import
 
+# What only prompts reach: with `--prompt_prob` it trains.
+OF_PROMPTS = ("prompt_encoder.point_embeddings.", "prompt_encoder.not_a_point_embed.")
 # Without prompts the loss does not depend on these parameters. They are frozen, so that they keep
 # their values on any number of GPUs. The adapter file holds them all the same.
 UNREACHED = (
-    "prompt_encoder.point_embeddings.",
-    "prompt_encoder.not_a_point_embed.",
+    *OF_PROMPTS,
     "prompt_encoder.mask_downscaling.",
     "mask_decoder.iou_prediction_head.",
 )
 
 
+# How the learning rate decays, as a part of the largest one: from the part of the schedule that is
+# left, 1…0, and the exponent of `--lr_exp`. A new one is a row here, and a choice of `--schedule`.
+DECAYS: dict[str, Callable[[float, float], float]] = {
+    "poly": lambda left, exponent: left**exponent,
+    "cosine": lambda left, exponent: (1 - math.cos(math.pi * left)) / 2,
+    "constant": lambda left, exponent: 1.0,
+}
+
+
 def learning_rate(
-    step: int, *, base_lr: float, warmup: int, max_iterations: int, exponent: float
+    step: int,
+    *,
+    base_lr: float,
+    warmup: int,
+    max_iterations: int,
+    exponent: float,
+    schedule: str = "poly",
 ) -> float:
     """Return the learning rate of a step.
 
@@ -49,27 +71,40 @@ def learning_rate(
     Args:
         step: number of the step, from 0.
         warmup: number of steps of the linear rise; 0: no warmup.
-        max_iterations: number of steps of the polynomial decay.
+        max_iterations: number of steps of the decay, which begins after the warmup. Training ends
+            at this step, so after a warmup the decay does not reach its end, as published.
         exponent: of the polynomial decay.
+        schedule: a row of `DECAYS`.
     """
     previous = max(step - 1, 0)
     if previous < warmup:
         return base_lr * (previous + 1) / warmup
-    return base_lr * (1 - (previous - warmup) / max_iterations) ** exponent
+    return base_lr * DECAYS[schedule](1 - (previous - warmup) / max_iterations, exponent)
 
 
-def make_optimizer(model: nn.Module, *, adamw: bool, base_lr: float) -> torch.optim.Optimizer:
-    """Return AdamW (betas 0.9 and 0.999, decay 0.1) or SGD (momentum 0.9, decay 1e-4)."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if adamw:
-        return torch.optim.AdamW(trainable, lr=base_lr, betas=(0.9, 0.999), weight_decay=0.1)
-    return torch.optim.SGD(trainable, lr=base_lr, momentum=0.9, weight_decay=1e-4)
+def learning_rate_of(args: argparse.Namespace, step: int, max_iterations: int) -> float:
+    """Return the learning rate of a step by the flags of `train.py`."""
+    return learning_rate(
+        step,
+        base_lr=args.base_lr,
+        warmup=args.warmup_period if args.warmup else 0,
+        max_iterations=max_iterations,
+        exponent=args.lr_exp,
+        schedule=args.schedule,
+    )
 
 
-def freeze_unreached(model: nn.Module) -> None:
-    """Freeze the parameters that get no gradient."""
-    for name, parameter in unwrap(model).sam.named_parameters():
-        if name.startswith(UNREACHED):
+def freeze_unreached(model: nn.Module, prompt_prob: float = 0.0) -> None:
+    """Freeze the parameters that get no gradient, in a training with this `--prompt_prob`.
+
+    Raises:
+        InputError: it is not 0, and the network is one that cannot be given prompts.
+    """
+    model = unwrap(model)
+    if prompt_prob:
+        require_takes_prompts(model, "leave --prompt_prob out")
+    for name, parameter in model.sam.named_parameters():
+        if name.startswith(UNREACHED) and not (prompt_prob and name.startswith(OF_PROMPTS)):
             parameter.requires_grad_(False)
 
 
@@ -113,7 +148,7 @@ class StepOptions:
 
 def training_step(
     model: nn.Module,
-    batch: dict[str, torch.Tensor],
+    batch: dict[str, Any],
     criterion: SegmentationLoss,
     optimizer: torch.optim.Optimizer,
     lr: float,
@@ -123,11 +158,12 @@ def training_step(
 
     Args:
         batch: this rank's slices: `image` (B, 3, S, S) about [0, 1] and `low_res_label`
-            (B, S/4, S/4) int64; B may be 0 on some ranks.
+            (B, s, s) int64, s the side of the logits; B may be 0 on some ranks. `seeds`, B numbers
+            that decide what a dropout drops, only with one; `drawn`, only with prompts.
 
     Returns:
         The detached loss terms of the batches of all ranks together, and this rank's logits
-        (B, classes + 1, S/4, S/4), still on the device.
+        (B, classes + 1, s, s), still on the device.
     """
     options = options or StepOptions()
     images, labels, scaler = batch["image"], batch["low_res_label"], options.scaler
@@ -136,7 +172,8 @@ def training_step(
     optimizer.zero_grad(set_to_none=True)  # now, so that the forward pass has their memory
     if len(images):
         forward = partial(_low_res_logits, model, options.amp_dtype)
-        parts = BatchInParts(forward, images, options.at_once)
+        others = {name: batch[name] for name in ("seeds", "drawn") if name in batch}
+        parts = BatchInParts(forward, images, options.at_once, others)
         logits = parts.logits()
     else:  # There are fewer slices in this step than ranks.
         parts = None
@@ -164,9 +201,17 @@ def training_step(
 
 
 def _low_res_logits(
-    model: nn.Module, amp_dtype: torch.dtype | None, images: torch.Tensor
-) -> torch.Tensor:  # (B, 3, S, S) -> (B, classes + 1, S/4, S/4)
+    model: nn.Module,
+    amp_dtype: torch.dtype | None,
+    images: torch.Tensor,
+    seeds: Sequence[int] | None = None,
+    drawn: DrawnPrompts | None = None,
+) -> torch.Tensor:  # (B, 3, S, S) -> (B, classes + 1, s, s)
+    if seeds is not None:
+        model.seed_dropout(seeds)
     with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
+        if drawn is not None and drawn.asked:
+            return prompted_logits(model, images, drawn, seeds)
         # The loss does not need the masks at full size.
         return model(images, full_size_masks=False)["low_res_logits"]
 
@@ -188,7 +233,7 @@ def trainer_synapse(
         model: a `LoRA_Sam` on its device, or a module in the original's style.
         snapshot_path: the run folder. With `args.resume`, training continues from its newest state.
         multimask_output: has no effect; every class is always predicted.
-        low_res: side of the logits, S/4.
+        low_res: side s of the logits: S/4, or S/2 with `--logits 2`.
         dataset: checked training slices; None: those of `args.root_path`.
 
     Raises:
@@ -201,44 +246,39 @@ def trainer_synapse(
     model = as_lora_model(unwrap(model), args.rank)
     device = next(model.parameters()).device
     dataset, held_out = training_data(args, dataset)
-    freeze_unreached(model)
+    freeze_unreached(model, args.prompt_prob)
     model.require_trained_is_saved()
     model.sam.image_encoder.checkpoint_blocks = args.checkpoint_blocks
     choose_at_once(args, model, ranks)
     if args.compile:
         compile_blocks(model)
-    criterion = SegmentationLoss(args.num_classes + 1, args.dice_param, ranks.total)
-    optimizer = make_optimizer(model, adamw=args.AdamW, base_lr=args.base_lr)
+    criterion = SegmentationLoss.from_flags(args, device, ranks)
+    optimizer = make_optimizer(model, args.optimizer, args.base_lr)
     options = StepOptions.from_flags(args, device, ranks)
     loader = make_loader(dataset, args, device, ranks)
 
-    folder, scaler = Path(snapshot_path), options.scaler
-    with TrainingRun(folder, args, model, optimizer, scaler, loader, bool(held_out), ranks) as run:
+    folder, trained = Path(snapshot_path), Trained(model, optimizer, options.scaler, args.ema)
+    with TrainingRun(folder, args, trained, loader, bool(held_out), ranks) as run:
         for epoch in run.epochs():
             for slices in run.batches(epoch):
-                lr = learning_rate(
-                    run.step,
-                    base_lr=args.base_lr,
-                    warmup=args.warmup_period if args.warmup else 0,
-                    max_iterations=run.max_iterations,
-                    exponent=args.lr_exp,
-                )
+                lr = learning_rate_of(args, run.step, run.max_iterations)
                 batch = augmented_batch(slices, epoch, args, low_res, device)
                 terms, logits = training_step(model, batch, criterion, optimizer, lr, options)
                 run.end_step(lr, terms, batch, logits)
             run.end_epoch(epoch)
             if run.validates(epoch):
-                found = validate(
-                    model,
-                    held_out,
-                    num_classes=args.num_classes,
-                    img_size=args.img_size,
-                    amp_dtype=options.amp_dtype,
-                    # So that --at_once helps where validation is what does not fit.
-                    batch_size=min(args.at_once, default_batch_size(device)),
-                    between_cases=run.stop_if_asked,
-                    ranks=ranks,
-                )
+                with trained.average.in_use():
+                    found = validate(
+                        model,
+                        held_out,
+                        num_classes=args.num_classes,
+                        img_size=args.img_size,
+                        amp_dtype=options.amp_dtype,
+                        # So that --at_once helps where validation is what does not fit.
+                        batch_size=min(args.at_once, default_batch_size(device)),
+                        between_cases=run.stop_if_asked,
+                        ranks=ranks,
+                    )
                 run.end_validation(epoch, found)
             run.save_adapter(epoch)
     return "Training Finished!"

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from torch import nn
 
 from common.console import printable
 from common.errors import InputError
-from common.precision import allow_tf32
+from common.precision import allow_tf32, amp_dtype
+from config.network_settings import lora_choices
 from config.settings import base_checkpoint, class_names, warn_of_changed_code
 from config.shared_flags import SCRATCH
+from datasets.neighbours import network_slices, refuse_pictures
 from datasets.registry import SYNAPSE
 from datasets.scans.errors import require_scan_packages
 from datasets.scans.geometry import Geometry
@@ -32,9 +35,12 @@ from evaluation.metrics import calculate_metric_percase
 from evaluation.predict_volume import predict_volume
 from lora import LoRAModel
 from lora.adapter_file import class_count, holds_every_weight, read_adapter, trained_classes
+from lora.form import UpdateForm
 from lora.older_module import as_lora_model
+from lora.prompts import recorded_prompt_prob
+from lora.trainable import PUBLISHED_TRAIN, train_only
 from lora.variants import load_variant
-from segment_anything import sam_model_registry
+from segment_anything import DecoderSpec, sam_model_registry
 from training.losses import DiceLoss, Focal_loss
 
 __all__ = [
@@ -135,13 +141,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def amp_dtype(device: torch.device) -> torch.dtype:
-    """Return bf16 if the device supports it, else fp16, whose gradients have to be scaled."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
-
-
 def build_model(
     args: argparse.Namespace, device: torch.device, *, move_heads: bool = False
 ) -> tuple[LoRAModel, int]:
@@ -152,23 +151,29 @@ def build_model(
             that have the same name.
 
     Returns:
-        The network on `device`, and the side of its logits, S/4.
+        The network on `device`, and the side of its logits, S/4 or S/2.
 
     Raises:
         InputError: a checkpoint is missing or does not fit.
     """
     state, settings = read_adapter(args.lora_ckpt) if args.lora_ckpt else ({}, {})
     needs_base = args.ckpt != SCRATCH and not holds_every_weight(state)
+    # A script written against the original does not have these flags.
+    decoder = DecoderSpec(getattr(args, "decoder_depth", 2), getattr(args, "logits", 1))
     sam, image_embedding_size = sam_model_registry[args.vit_name](
         image_size=args.img_size,
         num_classes=args.num_classes,
         checkpoint=base_checkpoint(args) if needs_base else None,
         pixel_mean=[0, 0, 0],
         pixel_std=[1, 1, 1],
-        # A script written against the original does not have this flag.
         keep_mask_heads=False if getattr(args, "fresh_heads", False) else None,
+        decoder=decoder,
     )
-    model = as_lora_model(load_variant(args.module)(sam, args.rank), args.rank)
+    choices = lora_choices(args)
+    variant = load_variant(args.module, choices)
+    model = as_lora_model(variant(sam, args.rank, **choices), args.rank)
+    decoder.require_in(model.sam, args.module)
+    model.set_form(UpdateForm.from_flags(args))
     if args.ckpt == SCRATCH or holds_every_weight(state):
         model.train_all_weights()
     model.require_trained_is_saved()
@@ -180,7 +185,12 @@ def build_model(
             classes = (trained, wanted) if trained and trained != wanted else None
         model.load_lora_parameters(args.lora_ckpt, classes)
         warn_of_changed_code(args, settings)
-    return model.to(device), 4 * image_embedding_size
+    train_only(model, getattr(args, "train", PUBLISHED_TRAIN))
+    model.input_slices = getattr(args, "input_slices", 1)
+    # Training sets the flag, other programs have none.
+    recorded = recorded_prompt_prob(settings, args.lora_ckpt)
+    model.prompt_prob = getattr(args, "prompt_prob", recorded)
+    return model.to(device), 4 * decoder.logits * image_embedding_size
 
 
 def _trained_classes(
@@ -218,16 +228,6 @@ def environment(device: torch.device | None = None) -> dict[str, str | None]:
     Args:
         device: the device in use; None: the current GPU if there is one.
     """
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     on_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
     return {
         "python": platform.python_version(),
@@ -236,9 +236,24 @@ def environment(device: torch.device | None = None) -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "commit": commit,
+        "commit": _commit(),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
+
+
+def _commit() -> str | None:
+    """Return the commit of the source code; None: no repository tracks it.
+
+    Installed by pip, it may lie below the repository of another project.
+    """
+    git = partial(
+        subprocess.check_output, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        git(["git", "ls-files", "--error-unmatch", "utils.py"])
+        return git(["git", "describe", "--always", "--dirty"]).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _version(package: str) -> str | None:
@@ -285,10 +300,12 @@ def test_single_volume(
     image, label = (np.asarray(torch.as_tensor(x).cpu()) for x in (image, label))
     image, label = (x[0] if len(x) == 1 else x for x in (image, label))
     is_slice = label.ndim == 2
+    input_slices = getattr(unwrap(net), "input_slices", 1)  # as `build_model` noted it
+    refuse_pictures([case or "a slice"] if is_slice else [], input_slices)
     net.eval()
     prediction = predict_volume(
         net,
-        image[None] if is_slice else image,
+        network_slices(image[None] if is_slice else image, input_slices, case or "the volume"),
         input_size=tuple(patch_size if is_slice else input_size),
         image_size=tuple(patch_size),
     )

@@ -23,9 +23,10 @@ from .timing import DisagreementError
 from .where import device_name, installed, where
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = ("transformers", "MedPy", "scipy", "SimpleITK", "h5py")
+PEERS = ("transformers", "onnxruntime", "MedPy", "scipy", "SimpleITK", "h5py")
 NEEDS = {  # row: peers that it cannot do without; the others are imported by the project itself
     "encoder": ("transformers",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "testing": ("MedPy",),
     "metrics": ("MedPy",),
 }

@@ -20,6 +20,7 @@ from training.batches import collate_slices
 from training.losses import SegmentationLoss
 
 from . import plain, scenes
+from .exporting import onnx_rows
 from .saving import saving_rows
 from .testing import testing_rows
 from .timing import Comparison, Row, check_agreement, compare, largest, timed
@@ -220,7 +221,7 @@ def step_rows(device: torch.device) -> list[Row]:
     freeze_unreached(model)
     slow = plain.plain_copy(model)
     criterion = SegmentationLoss(scenes.NUM_CLASSES + 1, 0.8)
-    optimizers = [make_optimizer(network, adamw=True, base_lr=1e-4) for network in (model, slow)]
+    optimizers = [make_optimizer(network, "adamw", 1e-4) for network in (model, slow)]
     batch = {
         "image": torch.rand(2, 1, 512, 512).expand(-1, 3, -1, -1),
         "low_res_label": torch.randint(0, scenes.NUM_CLASSES + 1, (2, 128, 128)),
@@ -247,6 +248,7 @@ def step_rows(device: torch.device) -> list[Row]:
 
 ROWS: dict[str, Callable[[torch.device], list[Row]]] = {
     "encoder": encoder_rows,
+    "onnx": onnx_rows,
     "step": step_rows,
     "sample": sample_rows,
     "resize": resize_rows,

@@ -13,6 +13,7 @@ from trainer import freeze_unreached, make_optimizer, training_step
 from training.checkpoint import Checkpoint, Progress, newest_state
 from training.losses import SegmentationLoss
 from training.run_log import RunLog
+from training.trained import Trained
 
 from . import scenes
 from .timing import Row, check_agreement, largest, timed
@@ -24,7 +25,7 @@ def saving_rows(device: torch.device) -> list[Row]:
     """Time the full state, the adapter and the log of one epoch against its training."""
     model = scenes.network().to(device).train()
     freeze_unreached(model)
-    optimizer = make_optimizer(model, adamw=True, base_lr=1e-4)
+    optimizer = make_optimizer(model, "adamw", 1e-4)
     batch = {
         "image": torch.rand(2, 1, 512, 512, device=device).expand(-1, 3, -1, -1),
         "low_res_label": torch.randint(0, scenes.NUM_CLASSES + 1, (2, 128, 128), device=device),
@@ -36,8 +37,8 @@ def saving_rows(device: torch.device) -> list[Row]:
 
     with RunLog(folder, every=args.log_every) as log:
         run = Progress()
-        scaler = torch.amp.GradScaler(enabled=False)
-        checkpoint = Checkpoint(folder, args, run, model, optimizer, scaler, log, ALONE)
+        trained = Trained(model, optimizer, torch.amp.GradScaler(enabled=False))
+        checkpoint = Checkpoint(folder, args, run, trained, log, ALONE)
 
         def train() -> None:
             training_step(model, batch, criterion, optimizer, 1e-4)

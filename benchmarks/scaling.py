@@ -16,6 +16,7 @@ import test
 from evaluation.charts import save
 from trainer import freeze_unreached, make_optimizer, training_step
 from training.losses import SegmentationLoss
+from training.memory import peak_memory
 
 from . import scenes
 from .timing import timed, wait
@@ -37,17 +38,7 @@ def measure(curve: str, value: int, device: torch.device) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats(device)
     seconds = statistics.median(timed(run, device) for _ in range(2))
     wait(device)
-    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
-    return {"value": value, "seconds": seconds, "memory_gib": used / 2**30}
-
-
-def peak_resident() -> int:
-    """Return the largest resident memory of this process in bytes.
-
-    `getrusage` cannot be used: its value is inherited from the parent process.
-    """
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(next(line for line in status.splitlines() if "VmHWM" in line).split()[1])
+    return {"value": value, "seconds": seconds, "memory_gib": peak_memory(device) / 2**30}
 
 
 def test_slices(count: int, device: torch.device, volumes: int = 1) -> Callable[[], object]:
@@ -88,7 +79,7 @@ def step(batch_size: int, device: torch.device) -> Callable[[], object]:
     """Return one update of vit_b at 224 px."""
     model = scenes.network("vit_b", 224).train().to(device)
     freeze_unreached(model)
-    optimizer = make_optimizer(model, adamw=True, base_lr=1e-4)
+    optimizer = make_optimizer(model, "adamw", 1e-4)
     criterion = SegmentationLoss(scenes.NUM_CLASSES + 1, 0.8)
     batch = {
         "image": torch.rand(batch_size, 3, 224, 224, device=device),

@@ -1,17 +1,20 @@
-"""A command line parser whose errors are one line that names the nearest flag."""
+"""A command line parser whose errors are one line that names the nearest flag; `--part K/N`."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from common.console import printable
 from common.errors import EXIT_BAD_INPUT, InputError, first_few
 from common.names import utf8_path
+
+Item = TypeVar("Item")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -29,7 +32,7 @@ class ArgumentParser(argparse.ArgumentParser):
         """Parse a command line; one error line names the first argument that is not known."""
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(self._explain(unknown))
+            self.error(self.explain(unknown))
         return values
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -49,7 +52,8 @@ class ArgumentParser(argparse.ArgumentParser):
         print(printable(f"error: {message} (see {self.prog} --help)"), file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT)
 
-    def _explain(self, unknown: list[str]) -> str:
+    def explain(self, unknown: list[str]) -> str:
+        """Return why the first of these words, which belong to no flag, is wrong."""
         flags = [word.split("=")[0][2:] for word in unknown if word.startswith("--")]
         if not flags:
             hint = ""
@@ -66,3 +70,18 @@ class ArgumentParser(argparse.ArgumentParser):
         return f"--{flags[0]} is no flag of {self.prog}" + (
             f", did you mean {named}?" if near else ""
         )
+
+
+def share_of(items: Sequence[Item], part: str | None) -> list[Item]:
+    """Return the share that `--part K/N` names: every N-th item from the K-th on.
+
+    Raises:
+        InputError: it is not K/N with K from 1 to N.
+    """
+    if part is None:
+        return list(items)
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part, re.ASCII)
+    number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise InputError(f"--part is {part!a:.40}, expected K/N with K from 1 to N, as 1/4")
+    return list(items[number - 1 :: count])

@@ -15,6 +15,8 @@ from typing import Any
 from common.console import output_failure, prepare_console, printable
 
 EXIT_BAD_INPUT = 2
+# Some scans or runs failed, and all others are done.
+EXIT_SOME_FAILED = 3
 # The code that shells report for Ctrl-C.
 EXIT_KEYBOARD = 130
 # Environment variable: a folder that the processes of one launch share, for messages and markers.
@@ -108,18 +110,30 @@ def exit_on_bad_input() -> Iterator[None]:
         raise SystemExit(EXIT_BAD_INPUT) from None
 
 
-def require_package(name: str) -> None:
-    """Raise an `InputError` if a package is not installed, before work that needs it at its end."""
+def require_package(name: str, requirements: str = "requirements.txt") -> None:
+    """Raise an `InputError` if a package is not installed, before work that needs it at its end.
+
+    Args:
+        requirements: the file that lists the package.
+    """
     try:
         importlib.import_module(name)
     except ImportError as error:
-        raise InputError(_not_installed(name, error)) from None
+        raise InputError(_not_installed(name, error, requirements)) from None
 
 
-def _not_installed(name: str, error: ImportError) -> str:
+def _not_installed(name: str, error: ImportError, requirements: str = "requirements.txt") -> str:
     missing = isinstance(error, ModuleNotFoundError)
     what = "is not installed" if missing else f"cannot be imported ({error})"
-    return f"{name.split('.')[0]} {what}; run: pip install -r requirements.txt"
+    return f"{name.split('.')[0]} {what}; run: {_command_to_install(requirements)}"
+
+
+def _command_to_install(requirements: str) -> str:
+    """Return the command for the packages of a file; an installed project has extras instead."""
+    if (Path(__file__).parent.parent / requirements).is_file():
+        return f"pip install -r {requirements}"
+    extra = requirements.removeprefix("requirements").removesuffix(".txt").removeprefix("-")
+    return f"pip install 'samed[{extra}]'" if extra else "pip install --force-reinstall samed"
 
 
 def _require_output() -> None:

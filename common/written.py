@@ -31,6 +31,10 @@ class Written:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.known: dict[str, set[str]] = {}  # each name in the folder, with its SHA-256s
+        self.read()
+
+    def read(self) -> None:
+        """Learn what the folder's journal tells now, also of other processes."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             lines = (self.folder / JOURNAL).read_text("utf-8", errors="replace").splitlines()
             for line in filter(None, lines):
@@ -51,20 +55,29 @@ class Written:
         present = (name for name in names if os.path.lexists(self.folder / name))
         return [name for name in present if not self.wrote(name)]
 
-    def refuse_foreign(self, names: Iterable[str], *, flag: str) -> None:
+    def refuse_foreign(
+        self,
+        names: Iterable[str],
+        *,
+        flag: str,
+        remedy: str = "choose another folder, move these files away, or pass --overwrite to "
+        "replace them",
+    ) -> None:
         """Raise an `InputError` if writing these files would replace what the user has.
 
         Args:
             names: relative to the folder.
             flag: names the folder, as `--output`.
+            remedy: what the user can do.
         """
         names = list(names)
-        # Another process may have written some of them since the journal was read.
-        if self.foreign(names) and (foreign := Written(self.folder).foreign(names)):
+        foreign = self.foreign(names)
+        for _ in range(3):  # Another process may have written some of them since the journal was
+            foreign = foreign and Written(self.folder).foreign(foreign)  # read, or this moment.
+        if foreign:
             raise InputError(
                 f"{flag} {self.folder} holds {first_few(foreign)}, which this program has not "
-                "written or which was changed since; choose another folder, move these files "
-                "away, or pass --overwrite to replace them"
+                f"written or which was changed since; {remedy}"
             )
 
     @contextlib.contextmanager
@@ -79,9 +92,9 @@ class Written:
     def log_file(self, name: str) -> Path:
         """Return the path of a log, which programs only add to; note a new one as theirs."""
         path = self.folder / name
-        if name not in self.known:
-            with path.open("ab"):
-                self.note(path, path)
+        if name not in self.known:  # noted first, so that no other process takes it for foreign
+            self.note(path if path.exists() else Path(os.devnull), path)
+            path.open("ab").close()
         return path
 
     def note(self, content: Path, path: Path) -> None:

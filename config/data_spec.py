@@ -145,10 +145,14 @@ def record_training_data(
     say it. Of others, it is the size that all slices have.
 
     Args:
-        facts: about all slices.
+        facts: about all slices, also those that are held out.
         dataset: the slices that are trained on. The cases of an adapter to start from count too.
     """
-    trained = TrainedOn.measured(facts, cases_of(dataset.sample_list, dataset.data_dir))
+    names = set(dataset.sample_list)
+    trained = TrainedOn.measured(
+        [fact for fact in facts if fact.name in names],
+        cases_of(dataset.sample_list, dataset.data_dir),
+    )
     before = TrainedOn.from_json(args.trained_on)
     args.trained_on = trained.with_cases(before.cases if before else ()).to_json()
     spec = args.spec

@@ -1,11 +1,11 @@
-"""The command lines of train.py, test.py and predict.py.
+"""The command lines of train.py, test.py, predict.py and demo.py.
 
-The flags themselves stand in `train_flags.py`, `inference_flags.py` and `shared_flags.py`.
+The flags themselves stand in the other `*_flags.py`, one row each.
 """
 
 from __future__ import annotations
 
-from config.inference_flags import PREDICT, TEST
+from config.inference_flags import DEMO, PREDICT, TEST
 from config.parser import Parser
 from config.train_flags import TRAIN
 
@@ -56,4 +56,19 @@ def predict_parser() -> Parser:
         "again: finished cases are kept. Exit code 3: some cases failed, all others are done.",
     )
     parser.add_flags(PREDICT)
+    return parser
+
+
+def demo_parser() -> Parser:
+    """Return the parser of `demo.py`."""
+    parser = Parser(
+        prog="demo.py",
+        description="Open a local page that segments scans, shows and corrects them.\n\n"
+        "The newest run of train.py in a folder, or the network of `make quickstart`:\n"
+        "  python demo.py --config output\n"
+        "  python demo.py\n"
+        "The page is on this computer alone (127.0.0.1) and sends nothing anywhere. What is\n"
+        "dropped there is deleted when its tab is closed. Needs requirements-demo.txt.",
+    )
+    parser.add_flags(DEMO)
     return parser

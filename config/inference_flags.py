@@ -1,15 +1,15 @@
-"""The flags of test.py, predict.py and `python -m tools.adapter merge`, one row each."""
+"""The flags of test.py, predict.py, demo.py and `python -m tools.adapter merge`, one row each."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from config.network_flags import NETWORK
 from config.parser import Flag
 from config.shared_flags import (
     CONFIG,
     DATASET,
     LIST_DIR,
-    NETWORK,
     NUM_CLASSES,
     PRECISION,
     PROCESSES,
@@ -51,6 +51,13 @@ INFERENCE = (
     *(replace(flag, from_config=False) for flag in PRECISION),
     replace(PROCESSES, from_config=False),
 )
+NO_VIEWER = Flag(
+    "no_viewer",
+    "write no viewer.html, the page on which all cases can be scrolled through",
+    type=bool,
+    changes_numbers=False,
+    from_config=False,
+)
 TEST = {
     "data": (
         Flag("volume_path", "folder of the .npy.h5 volumes", default="testset/test_vol_h5"),
@@ -75,6 +82,7 @@ TEST = {
             low=0,
             high=1000,
         ),
+        NO_VIEWER,
         Flag(
             "check_with_medpy",
             "compute every DSC and HD95 a second time with medpy, the reference, and report the "
@@ -94,8 +102,8 @@ PREDICT = {
     "data": (
         Flag(
             "input",
-            "a scan (.nii.gz, .nrrd, .mha), a picture, the folder of a DICOM series, or a folder "
-            "of any of these",
+            "a scan (.nii.gz, .nrrd, .mha), a picture, the folder of a DICOM series, a folder of "
+            "any of these, or a .csv table that lists them",
             required=True,
             changes_numbers=False,
         ),
@@ -111,6 +119,20 @@ PREDICT = {
             "segment finished cases again, and replace label files of other programs",
             type=bool,
             changes_numbers=False,
+        ),
+        Flag(
+            "part",
+            "K/N: segment every N-th scan from the K-th on, for N machines or SLURM jobs, all into "
+            "the same --output; needed only where its file system cannot lock files",
+            changes_numbers=False,
+            from_config=False,
+        ),
+        Flag(
+            "retry",
+            "also segment scans that ended two processes that segmented them",
+            type=bool,
+            changes_numbers=False,
+            from_config=False,
         ),
         CONFIG,
         Flag(
@@ -140,9 +162,12 @@ PREDICT = {
     "results": (
         Flag(
             "format",
-            "format of the label files; default: that of each scan",
-            choices=(".nii.gz", ".nrrd", ".mha"),
+            "format of the label files; .seg.nrrd is that of 3D Slicer, with names and colours; "
+            "default: that of each scan",
+            choices=(".nii.gz", ".nrrd", ".seg.nrrd", ".mha"),
         ),
+        Flag("dicom_seg", "also write a DICOM segmentation of every DICOM series", type=bool),
+        NO_VIEWER,
         Flag("probabilities", "also write the probability of each class, 0…1", type=bool),
         Flag(
             "flips",
@@ -156,6 +181,14 @@ PREDICT = {
     ),
     "network": (
         *ADAPTER_NETWORK,
+        Flag(
+            "onnx",
+            "a network that `python -m tools.export` wrote, in place of --ckpt and --lora_ckpt; "
+            "needs requirements-onnx.txt",
+            # The content of the file counts, not its name (`prediction_key`).
+            changes_numbers=False,
+            from_config=False,
+        ),
         replace(NUM_CLASSES, help="number of foreground classes of the adapter"),
         INPUT_SIZE,
         SAME_CODE,
@@ -169,4 +202,47 @@ PREDICT = {
 MERGE = {
     "data": (DATASET, replace(NUM_CLASSES, help="number of foreground classes of the adapter")),
     "network": (*ADAPTER_NETWORK, SAME_CODE),
+}
+PAGE = (
+    Flag(
+        "port",
+        "port of 127.0.0.1 on which the page is opened",
+        type=int,
+        default=7860,
+        low=1,
+        high=65535,
+        from_config=False,
+    ),
+    Flag(
+        "max_upload_mb",
+        "largest file that the page takes, in MB",
+        type=int,
+        default=1024,
+        low=1,
+        high=1 << 20,
+        from_config=False,
+    ),
+    Flag(
+        "max_voxels",
+        "most voxels of a scan that the page takes",
+        type=int,
+        default=300_000_000,
+        low=1,
+        high=10**12,
+        from_config=False,
+    ),
+    Flag(
+        "corrected",
+        "folder into which the page writes corrected scans, as training data for "
+        "`python -m preprocess.prepare`",
+        default="corrected",
+        from_config=False,
+    ),
+)
+# What the page decides itself, or has no use for.
+_NOT_ON_THE_PAGE = {"input", "output", "overwrite", "part", "retry", "format", "dicom_seg", "onnx"}
+_NOT_ON_THE_PAGE |= {"no_viewer", "probabilities", "processes"}
+DEMO = {
+    title: tuple(flag for flag in flags if flag.name not in _NOT_ON_THE_PAGE)
+    for title, flags in ({"page": PAGE} | PREDICT).items()
 }

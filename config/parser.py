@@ -16,7 +16,7 @@ LONGEST_TEXT = 4096
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of a program; `config/{train,inference,shared}_flags.py` hold rows of this class."""
+    """A flag of a program; `config/*_flags.py` hold rows of this class."""
 
     name: str
     help: str
@@ -45,9 +45,22 @@ class Flag:
     in_config: bool = True
     # `--config RUN` sets the flag of this program from the run's config.json.
     from_config: bool = True
+    # The switch is a second name: another flag, and the value that the switch gives it.
+    means: tuple[str, Any] | None = None
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
         """Add this flag to a parser's group."""
+        if self.means:
+            name, value = self.means
+            group.add_argument(
+                f"--{self.name}",
+                action="store_const",
+                dest=name,
+                const=value,
+                default=argparse.SUPPRESS,
+                help=self.help,
+            )
+            return
         if self.type is bool:
             group.add_argument(f"--{self.name}", action="store_true", help=self.help)
             return
@@ -150,6 +163,30 @@ class Parser(ArgumentParser):
 def by_name(groups: Mapping[str, Sequence[Flag]]) -> dict[str, Flag]:
     """Return the rows of a table of flags by their names."""
     return {flag.name: flag for rows in groups.values() for flag in rows}
+
+
+def without_second_names(
+    values: Mapping[str, Any], flags: Mapping[str, Flag], source: object
+) -> dict[str, Any]:
+    """Return values in which no switch stands for another flag (`Flag.means`).
+
+    Args:
+        source: file that holds the values, for messages. Earlier versions recorded such switches,
+            and scripts written against the original pass them.
+    """
+    plain = dict(values)
+    for flag in flags.values():
+        if flag.means and flag.name in plain:
+            flag.check_type(plain[flag.name], source)
+            name, value = flag.means
+            if not plain.pop(flag.name):
+                plain.setdefault(name, flags[name].default)
+            elif plain.setdefault(name, value) != value:
+                raise InputError(
+                    f"{source} has {flag.name} and {name} = {plain[name]!a:.60}, which contradict "
+                    "each other; leave one out"
+                )
+    return plain
 
 
 def check_limits(flags: Iterable[Flag], args: argparse.Namespace) -> None:

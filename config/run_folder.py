@@ -13,15 +13,19 @@ from common.errors import InputError, cannot_make, first_few, warn
 from common.files import make_folder, read_json, require_folder, sha256_of
 from common.locks import only_user
 from common.writing import flush_folder, write_json
-from config.parser import by_name, that_change_numbers
+from config.parser import by_name, that_change_numbers, without_second_names
+from config.recipe_flags import slices_of_update
 from config.shared_flags import AUTO, SCRATCH
 from config.source_code import changed_files
-from config.train_flags import TRAIN, slices_of_update
+from config.train_flags import TRAIN
 from datasets.prepared_files import SampleFacts
 from segment_anything.base_weights import same_base
 
 CONFIG_FILE = "config.json"
+# Of runs that do not record it: all their heads started at random.
+HEADS_OF_OLDER_RUNS = {"fresh_heads": True}
 LOCK_FILE = "lock"
+LONGEST_RUN_NAME = 200  # bytes; file systems allow 255, and a second run gets a number
 # Value of the entry `program` of config.json, which tells a run from the folders of other programs.
 PROGRAM = "SAMed"
 # Entries that the config.json of older runs has, which do not name their program.
@@ -36,7 +40,11 @@ def run_name(args: argparse.Namespace) -> str:
     if args.name is not None:
         return args.name
     parts = [flag.in_name(args) for flag in by_name(TRAIN).values() if flag.in_name]
-    return "_".join(part for part in parts if part)
+    name = "_".join(part for part in parts if part)
+    if len(name.encode()) <= LONGEST_RUN_NAME:
+        return name
+    start = name.encode()[: LONGEST_RUN_NAME - 9].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def make_run_folder(args: argparse.Namespace) -> Path:
@@ -147,10 +155,11 @@ def _start(values: Mapping[str, Any]) -> int:
 def differences(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
     """List the settings of a saved run that differ now, e.g. `--base_lr 0.005 → 0.001`.
 
-    A setting that only the saved run or only `args` has is no difference.
+    A setting that only the saved run has is no difference. One that it lacks had its default.
     """
-    now = _settings_to_keep(vars(args))
-    before = _settings_to_keep(vars(args) | saved)
+    defaults = {name: flag.default for name, flag in by_name(TRAIN).items() if not flag.means}
+    now = settings_to_keep(vars(args))
+    before = settings_to_keep(vars(args) | defaults | HEADS_OF_OLDER_RUNS | saved)
     names = sorted(name for name in now if before[name] != now[name])
     found = [
         f"--{name} {before[name]!s:.80} → {now[name]!s:.80}" for name in names if name != "spec"
@@ -187,7 +196,7 @@ def _other_weights(before: object, now: str | None) -> list[str]:
     return [] if same else [f"weights {before!s:.80} → {now}"]
 
 
-def _settings_to_keep(values: dict[str, Any]) -> dict[str, Any]:
+def settings_to_keep(values: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that a run must keep when it is continued.
 
     Fingerprints are compared by themselves. That of the data stands for what was measured in them:
@@ -248,7 +257,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
             f"{path} holds no flag of train.py, so another program wrote it; pass the "
             f"{CONFIG_FILE} that train.py wrote"
         )
-    return saved
+    return without_second_names(saved, by_name(TRAIN), path)
 
 
 @contextlib.contextmanager

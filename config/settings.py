@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,18 +19,42 @@ from common.files import require_file, sha256_of
 from config.data_spec import choose_spec, described_training_data, with_chosen_intensity
 from config.flags import train_parser
 from config.inference_flags import PREDICT
-from config.parser import Flag, Parser, by_name, check_limits, that_change_numbers
-from config.run_folder import CONFIG_FILE, newest_adapter, read_config_file, read_run, runs_in
+from config.network_settings import (
+    lora_choices,
+    refuse_beside_onnx,
+    require_recorded_flags,
+    require_train_has_effect,
+    write_plainly,
+)
+from config.parser import (
+    Flag,
+    Parser,
+    by_name,
+    check_limits,
+    that_change_numbers,
+    without_second_names,
+)
+from config.recipe_flags import check_recipe
+from config.run_folder import (
+    CONFIG_FILE,
+    HEADS_OF_OLDER_RUNS,
+    newest_adapter,
+    read_config_file,
+    read_run,
+    runs_in,
+)
 from config.shared_flags import AUTO, SCRATCH
 from config.source_code import changed_files, fingerprint_code, fingerprint_file
 from datasets.registry import DatasetSpec, spec_from_json
 from datasets.trained_on import TrainedOn
+from evaluation.onnx_network import read_onnx_settings
 from lora.adapter_file import holds_every_weight, read_adapter
-from lora.variants import load_variant
+from lora.variants import SAMED, load_variant
 from segment_anything import ENCODERS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CHECKPOINTS = REPOSITORY / "checkpoints"
+# The programs that pip installs set the variable to checkpoints/ of the current folder.
+CHECKPOINTS = Path(os.environ.get("SAMED_CHECKPOINTS") or REPOSITORY / "checkpoints")
 FOLDER_WORD = re.compile(r"[\w.-]{1,60}")
 
 
@@ -42,6 +67,10 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
     early, _ = parser.parse_known_args(argv)
     check_limits(parser.flags.values(), early)
     training = "root_path" in parser.flags
+    exported = getattr(early, "onnx", None)
+    if exported:
+        refuse_beside_onnx(parser, argv)
+        parser.set_defaults(ckpt=SCRATCH)
     resumed = getattr(early, "resume", None)
     given = getattr(early, "config", None) or (resumed if resumed != AUTO else None)
     config = config_path(given) if given else None
@@ -50,28 +79,34 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
     # The spec in config.json says more than the data set's name.
     run_values.pop("dataset", None)
     if training and "spec" in config_values:
-        # A run of a version without this flag, in which all heads started fresh.
-        run_values.setdefault("fresh_heads", True)
-    if not training and early.lora_ckpt is None:
+        run_values = HEADS_OF_OLDER_RUNS | run_values
+    if not training and early.lora_ckpt is None and not exported:
         published = CHECKPOINTS / "epoch_159.pth"
         run_values["lora_ckpt"] = str(newest_adapter(config.parent) if config else published)
     if "output_dir" in parser.flags:
         run_values["output_dir"] = str(config.parent / "test") if config else "output/test"
     specs = [spec_from_json(config_values["spec"], config)] if "spec" in config_values else []
-    trained_on = None
+    trained_on, state, settings = None, {}, {}
     adapter = early.lora_ckpt or run_values.get("lora_ckpt")
-    if adapter:
-        state, settings = read_adapter(adapter)
+    if adapter or exported:
+        state, settings = ({}, read_onnx_settings(exported)) if exported else read_adapter(adapter)
         trained_on = TrainedOn.from_json(settings.get("trained_on"))
-        parser.set_defaults(**_network_values(parser, state, settings, adapter))
-        specs += [spec_from_json(settings["spec"], adapter)] if "spec" in settings else []
+        source = exported or adapter
+        parser.set_defaults(**_network_values(parser, state, settings, source))
+        specs += [spec_from_json(settings["spec"], source)] if "spec" in settings else []
     parser.set_defaults(**run_values)
     args = parser.parse_args(argv)
     # What the adapter was trained on; a training run replaces it with what it trains on.
     args.trained_on = trained_on.to_json() if trained_on else None
     _fill_in(args, with_chosen_intensity(args, choose_spec(args, specs, training)))
+    write_plainly(args)
     _check_values(args, parser.flags)
-    args.code = fingerprint_code(args.module)
+    if adapter:
+        require_recorded_flags(args, settings, adapter, training=training)
+    if training:
+        require_train_has_effect(args, settings, holds_every_weight(state))
+    # The graph of an ONNX file holds what a variant computes, so its module need not be here.
+    args.code = fingerprint_code(SAMED if exported else args.module)
     return args
 
 
@@ -94,7 +129,9 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     Such a script passes `max_iterations`, by default 30000, which had no effect there.
     """
     defaults = vars(train_parser().parse_args([]))
-    merged = argparse.Namespace(**(defaults | vars(args)))
+    given = without_second_names(vars(args), train_parser().flags, "the script")
+    merged = argparse.Namespace(**(defaults | given))
+    check_recipe(merged)
     if "spec" not in vars(merged):
         merged.max_iterations = None
         # Such scripts say "Synapse" of all data, so the data themselves are asked.
@@ -138,7 +175,7 @@ def known_values(values: dict[str, Any], flags: dict[str, Flag], source: object)
     """
     known = {}
     for name, flag in flags.items():
-        if name in values and flag.from_config:
+        if name in values and flag.from_config and not flag.means:
             flag.check_type(values[name], source)
             flag.check_limits(values[name], source)
             known[name] = values[name]
@@ -158,7 +195,9 @@ def class_names(args: argparse.Namespace) -> list[str]:
 def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that an adapter file records: network, data set and source code."""
     flags = train_parser().flags.values()
-    network = {flag.name: getattr(args, flag.name) for flag in flags if flag.in_adapter}
+    # A program that trains nothing has no --prompt_prob, for example.
+    given = [flag.name for flag in flags if flag.in_adapter and hasattr(args, flag.name)]
+    network = {name: getattr(args, name) for name in given}
     return network | {
         "class_names": class_names(args),
         "spec": args.spec,
@@ -185,8 +224,8 @@ def prediction_key(args: argparse.Namespace) -> dict[str, Any]:
     """
     values = that_change_numbers(recorded_values(args), by_name(PREDICT))
     return values | {
-        "adapter": sha256_of(Path(args.lora_ckpt)),
-        "program": fingerprint_file(REPOSITORY / "predict.py"),
+        "adapter": sha256_of(Path(getattr(args, "onnx", None) or args.lora_ckpt)),
+        "program": fingerprint_file(REPOSITORY / "prediction" / "segmenting.py"),
     }
 
 
@@ -229,8 +268,15 @@ def _fill_in(args: argparse.Namespace, spec: DatasetSpec) -> None:
 
 def _check_values(args: argparse.Namespace, flags: dict[str, Flag]) -> None:
     check_limits(flags.values(), args)
+    if "root_path" in flags:
+        check_recipe(args)
     if getattr(args, "val_every", 1) is None and (args.val_cases or args.patience):
         raise InputError("--val_cases and --patience need --val_every; pass it, for example 5")
+    if getattr(args, "compile", False) and args.lora_dropout:
+        raise InputError(
+            "--lora_dropout draws for each slice by itself, which --compile cannot compile; leave "
+            "out one of them"
+        )
     if getattr(args, "restart", False) and args.resume in (None, AUTO):
         raise InputError("--restart needs --resume FOLDER, the run to begin anew")
     if getattr(args, "root_path", "") is None:
@@ -242,4 +288,5 @@ def _check_values(args: argparse.Namespace, flags: dict[str, Flag]) -> None:
                 f"--{name} is {word!r}, expected 1…60 letters, digits, '_', '.' or '-', which "
                 "become a folder's name"
             )
-    load_variant(args.module)
+    if not getattr(args, "onnx", None):
+        load_variant(args.module, lora_choices(args))

@@ -7,14 +7,13 @@ in the name of a run folder.
 
 from __future__ import annotations
 
-from typing import Any
-
+from config.network_flags import NETWORK
 from config.parser import Flag
+from config.recipe_flags import RECIPE
 from config.shared_flags import (
     CONFIG,
     DATASET,
     LIST_DIR,
-    NETWORK,
     NUM_CLASSES,
     PRECISION,
     PROCESSES,
@@ -22,138 +21,6 @@ from config.shared_flags import (
     SAME_CODE,
 )
 
-PUBLISHED_LR_EXP, PUBLISHED_DICE = 0.9, 0.8
-
-
-def slices_of_update(values: dict[str, Any]) -> int:
-    """Return the number of slices of one update, on all GPUs together."""
-    return values.get("global_batch") or values["batch_size"] * values["n_gpu"]
-
-
-RECIPE = (
-    Flag(
-        "AdamW",
-        "optimise with AdamW instead of SGD",
-        type=bool,
-        in_name=lambda args: "adamw" if args.AdamW else "sgd",
-    ),
-    Flag(
-        "base_lr",
-        "largest learning rate",
-        type=float,
-        default=0.005,
-        low=0,
-        high=10,
-        in_name=lambda args: f"lr{args.base_lr:g}",
-    ),
-    Flag("warmup", "raise the learning rate linearly in the first steps", type=bool),
-    Flag(
-        "warmup_period",
-        "number of warmup steps",
-        type=int,
-        default=250,
-        low=1,
-        high=10**9,
-        in_name=lambda args: f"wu{args.warmup_period}" if args.warmup else None,
-    ),
-    Flag(
-        "lr_exp",
-        "exponent of the learning rate's polynomial decay",
-        type=float,
-        default=PUBLISHED_LR_EXP,
-        low=0,
-        high=100,
-        in_name=lambda args: f"exp{args.lr_exp:g}" if args.lr_exp != PUBLISHED_LR_EXP else None,
-    ),
-    Flag(
-        "dice_param",
-        "weight of the Dice loss; cross entropy gets the rest",
-        type=float,
-        default=PUBLISHED_DICE,
-        low=0,
-        high=1,
-        in_name=lambda args: (
-            f"dice{args.dice_param:g}" if args.dice_param != PUBLISHED_DICE else None
-        ),
-    ),
-    Flag(
-        "batch_size",
-        "slices of an update for each GPU of the recipe",
-        type=int,
-        default=12,
-        low=1,
-        high=100_000,
-        changes_numbers=False,
-    ),
-    Flag(
-        "n_gpu",
-        "number of GPUs in the recipe. An update always uses batch_size × n_gpu slices, however "
-        "many GPUs there are",
-        type=int,
-        default=2,
-        low=1,
-        high=100_000,
-        changes_numbers=False,
-    ),
-    Flag(
-        "global_batch",
-        "slices of one update; default: batch_size × n_gpu",
-        type=int,
-        low=1,
-        high=10**9,
-        in_name=lambda args: f"bs{slices_of_update(vars(args))}",
-    ),
-    Flag(
-        "max_epochs",
-        "epochs of the learning rate's schedule; training never exceeds it",
-        type=int,
-        default=200,
-        low=1,
-        high=10**9,
-    ),
-    Flag(
-        "stop_epoch",
-        "number of epochs to train",
-        type=int,
-        default=160,
-        low=1,
-        high=10**9,
-        # The schedule of the learning rate does not depend on it.
-        changes_numbers=False,
-        in_name=lambda args: f"epo{args.stop_epoch}of{args.max_epochs}",
-    ),
-    Flag(
-        "max_iterations",
-        "stop after this many steps, or after --stop_epoch if that comes first",
-        type=int,
-        low=1,
-        high=10**12,
-        changes_numbers=False,
-        in_name=lambda args: f"it{args.max_iterations}" if args.max_iterations else None,
-    ),
-    Flag(
-        "clip_grad",
-        "largest norm of the gradient; default: no clipping",
-        type=float,
-        above=0,
-        high=1e30,
-        hint="leave it out to train without clipping",
-        in_name=lambda args: f"clip{args.clip_grad:g}" if args.clip_grad else None,
-    ),
-    Flag(
-        "no_augment",
-        "train on the slices without augmentation",
-        type=bool,
-        in_name=lambda args: "noaug" if args.no_augment else None,
-    ),
-    Flag(
-        "fresh_heads",
-        "start all mask heads at random. Default: from the base weights wherever shapes fit, as "
-        "the published adapters did",
-        type=bool,
-        in_name=lambda args: "freshheads" if args.fresh_heads else None,
-    ),
-)
 TRAIN = {
     "data": (
         Flag(

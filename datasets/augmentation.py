@@ -1,21 +1,25 @@
-"""Augmentation of training slices (SAMed's recipe), in batches on any device.
+"""Augmentation of training slices, in batches on any device.
 
-Each slice gets one of three changes: quarter turns with a flip, a rotation by a whole number of
-degrees with nearest neighbour, or none. A cubic zoom follows. The results equal the original's
-scipy code. As in the original, turns and flips do not swap the labels of the left and right kidney.
+`AUGMENTATIONS` has a row for each value of `--augment`. With SAMed's recipe, each slice gets one of
+three changes: quarter turns with a flip, a rotation by a whole number of degrees with nearest
+neighbour, or none. A cubic zoom follows. The results equal the original's scipy code. As in the
+original, these turns and flips do not swap the labels of the left and right kidney.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import ndimage
 
+from datasets.grey_values import GreyValues, draw_grey_values
 from datasets.resampling import resize_images, resize_labels
+from datasets.sides import mirror_of
 
 LARGEST_ANGLE = 20  # degrees
 
@@ -25,15 +29,30 @@ class Augmentation:
     """The random choices for one slice; the defaults change nothing."""
 
     quarter_turns: int = 0
-    flip_axis: int | None = None  # 0 rows, 1 columns; applied after the turns
-    angle: int | None = None  # degrees; replaces turns and flip
+    flip_axis: int | None = None  # 0 rows, 1 columns; applied after the turns or the rotation
+    angle: int | None = None  # degrees; replaces the turns
+    grey_values: GreyValues | None = None  # of the image alone
+    classes: tuple[int, ...] | None = None  # what the classes 0, 1, 2 … become; None: themselves
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:  # (..., H, W), any dtype
-        """Apply the choices; an odd number of quarter turns swaps H and W."""
+        """Move the pixels; an odd number of quarter turns swaps H and W."""
         if self.angle is not None:
-            return rotate_nearest(images, self.angle)
-        turned = torch.rot90(images, self.quarter_turns, dims=(-2, -1))
+            turned = rotate_nearest(images, self.angle)
+        else:
+            turned = torch.rot90(images, self.quarter_turns, dims=(-2, -1))
         return turned if self.flip_axis is None else turned.flip(self.flip_axis - 2)
+
+    def image(self, image: torch.Tensor) -> torch.Tensor:  # (H, W) or (3, H, W) float32
+        """Apply all choices to an image."""
+        moved = self(image)
+        return moved if self.grey_values is None else self.grey_values(moved)
+
+    def label(self, label: torch.Tensor) -> torch.Tensor:  # (H, W), integers
+        """Apply all choices to a label."""
+        moved = self(label)
+        if self.classes is None:
+            return moved
+        return _class_table(self.classes, label.dtype, label.device)[moved.long()]
 
 
 def draw_augmentation(rng: np.random.Generator) -> Augmentation:
@@ -42,8 +61,42 @@ def draw_augmentation(rng: np.random.Generator) -> Augmentation:
         quarter_turns = int(rng.integers(0, 4))
         return Augmentation(quarter_turns=quarter_turns, flip_axis=int(rng.integers(0, 2)))
     if rng.random() > 0.5:
-        return Augmentation(angle=int(rng.integers(-LARGEST_ANGLE, LARGEST_ANGLE)))
+        return Augmentation(angle=_draw_angle(rng))
     return Augmentation()
+
+
+def _draw_angle(rng: np.random.Generator) -> int:
+    return int(rng.integers(-LARGEST_ANGLE, LARGEST_ANGLE))
+
+
+def draw_with_grey_values(rng: np.random.Generator) -> Augmentation:
+    """Draw what `draw_augmentation` draws, and then changes of the grey values."""
+    return replace(draw_augmentation(rng), grey_values=draw_grey_values(rng))
+
+
+def draw_anatomical(rng: np.random.Generator, spec: Mapping[str, Any]) -> Augmentation:
+    """Draw a rotation (1/2) and, on its own, a flip from left to right (1/2).
+
+    The flip swaps the classes of the left and the right side. It is left out where it could make a
+    label wrong (`datasets.sides`); the rotations are then the same.
+    """
+    rotated, flipped, angle = rng.random() > 0.5, rng.random() > 0.5, _draw_angle(rng)
+    mirror = mirror_of(spec["orientation"], tuple(spec["class_names"]))
+    flipped = flipped and mirror.axis is not None
+    return Augmentation(
+        flip_axis=mirror.axis if flipped else None,
+        angle=angle if rotated else None,
+        classes=mirror.classes if flipped else None,
+    )
+
+
+# What draws the choices for one slice from its generator and the data set's description as JSON.
+AUGMENTATIONS: dict[str, Callable[[np.random.Generator, Mapping[str, Any]], Augmentation]] = {
+    "samed": lambda rng, spec: draw_augmentation(rng),
+    "none": lambda rng, spec: Augmentation(),
+    "samed+intensity": lambda rng, spec: draw_with_grey_values(rng),
+    "anatomical": draw_anatomical,
+}
 
 
 def random_rot_flip(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -92,6 +145,14 @@ def _rotation_index(
     return torch.from_numpy(rotated.astype(np.int32).ravel()).to(device)
 
 
+# As above, the tables are kept on the device.
+@lru_cache(maxsize=16)
+def _class_table(
+    classes: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:  # (C + 1,)
+    return torch.tensor(classes, dtype=dtype, device=device)
+
+
 def prepare_batch(
     images: Sequence[torch.Tensor],
     labels: Sequence[torch.Tensor],
@@ -103,19 +164,19 @@ def prepare_batch(
     """Augment slices and resize them to the sizes of the network's input and of its loss.
 
     Args:
-        images: B slices (H, W), or (3, H, W) in colour, float32, about [0, 1], on the device to
-            work on; their sizes may differ.
+        images: B slices (H, W), or (3, H, W) in colour or between neighbours, float32, about
+            [0, 1], on the device to work on; their sizes may differ.
         labels: B label slices (H, W), integers.
         augmentations: one for each slice.
         output_size: (rows, columns) of the input, S × S.
-        low_res: (rows, columns) of the logits, S/4 × S/4.
+        low_res: (rows, columns) of the logits, s × s.
 
     Returns:
         `image` (B, 3, S, S) float32, `label` (B, S, S) in the dtype of `labels`, and
-        `low_res_label` (B, S/4, S/4) int64 for the loss.
+        `low_res_label` (B, s, s) int64 for the loss.
     """
-    images = [augment(image) for augment, image in zip(augmentations, images, strict=True)]
-    labels = [augment(label) for augment, label in zip(augmentations, labels, strict=True)]
+    images = [augment.image(image) for augment, image in zip(augmentations, images, strict=True)]
+    labels = [augment.label(label) for augment, label in zip(augmentations, labels, strict=True)]
     if len({image.shape for image in images}) == 1:  # one product for the whole batch
         image = resize_images(torch.stack(images), output_size)
         label = resize_labels(torch.stack(labels), output_size)
@@ -125,6 +186,41 @@ def prepare_batch(
     return {
         "image": image if image.ndim == 4 else image[:, None].expand(-1, 3, -1, -1),
         "label": label,
-        # The original resizes the label twice: to S × S, and from there to S/4 × S/4.
+        # The original resizes the label twice: to S × S, and from there to s × s.
         "low_res_label": resize_labels(label, low_res).long(),
     }
+
+
+class RandomGenerator:
+    """Augment and resize one sample, as a `transform` of `Synapse_dataset`.
+
+    Args:
+        output_size: (rows, columns) of the network's input.
+        low_res: (rows, columns) of the network's logits.
+        seed: if given, the random choices depend only on (seed, epoch, index), and the caller must
+            set `epoch` before each epoch. If None, they come from torch's random state, which
+            differs between data loader workers and epochs.
+    """
+
+    def __init__(
+        self, output_size: Iterable[int], low_res: Iterable[int], seed: int | None = None
+    ) -> None:
+        self.output_size = tuple(output_size)
+        self.low_res = tuple(low_res)
+        self.seed = seed
+        self.epoch = 0
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Turn `image`, `label` (H, W) into `image` (3, S, S), `label` and `low_res_label`."""
+        if self.seed is None:
+            rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        else:
+            rng = keyed_rng(self.seed, self.epoch, sample["index"])
+        batch = prepare_batch(
+            [torch.as_tensor(sample["image"])],
+            [torch.as_tensor(sample["label"])],
+            [draw_augmentation(rng)],
+            output_size=self.output_size,
+            low_res=self.low_res,
+        )
+        return {key: value[0] for key, value in batch.items()} | {"label": batch["label"][0].long()}

@@ -1,7 +1,7 @@
 """The training slices and test volumes that a list names.
 
-`Synapse_dataset` and `RandomGenerator` keep the names and the samples of the original. The training
-loop reads slices without the transform, and augments whole batches on the device.
+`Synapse_dataset` keeps the name and the samples of the original. The training loop reads slices
+without the transform, and augments whole batches on the device.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,22 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common.errors import InputError, MissingFileError, first_few, warn
 from common.files import load_arrays, require_file, require_folder
 from common.names import LONGEST_NAME, lines_of, safe_name
-from datasets.augmentation import (
-    draw_augmentation,
-    keyed_rng,
-    prepare_batch,
-    random_rot_flip,
-    random_rotate,
-)
+from datasets.augmentation import RandomGenerator, random_rot_flip, random_rotate
 from datasets.digests import slice_digests
 from datasets.h5_files import count_slices, read_h5
+from datasets.neighbours import require_channels, slices_around, with_neighbours
 from datasets.prepared_files import (
     SampleFacts,
     check_attributes,
@@ -120,6 +114,7 @@ class Synapse_dataset(Dataset):
         self.split = split
         self.transform = transform
         self.num_classes = num_classes
+        self.around: dict[Path, tuple[Path, Path]] | None = None  # see `between_neighbours`
         other = replace(SPLITS["test_vol"], lists=(f"{split}.txt", f"{split}.list"))
         self.files = files = SPLITS.get(split, other)
         base = require_folder(
@@ -145,18 +140,23 @@ class Synapse_dataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return `image`, `label`, `index` and `case_name` of a sample, after the transform.
 
-        A slice is (H, W) and a volume (D, H, W); images in colour have 3 before H. Images are
-        float32, about [0, 1]; labels are uint8.
+        A slice is (H, W) and a volume (D, H, W); images in colour, and slices between their
+        neighbours, have 3 before H. Images are float32, about [0, 1]; labels are uint8.
         """
         sample = self.read(index)
+        if self.around is not None:
+            images = [self._read(path)["image"] for path in self.around[self.paths[index]]]
+            sample["image"] = with_neighbours(*images, sample["image"], self.paths[index])
         if self.transform is not None:
             sample = self.transform(sample)
         sample["case_name"] = self.sample_list[index]
         return sample
 
     def read(self, index: int) -> dict[str, Any]:
-        """Read and check `image`, `label` and `index` of a sample, without the transform."""
-        path = self.paths[index]
+        """Read and check `image`, `label` and `index` of a sample, as its file holds them."""
+        return self._read(self.paths[index]) | {"index": index}
+
+    def _read(self, path: Path) -> dict[str, np.ndarray]:
         check = partial(check_declared, path=path, ndim=self.files.ndim)
         is_npz = path.suffix == ".npz"
         arrays = load_arrays(path, ("image", "label"), check) if is_npz else read_h5(path, check)
@@ -167,7 +167,7 @@ class Synapse_dataset(Dataset):
             num_classes=self.num_classes,
             any_range=self.lenient,
         )
-        return {"image": image, "label": label, "index": index}
+        return {"image": image, "label": label}
 
     def geometry(self, index: int) -> dict[str, tuple[float, ...]] | None:
         """Return spacing, origin and direction of a volume's scan; None if they are not stored."""
@@ -186,6 +186,24 @@ class Synapse_dataset(Dataset):
         part = copy.copy(self)
         part.sample_list = [self.sample_list[index] for index in indices]
         part.paths = [self.paths[index] for index in indices]
+        return part
+
+    def between_neighbours(self) -> Synapse_dataset:
+        """Return a data set of slices whose images are (3, H, W): before, the slice, after (2.5-D).
+
+        The neighbours come from all slices of this data set, also in its subsets.
+
+        Raises:
+            InputError: a name does not tell the number of its slice.
+        """
+        if self.around is not None:
+            return self
+        part = copy.copy(self)
+        paths = dict(zip(self.sample_list, self.paths, strict=True))
+        part.around = {
+            paths[name]: (paths[before], paths[after])
+            for name, (before, after) in slices_around(self.sample_list, self.list_path).items()
+        }
         return part
 
     def check(self, workers: int = 4) -> list[SampleFacts]:
@@ -209,6 +227,8 @@ class Synapse_dataset(Dataset):
             raise InputError(f"{errors[0]}; {len(errors) - 1} more files are faulty")
         if errors:
             raise errors[0]
+        if self.around is not None:
+            require_channels(facts)
         colour = [sample.name for sample in facts if sample.colour]
         if colour and len(colour) < len(facts):
             raise InputError(
@@ -293,38 +313,3 @@ def read_list(path: Path, *, may_repeat: bool = False, longest: int = 255) -> li
             raise InputError(f"{found}; remove the repeated lines")
         warn(f"{found}; these samples count as often")
     return names
-
-
-class RandomGenerator:
-    """Augment and resize one sample, as a `transform` of `Synapse_dataset`.
-
-    Args:
-        output_size: (rows, columns) of the network's input.
-        low_res: (rows, columns) of the network's logits.
-        seed: if given, the random choices depend only on (seed, epoch, index), and the caller must
-            set `epoch` before each epoch. If None, they come from torch's random state, which
-            differs between data loader workers and epochs.
-    """
-
-    def __init__(
-        self, output_size: Iterable[int], low_res: Iterable[int], seed: int | None = None
-    ) -> None:
-        self.output_size = tuple(output_size)
-        self.low_res = tuple(low_res)
-        self.seed = seed
-        self.epoch = 0
-
-    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Turn `image`, `label` (H, W) into `image` (3, S, S), `label` and `low_res_label`."""
-        if self.seed is None:
-            rng = np.random.default_rng(int(torch.randint(2**62, ())))
-        else:
-            rng = keyed_rng(self.seed, self.epoch, sample["index"])
-        batch = prepare_batch(
-            [torch.as_tensor(sample["image"])],
-            [torch.as_tensor(sample["label"])],
-            [draw_augmentation(rng)],
-            output_size=self.output_size,
-            low_res=self.low_res,
-        )
-        return {key: value[0] for key, value in batch.items()} | {"label": batch["label"][0].long()}

@@ -51,13 +51,17 @@ def processes_here(device: str, wanted: int | None, recipe: int | None = None) -
     return min(torch.cuda.device_count(), recipe or sys.maxsize)
 
 
-def launch(script: str, argv: Sequence[str], processes: int) -> int:
+def launch(script: str, argv: Sequence[str], processes: int, *, go_on: bool = False) -> int:
     """Run `python script argv` as `processes` ranks on this machine, and return the exit code.
 
     The ranks meet in a file of a folder that only this user can enter, and talk over the loopback
     interface, so that no other machine can reach them. A signal is passed on to every rank; they
     have 120 seconds to end. When a rank fails, the others are asked to end within 30 seconds. Then
     they are killed. `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` sets other seconds for both.
+
+    Args:
+        go_on: a rank that a signal killed does not end the others, which do its work. The first
+            rank tells in the end whether all of it is done.
     """
     ranks: list[subprocess.Popen[bytes]] = []
     asked: list[int] = []
@@ -72,13 +76,14 @@ def launch(script: str, argv: Sequence[str], processes: int) -> int:
         with tempfile.TemporaryDirectory(prefix="samed-") as folder:
             for index in range(processes):
                 ranks.append(_start([script, *argv], index, processes, folder))
-            failed = _wait(ranks, asked)
+            failed = _wait(ranks, asked, go_on)
     finally:
         for rank in ranks:
             rank.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
-    return _exit_code([rank.returncode for rank in ranks], asked, failed)
+    codes = [rank.returncode for rank in ranks]
+    return _exit_code_of_rest(codes, asked, failed) if go_on else _exit_code(codes, asked, failed)
 
 
 def _start(words: Sequence[str], rank: int, processes: int, folder: str) -> subprocess.Popen[bytes]:
@@ -99,8 +104,13 @@ def _start(words: Sequence[str], rank: int, processes: int, folder: str) -> subp
     )
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], asked: Sequence[int]) -> list[int]:
+def _wait(
+    ranks: Sequence[subprocess.Popen[bytes]], asked: Sequence[int], go_on: bool = False
+) -> list[int]:
     """Wait until all ranks have ended; if one fails, end the others, and kill them in the end.
+
+    Args:
+        go_on: a rank that was killed is no reason to end the others.
 
     Returns:
         The numbers of the ranks that failed first, before this process asked any to end.
@@ -109,7 +119,9 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], asked: Sequence[int]) -> lis
     deadline = None
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed = failed or [index for index, code in enumerate(codes) if code]
+        failed = failed or [
+            index for index, code in enumerate(codes) if code and not (go_on and code < 0)
+        ]
         now = time.monotonic()
         if None not in codes or (deadline is not None and now > deadline + KILLED):
             return failed
@@ -122,6 +134,24 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], asked: Sequence[int]) -> lis
             for rank in ranks:
                 rank.kill()
         time.sleep(0.1)
+
+
+def _exit_code_of_rest(
+    codes: Sequence[int | None], asked: Sequence[int], failed: Sequence[int]
+) -> int:
+    """Return one exit code for ranks that go on without those that were killed."""
+    killed = [index for index, code in enumerate(codes) if code is not None and code < 0]
+    if asked or None in codes or not (failed or killed):
+        return _exit_code(codes, asked, failed)
+    for index in killed:
+        rest = "so start the command again" if 0 in killed else "and the others did its work"
+        print(
+            f"warning: rank {index} of {len(codes)} was killed by signal {-codes[index]}, {rest}",
+            file=sys.stderr,
+        )
+    if failed:  # Ranks that were asked to end then say less.
+        return codes[failed[0]]
+    return EXIT_LOST_RANK if 0 in killed else 0
 
 
 def _exit_code(codes: Sequence[int | None], asked: Sequence[int], failed: Sequence[int]) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +14,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
-
-import torch
 
 from distributed.signals import SIGNALS, end_with_parent
 
@@ -53,7 +52,7 @@ def in_processes(
 
     Args:
         function: of one task; it must be importable, because the processes are spawned. (A forked
-            process would inherit locked threads of torch.)
+            process would inherit locked threads of torch.) If it uses torch, its module imports it.
 
     Raises:
         RuntimeError: the function raised an error, whose traceback is the message.
@@ -117,7 +116,9 @@ def _work(function: Callable[[Any], Any], connection: Connection) -> None:
     for number in SIGNALS:  # A terminal or scheduler sends them to all; the parent decides.
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _drop)
-    torch.set_num_threads(1)  # The processes run in parallel already.
+    # The processes run in parallel already. Work without torch does not wait until it is imported.
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     try:
         while True:
             task = connection.recv()

@@ -30,8 +30,19 @@ if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then
          --rdzv_endpoint "$HOST:$PORT" --rdzv_id "$SLURM_JOB_ID"
          --signals_to_handle SIGTERM,SIGINT,SIGUSR1)
 fi
-"${RUN[@]}" train.py --resume auto --output output --root_path "${SAMED_DATA:-data/Synapse}" \
-    --warmup --AdamW "$@" &
+PROGRAM=(train.py --resume auto --output output --root_path "${SAMED_DATA:-data/Synapse}"
+         --warmup --AdamW)
+# docs/slurm_ablate.sh and docs/slurm_predict.sh name another program, which goes on by itself. Every
+# job of their array takes a share.
+if [ -n "${SAMED_PROGRAM:-}" ]; then
+    PART=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1} + 1))
+    if [ "$PART" -gt "$SLURM_ARRAY_TASK_COUNT" ]; then
+        echo "error: the array has gaps, so its jobs have no shares; use --array=1-N" >&2
+        exit 2
+    fi
+    PROGRAM=("$SAMED_PROGRAM" --part "$PART/$SLURM_ARRAY_TASK_COUNT")
+fi
+"${RUN[@]}" "${PROGRAM[@]}" "$@" &
 CHILD=$!
 ASKED=0 ENDED=0
 trap 'SIGNALLED=1 ASKED=1; kill -USR1 $CHILD 2>/dev/null' USR1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,67 +105,90 @@ def _marked(score: str, values: Sequence[float | None]) -> list[tuple[float | No
     return [(v, best is not None and s == best) for v, s in zip(values, shown, strict=True)]
 
 
-def compare(first: TestRun, second: TestRun) -> dict[str, Any]:
-    """Return paired differences, second - first, of each class that both runs have.
+@dataclass(frozen=True)
+class Matched:
+    """The cases and classes that two runs share."""
+
+    names: list[str]  # classes that both runs have
+    pairs: list[tuple[CaseResult, CaseResult]]  # both results of each case, in the first's order
+    places: list[tuple[int, int]]  # of each class among the classes of both runs
+
+    @property
+    def groups(self) -> list[str]:
+        """The scan that each case belongs to."""
+        return [first.group or second.independent for first, second in self.pairs]
+
+    def scored(self, score: str) -> list[list[Scored]]:
+        """Return a score of both runs, for each class and each case."""
+        return [
+            [(getattr(a.scores[i], score), getattr(b.scores[j], score)) for a, b in self.pairs]
+            for i, j in self.places
+        ]
+
+
+def match(first: TestRun, second: TestRun) -> Matched:
+    """Return what two runs share.
 
     Raises:
-        InputError: the runs share no class or no case, or their labels differ.
+        InputError: they share no class or no case, or their labels differ.
     """
     names = [name for name in first.class_names if name in second.class_names]
-    by_case = [{result.case: result for result in run.results} for run in (first, second)]
-    shared = [case for case in by_case[0] if case in by_case[1]]
-    if not names or not shared:
+    by_case = {result.case: result for result in second.results}
+    pairs = [(result, by_case[result.case]) for result in first.results if result.case in by_case]
+    if not names or not pairs:
         raise InputError(
             f"{first.path} and {second.path} have no {'case' if names else 'class'} in common; "
             "compare runs on the same test data"
         )
-    pairs = [(by_case[0][case], by_case[1][case]) for case in shared]
     for result, other in pairs:
         if _voxels(first, result, names) != _voxels(second, other, names):
             raise InputError(
                 f"{first.path} and {second.path} were tested on different labels of {result.case}; "
                 "compare runs on the same test data"
             )
-    groups = [result.group or other.independent for result, other in pairs]
     places = [(first.class_names.index(name), second.class_names.index(name)) for name in names]
+    return Matched(names, pairs, places)
+
+
+def compare(first: TestRun, second: TestRun) -> dict[str, Any]:
+    """Return paired differences, second - first, of each class that both runs have.
+
+    Raises:
+        InputError: the runs share no class or no case, or their labels differ.
+    """
+    shared = match(first, second)
+    pairs, places, groups = shared.pairs, shared.places, shared.groups
+    cases = [{result.case for result in run.results} for run in (first, second)]
     same_tolerance = first.definitions.get("nsd") == second.definitions.get("nsd")
     compared = [score for score in COMPARED if score != "nsd" or same_tolerance]
-    table = {score: _scored(pairs, places, score) for score in compared}
+    table = {score: shared.scored(score) for score in compared}
     rows = [
         {"name": name, "scores": {s: paired(by_class[i], groups) for s, by_class in table.items()}}
-        for i, name in enumerate(names)
+        for i, name in enumerate(shared.names)
     ]
-    overall = {s: paired(_case_means(by_class), groups) for s, by_class in table.items()}
+    overall = {s: paired(over_classes(by_class), groups) for s, by_class in table.items()}
     return {
         "rows": [*rows, {"name": "all organs", "scores": overall}],
         "overall": overall,
         "scores": [score for score in compared if overall[score].pairs],
         "same_tolerance": same_tolerance,
-        "pairs": len(shared),
+        "pairs": len(pairs),
         "groups": len(set(groups)),
         "removed": _changed(pairs, places, FALSE_ORGAN, ABSENT),
         "added": _changed(pairs, places, ABSENT, FALSE_ORGAN),
-        "alone": sorted(by_case[0].keys() ^ by_case[1].keys()),
+        "alone": sorted(cases[0] ^ cases[1]),
     }
 
 
-def _scored(
-    pairs: Sequence[tuple[CaseResult, CaseResult]], places: Sequence[tuple[int, int]], score: str
-) -> list[list[Scored]]:
-    """Return a score of both runs, for each class and each case."""
-    return [
-        [(getattr(a.scores[i], score), getattr(b.scores[j], score)) for a, b in pairs]
-        for i, j in places
-    ]
-
-
-def _case_means(by_class: Sequence[Sequence[Scored]]) -> list[Scored]:
+def over_classes(by_class: Sequence[Sequence[Scored]]) -> list[Scored]:
     """Return the means of both runs for each case, over the classes that both runs define."""
-    means = []
-    for case in zip(*by_class, strict=True):
-        known = [pair for pair in case if None not in pair]
-        means.append((mean(first for first, _ in known), mean(second for _, second in known)))
-    return means
+    return [mean_of_pairs(case) for case in zip(*by_class, strict=True)]
+
+
+def mean_of_pairs(pairs: Iterable[Scored]) -> Scored:
+    """Return both means over the pairs that define the score in both runs."""
+    known = [pair for pair in pairs if None not in pair]
+    return mean(first for first, _ in known), mean(second for _, second in known)
 
 
 def _changed(

@@ -16,7 +16,7 @@ from evaluation.tables import CaseResult, case_means
 from evaluation.views import SHOWN_SIDE, font, framed, save_picture, slice_title
 
 CASES_A_PAGE = 6
-ROWS = ".rows"  # folder of a picture of each case, until the pages are drawn
+ROWS = ".rows"  # folder of a picture and the volumes of each case, until the pages are written
 WIDEST = 4096  # pixels; pictures of more than 682 px shrink where a case shows three slices
 MARGIN, GAP, LINE, HEADING = 10, 6, 20, 26  # pixels
 INK, SOFT = "#1c2530", "#5c6875"
@@ -35,7 +35,7 @@ def save_case(folder: Path, panel: CasePanel, result: CaseResult) -> None:
 
 
 def remove_rows(folder: Path) -> None:
-    """Delete the rows of cases, which only the pages need."""
+    """Delete the rows and volumes of cases, which only the pages need."""
     shutil.rmtree(folder / ROWS, ignore_errors=True)
 
 

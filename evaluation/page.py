@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,10 @@ def write_page(path: Path, runs: Sequence[TestRun]) -> None:
     Raises:
         InputError: a run shares no class or no case with the first, or a picture is missing.
     """
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "breakable": breakable, "counted": counted}
     names = run_names(runs)
     short = short_names(names)
-    page = environment.get_template(TEMPLATE.name).render(
+    page = render(
+        TEMPLATE,
         runs=[describe(run, name) for run, name in zip(runs, names, strict=True)],
         names=short,
         overview=overview(runs),
@@ -72,6 +67,29 @@ def write_page(path: Path, runs: Sequence[TestRun]) -> None:
         worst_a_case=WORST_A_CASE,
     )
     write_text(path, page)
+
+
+def render(template: Path, **content: Any) -> str:
+    """Return an HTML page; every text in it is escaped.
+
+    Args:
+        template: a Jinja template, which may include files of this folder, as `style.css`.
+        content: the names that the template uses.
+    """
+    return templates_of(template.parent).get_template(template.name).render(content)
+
+
+@cache
+def templates_of(folder: Path) -> Environment:
+    """Return the templates of a folder, which are compiled once."""
+    environment = Environment(
+        loader=FileSystemLoader([folder, TEMPLATE.parent]),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "breakable": breakable, "counted": counted}
+    return environment
 
 
 def run_names(runs: Sequence[TestRun]) -> list[str]:

@@ -66,16 +66,13 @@ def predict_volume(
         images = network_input(slices, input_size, image_size)
         scores = averaged(segment, images, flips) if flips else segment(images)
         scores = scores[:count]  # the rest of a batch on a GPU belongs to no slice
-        # `max` picks the first of equal scores, as argmax does, and is six times faster on a CPU
-        best, classes = scores.max(dim=1)  # (B, S, S) both; the largest of NaN and others is NaN
-        finite[start : start + count] = best.isfinite().flatten(1).all(dim=1)
-        labels[start : start + count] = resize_labels(classes.to(torch.uint8), size)
+        labels[start : start + count], finite[start : start + count] = labels_of(scores, size)
         if on_probabilities is not None:
             probabilities = scores if flips else scores.float().softmax(dim=1)
             on_probabilities(start, resize_bilinear(probabilities, size))
         if progress is not None:
             progress(count)
-    _require_finite(finite.cpu().numpy())
+    require_finite(finite.cpu().numpy())
     return labels.cpu().numpy()
 
 
@@ -84,7 +81,17 @@ def default_batch_size(device: torch.device) -> int:
     return 2 if device.type == "cpu" else 12
 
 
-def _require_finite(finite: np.ndarray) -> None:  # (D,) bool, of each slice
+def labels_of(
+    scores: torch.Tensor, size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:  # (B, C, S, S) -> (B, *size) uint8, (B,) bool
+    """Return the classes with the largest scores, zoomed to `size`, and which slices are finite."""
+    # `max` picks the first of equal scores, as argmax does, and is six times faster on a CPU
+    best, classes = scores.max(dim=1)  # (B, S, S) both; the largest of NaN and others is NaN
+    return resize_labels(classes.to(torch.uint8), size), best.isfinite().flatten(1).all(dim=1)
+
+
+def require_finite(finite: np.ndarray) -> None:  # (D,) bool, of each slice
+    """Raise an `InputError` if the network's output is NaN or infinite in a slice."""
     if not finite.all():
         wrong = np.flatnonzero(~finite).tolist()
         raise InputError(

@@ -167,7 +167,7 @@ def format_table(results: Sequence[CaseResult], class_names: Sequence[str]) -> s
         "out.\nsamed: the published rule, in voxels. A false organ scores DSC 1 and HD95 0, a "
         "missed or absent organ 0 and 0."
     )
-    return f"{_align(per_class)}\n\n{_align(per_case)}\n\n{notes}"
+    return f"{align(per_class)}\n\n{align(per_case)}\n\n{notes}"
 
 
 def write_csv(path: Path, results: Sequence[CaseResult], class_names: Sequence[str]) -> None:
@@ -225,7 +225,7 @@ def _number(value: float | None, factor: float = 1) -> str:
     return "-" if value is None else f"{value * factor:.2f}"
 
 
-def _align(rows: list[list[str]]) -> str:
+def align(rows: Sequence[Sequence[str]]) -> str:
     """Lay out columns of equal width: names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

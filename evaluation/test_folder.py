@@ -8,10 +8,11 @@ from common.errors import warn
 from common.writing import remove_partials
 from common.written import Written
 from evaluation.figures import page_names, remove_rows
+from evaluation.viewer import PAGE
 from evaluation.volume_results import VOLUMES
 
 # The first makes the folder a tested run, so it is removed first and written after what it names.
-REPORT = ("results.json", "report.html", "results.csv", "dsc_per_organ.png")
+REPORT = ("results.json", "report.html", "results.csv", "dsc_per_organ.png", PAGE)
 
 
 def refuse_foreign(written: Written, cases: Sequence[str], *, volumes: bool) -> None:

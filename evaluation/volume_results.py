@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,16 @@ import numpy as np
 from datasets.colours import label_colours
 from datasets.dataset_synapse import Synapse_dataset
 from datasets.prepared_files import size_is_stated
-from datasets.registry import spec_from_json
+from datasets.registry import DatasetSpec, spec_from_json
 from datasets.scans.geometry import Geometry
 from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
-from evaluation.figures import save_case
+from evaluation.figures import ROWS, save_case
 from evaluation.medpy_check import MedpyCheck
 from evaluation.metrics import compare_volume
 from evaluation.overlays import case_panel, shown_slice, worst_slices
 from evaluation.tables import CaseResult
+from evaluation.viewer_case import Picture, encode_case, write_case_part
+from evaluation.viewer_library import find_library
 from evaluation.views import save_row, window_text
 
 VOLUMES = ("pred", "img", "gt")  # endings of the names of the NIfTI files of a case
@@ -81,6 +84,17 @@ def score_case(
         window=window_text(spec.intensity),
     )
     worst = worst_slices(case.name, case.label, prediction, spec.class_names, known)
+    if not getattr(args, "no_viewer", False) and find_library():
+        encoded = encode_case(
+            case.name,
+            Picture(case.image, spec.intensity, limits=None),
+            prediction,
+            case.label,
+            geometry=case.geometry,
+            worst=worst,
+            voxel_ml=float(np.prod(spacing)) / 1000 if spacing else None,
+        )
+        write_case_part(view_part(folder, case.name), encoded)
     colours = label_colours(spec.class_names)
     for found in worst:
         pictures = [
@@ -101,18 +115,29 @@ def score_case(
     return result
 
 
-def write_case(case: Case, prediction: np.ndarray, folder: Path | None) -> None:
+def view_part(folder: Path, case: str) -> Path:
+    """Return the file of what `viewer.html` shows of a case, until the page is put together."""
+    return folder / ROWS / f"{case}.view"
+
+
+def write_case(
+    case: Case, prediction: np.ndarray, folder: Path | None, spec: DatasetSpec | None = None
+) -> None:
     """Write prediction, image and label as NIfTI in the geometry of the scan.
 
     Args:
         folder: to write into; None: write nothing.
+        spec: its class names and their colours go into prediction and label, in which the classes
+            are 1, 2 …; None: the files have no names.
     """
     if folder is None:
         return
+    from datasets.scans.label_names import add_names, named_labels
     from datasets.scans.volumes import write_volume
 
     if case.geometry is None:
         logging.info("%s: no geometry is stored, so its NIfTI files get voxels of 1 mm", case.name)
+    names = named_labels(spec, range(1, spec.num_classes + 1)) if spec else []
     for kind, array in zip(VOLUMES, (prediction, case.image, case.label), strict=True):
         geometry = case.geometry or Geometry.unknown()
         if case.scan is not None:
@@ -120,4 +145,10 @@ def write_case(case: Case, prediction: np.ndarray, folder: Path | None) -> None:
             array = np.ascontiguousarray(reorient(array, letters, orientation_of(geometry)))
         if array.ndim == 4:  # (D, 3, H, W): colours are averaged, NIfTI stores one value per voxel
             array = array.mean(axis=1, dtype=np.float32)
-        write_volume(folder / f"{case.name}_{kind}.nii.gz", array, geometry)
+        named = names if kind != "img" else []
+        write_volume(
+            folder / f"{case.name}_{kind}.nii.gz",
+            array,
+            geometry,
+            partial(add_names, labels=named, shape=array.shape) if named else None,
+        )

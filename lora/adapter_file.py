@@ -1,9 +1,9 @@
 """The adapter file: a flat dict of tensors under their published keys, and settings.
 
-`w_a_000` … are the low-rank matrices; `prompt_encoder.*` and `mask_decoder.*` are the parts of SAM
-that train with them. One entry, `samed_settings`, is no tensor: it holds plain values that rebuild
-the network. A network trained from scratch adds `image_encoder.*`, so that its file needs no base
-weights.
+`w_a_000` … are the low-rank matrices, `w_m_000` … DoRA's lengths of rows; `prompt_encoder.*` and
+`mask_decoder.*` are the parts of SAM that train with them. One entry, `samed_settings`, is no
+tensor: it holds plain values that rebuild the network. A network trained from scratch adds
+`image_encoder.*`, so that its file needs no base weights.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from common.errors import InputError, first_few, first_line
 from common.files import parse_json, require_file
 from common.state_dicts import unwrapped
 from common.tensors import load_safetensors, load_tensors, plain_tensors
+from lora.form import KINDS, UpdateForm
+from lora.variants import SAMED, SAMED_S
+from segment_anything.base_weights import decoder_depth, logits_side
 
 SETTINGS_KEY = "samed_settings"
 # A of the first update, in every published adapter.
@@ -121,7 +124,7 @@ def variant_of(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> str:
     if isinstance(recorded, str) and recorded.isidentifier():
         return recorded
     both = "sa_a_000" in state
-    return "sam_lora_image_encoder_mask_decoder" if both else "sam_lora_image_encoder"
+    return SAMED_S if both else SAMED
 
 
 def rank_of(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> int | None:
@@ -129,10 +132,39 @@ def rank_of(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> int | N
     return len(state[FIRST_KEY]) if FIRST_KEY in state else _count(settings.get("rank"))
 
 
+def form_of(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> tuple[str, float | None]:
+    """Return kind and alpha of an adapter's updates (`UpdateForm`); alpha None means the rank.
+
+    Without a record of them, the updates have the published form.
+    """
+    kind, alpha = settings.get("lora_kind", UpdateForm.kind), settings.get("lora_alpha")
+    known = kind if kind in KINDS else f"{kind!a:.40}"
+    return known, alpha if type(alpha) in (int, float) else None
+
+
 def class_count(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> int | None:
     """Return the number of foreground classes of an adapter; None if the file does not show it."""
     tokens = state.get(HEAD_ROWS[0])
     return _count(settings.get("num_classes")) if tokens is None else len(tokens) - 1
+
+
+def depth_of(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> int | None:
+    """Return the layers of an adapter's mask decoder; None if the file does not show it."""
+    # SAMed_s updates q and v of the self attention of each layer, and saves no layer.
+    shown = decoder_depth(state) or sum(key.startswith("sa_a_") for key in state) // 2
+    return shown or _of_settings(settings, "decoder_depth", before=2)
+
+
+def logits_of(state: dict[str, torch.Tensor], settings: dict[str, Any]) -> int | None:
+    """Return the value of `--logits` of an adapter; None if the file does not show it."""
+    if any(key.startswith("mask_decoder.output_upscaling.") for key in state):
+        return logits_side(state)
+    return _of_settings(settings, "logits", before=1)
+
+
+def _of_settings(settings: dict[str, Any], name: str, *, before: int) -> int | None:
+    """Return a recorded count; `before`: that of adapters older than the flag."""
+    return _count(settings.get(name, before)) if settings else None
 
 
 def _count(value: Any) -> int | None:

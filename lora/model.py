@@ -6,6 +6,7 @@ your own beside them) say which projections get an update, as a list of `Update`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -16,17 +17,13 @@ from torch import nn
 
 from common.errors import InputError, first_few
 from common.tensors import save_tensors
-from lora.adapter_file import (
-    SETTINGS_KEY,
-    class_count,
-    holds_every_weight,
-    rank_of,
-    read_adapter,
-    variant_of,
-    with_classes,
-)
+from lora.adapter_file import SETTINGS_KEY, holds_every_weight, read_adapter, with_classes
+from lora.fitting import require_same_network, require_same_tensors, require_same_updates
+from lora.form import SliceDropout, UpdateForm
 from lora.layers import LoRABranch, LoRALinear
-from segment_anything.base_weights import same_base
+
+# The letter of A in its key: `w_a_000`, `fati_qa`.
+A_IN_KEY = re.compile(r"(_[qkvo]?)a(_\d+)?$")
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,12 @@ class Update:
     parts: int  # number of equal parts
     down: str  # key of A, (rank, in)
     up: str  # key of B, (out / parts, rank)
+
+    @property
+    def magnitude(self) -> str:
+        """Key of DoRA's lengths (out / parts,): `w_m_000` beside `w_a_000`, `fati_qm`."""
+        key, found = A_IN_KEY.subn(r"\1m\2", self.down)
+        return key if found else f"{self.down}_m"
 
 
 class LoRAModel(nn.Module):
@@ -54,6 +57,12 @@ class LoRAModel(nn.Module):
         variant: name of the module that defines the subclass, as users pass it by `--module`; None:
             the module where the subclass is defined.
     """
+
+    is_published = True  # the updates are where a file that does not record them has them
+    input_slices = 1  # that the network sees at once; `utils.build_model` sets it
+    prompt_prob = 0.0  # `--prompt_prob` of its training (`lora.prompts`); set there too
+    form = UpdateForm()
+    dropout: SliceDropout | None = None
 
     def __init__(
         self,
@@ -74,7 +83,7 @@ class LoRAModel(nn.Module):
         # from it, and the names of those that start fresh.
         self.moved_heads: list[list[str]] = []
         left_out = tuple(frozen if not_saved is None else not_saved)
-        # SAM's tensors that the adapter file holds.
+        # Tensors that the adapter file and a training state hold, trained or not.
         self.saved = {name for name in sam.state_dict() if not name.startswith(left_out)}
         for name, parameter in sam.named_parameters():
             parameter.requires_grad_(not name.startswith(tuple(frozen)))
@@ -117,6 +126,40 @@ class LoRAModel(nn.Module):
         """Start every update at zero again."""
         for update in self.updates:
             self._branch(update).reset_parameters()
+        for layer in self._lora_layers():
+            layer.reset_magnitudes()
+
+    def set_form(self, form: UpdateForm) -> None:
+        """Compute the updates in this form; DoRA's lengths start as those of the weights now here.
+
+        Raises:
+            InputError: the module computes its updates by itself.
+        """
+        if form != UpdateForm() and not self.updates:
+            raise InputError(
+                f"the LoRA variant {self.variant} computes its updates by itself, so --lora_kind, "
+                "--lora_alpha and --lora_dropout do nothing in it; leave them out, or derive its "
+                "class from lora.LoRAModel with Update rows"
+            )
+        self.form = form
+        self.dropout = SliceDropout(form.dropout) if form.dropout else None
+        for number, layer in enumerate(self._lora_layers()):
+            layer.set_form(form, self.rank, self.dropout, number)
+
+    def seed_dropout(self, seeds: Sequence[int]) -> None:
+        """Let the dropout of each slice of the next batch follow from its number.
+
+        The numbers hold until the next call, for passes that compute the batch once more.
+
+        Raises:
+            InputError: the network was built without dropout.
+        """
+        if self.dropout is None:
+            raise InputError(
+                f"this network of {self.variant} was built without dropout; build it by "
+                "utils.build_model with lora_dropout, or leave out --lora_dropout"
+            )
+        self.dropout.seeds = seeds
 
     def train_all_weights(self) -> None:
         """Train and save every weight (`--ckpt none`): a frozen random encoder would be useless.
@@ -156,15 +199,18 @@ class LoRAModel(nn.Module):
         Args:
             filename: `….pth`.
             settings: plain values to record beside the tensors (classes, image size, …). None:
-                the file holds nothing but the published keys.
+                the file holds nothing but the published keys, if the updates are the published.
         """
         state: dict[str, Any] = {
             key: value.cpu().clone() for key, value in self.adapter_state().items()
         }
-        if settings is not None:
-            state[SETTINGS_KEY] = settings | {
+        if settings is not None or not self.is_published or self.form != UpdateForm():
+            state[SETTINGS_KEY] = (settings or {}) | {
                 "rank": self.rank,
                 "module": self.variant,
+                "lora_kind": self.form.kind,
+                # As the flags write it: so no file looks as if it had another scale than its twin.
+                "lora_alpha": None if self.form.alpha == self.rank else self.form.alpha,
                 **self._recorded_updates(),
                 "base_fingerprint": self.sam.base_fingerprint,
             }
@@ -190,18 +236,18 @@ class LoRAModel(nn.Module):
             The settings that the file records beside the tensors; {} if it has none.
 
         Raises:
-            InputError: the variant, rank, number of classes, encoder, base weights or updated
+            InputError: the variant, rank, form, number of classes, encoder, base weights or updated
                 layers differ, or a tensor is missing. Nothing was changed then.
         """
         state, settings = read_adapter(filename)
         if classes is not None:
             state, *self.moved_heads = with_classes(state, *classes, self.adapter_state())
-        self._require_same_network(state, settings, filename)
+        require_same_network(self, state, settings, filename)
         targets = self._adapter_tensors()
         if holds_every_weight(state):
             targets |= dict(self._plain_tensors())
-        self._require_same_tensors(state, targets, filename)
-        self._require_same_updates(settings, filename)
+        require_same_updates(self, settings, filename)
+        require_same_tensors(self, state, targets, filename)
         self.unmerge()  # The merged weights are about to become wrong.
         with torch.no_grad():
             for key, tensor in targets.items():
@@ -214,6 +260,9 @@ class LoRAModel(nn.Module):
             tensors[update.down] = self._branch(update).down.weight
         for update in self.updates:
             tensors[update.up] = self._branch(update).up.weight
+        for update in self.updates:
+            if (magnitude := self._branch(update).magnitude) is not None:
+                tensors[update.magnitude] = magnitude
         tensors |= {name: value for name, value in self._plain_tensors() if name in self.saved}
         return tensors
 
@@ -227,76 +276,3 @@ class LoRAModel(nn.Module):
 
     def _branch(self, update: Update) -> LoRABranch:
         return self.sam.get_submodule(update.layer).updates[str(update.part)]
-
-    def _require_same_network(
-        self, state: dict[str, torch.Tensor], settings: dict[str, Any], filename: str | Path
-    ) -> None:
-        """Refuse an adapter of another variant, rank, number of classes, encoder or base."""
-        classes = len(self.sam.mask_decoder.mask_tokens.weight) - 1
-        for label, flag, found, expected in (
-            ("variant", "--module", variant_of(state, settings), self.variant),
-            ("LoRA rank", "--rank", rank_of(state, settings), self.rank),
-            ("number of classes", "--num_classes", class_count(state, settings), classes),
-        ):
-            if found not in (None, expected):
-                raise InputError(
-                    f"{filename} has {label} {found}, this network was built with {expected}; "
-                    f"pass {flag} {found}"
-                )
-        first = self.updates[0].down if self.updates else None
-        width, expected = (
-            tensors[first].shape[-1] if first in tensors and tensors[first].ndim else None
-            for tensors in (state, self._adapter_tensors())
-        )
-        if width not in (None, expected):
-            raise InputError(
-                f"{filename} was trained with another encoder, of width {width}; the width of this "
-                f"network is {expected}; pass --vit_name "
-                f"{settings.get('vit_name', 'of its training')!s:.40}"
-            )
-        trained_on, loaded = settings.get("base_fingerprint"), self.sam.base_fingerprint
-        other = isinstance(trained_on, str) and not same_base(trained_on, loaded)
-        if other and not holds_every_weight(state):
-            raise InputError(
-                f"{filename} was trained on base weights {trained_on!a:.40}, this network holds "
-                f"{loaded or 'none'}; pass the --ckpt of its training"
-            )
-
-    def _require_same_tensors(
-        self,
-        state: dict[str, torch.Tensor],
-        targets: dict[str, torch.Tensor],
-        filename: str | Path,
-    ) -> None:
-        """Refuse an adapter that lacks a tensor, has one too many, or one of another shape."""
-        missing = sorted(targets.keys() - state.keys())
-        unexpected = sorted(state.keys() - targets.keys())
-        if missing or unexpected:
-            raise InputError(
-                f"{filename} does not fit this {self.variant} network: missing "
-                f"{first_few(missing) or 'nothing'}, unexpected "
-                f"{first_few(unexpected) or 'nothing'}; pass the --vit_name of its training"
-            )
-        wrong = [
-            f"{key} {tuple(state[key].shape)} for {tuple(tensor.shape)}"
-            for key, tensor in targets.items()
-            if tensor.shape != state[key].shape
-        ]
-        if wrong:
-            raise InputError(
-                f"{filename} was trained with another encoder or image size than this network: "
-                f"{first_few(wrong)}; pass the --vit_name and --img_size of its training"
-            )
-
-    def _require_same_updates(self, settings: dict[str, Any], filename: str | Path) -> None:
-        """Refuse an adapter whose updates belong to other layers; old files do not record them."""
-        recorded = settings.get("updates")
-        rows = [list(astuple(update)) for update in self.updates]
-        if recorded is None or recorded == rows:
-            return
-        pairs = zip(recorded, rows, strict=False) if isinstance(recorded, list) else ()
-        found, expected = next(((a, b) for a, b in pairs if a != b), (recorded, rows[:1]))
-        raise InputError(
-            f"{filename} has its updates in other layers than this network: {found!s:.120} for "
-            f"{expected}; build the network with the layers of its training"
-        )

@@ -18,6 +18,7 @@ from torch import nn
 from common.errors import InputError, first_few
 from common.tensors import load_tensors
 from lora.adapter_file import read_adapter, with_classes
+from lora.fitting import require_same_network, require_same_tensors
 from lora.model import LoRAModel
 
 METHODS = ("save_lora_parameters", "load_lora_parameters", "forward")
@@ -124,8 +125,8 @@ class OlderModule(LoRAModel):
         state, settings = read_adapter(filename)
         if classes is not None:
             state, *self.moved_heads = with_classes(state, *classes, self._adapter_tensors())
-        self._require_same_network(state, {"module": self.variant} | settings, filename)
-        self._require_same_tensors(state, self._adapter_tensors(), filename)
+        require_same_network(self, state, {"module": self.variant} | settings, filename)
+        require_same_tensors(self, state, self._adapter_tensors(), filename)
         with TemporaryDirectory() as folder:
             plain = Path(folder) / "adapter.pth"
             torch.save(state, plain)

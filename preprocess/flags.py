@@ -28,6 +28,11 @@ DESCRIPTION = (
     "kept, changed cases are converted again. See preprocess/README.md."
 )
 
+# Values of `--plane`, beside those of `PLANES`.
+AUTO_PLANE, STORED_PLANE = "auto", "stored"
+# What `AUTO_PLANE` means where a description beside the scans says how their slices lie.
+DESCRIBED_PLANE = "described"
+
 # The limits of every number, both included.
 LIMITS = {
     "size": (1, LARGEST_SIDE),
@@ -94,8 +99,8 @@ def build_parser() -> ArgumentParser:
     )
     data.add_argument(
         "--plane",
-        choices=("auto", "stored", *PLANES),
-        default="auto",
+        choices=(AUTO_PLANE, STORED_PLANE, *PLANES),
+        default=AUTO_PLANE,
         help="plane of the slices; auto (default): across the thick axis of the scans, axial if "
         "they have none (Synapse: as stored); stored: across the last axis of each file",
     )

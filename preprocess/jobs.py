@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import InputError
+from common.errors import InputError, first_few, warn
 from datasets.names import slice_name
 from datasets.registry import DatasetSpec
 from datasets.scans.files import read_scan_header
 from datasets.scans.geometry import Geometry
 from datasets.scans.orientation import orientation_of, reorient, reorient_geometry
+from datasets.scans.segmentations import segments_of
+from preprocess.labels import read_label_header, refuse_other_names
 from preprocess.raw_cases import RawCase
 from preprocess.split import TEST, TRAIN
 
@@ -81,21 +83,27 @@ class Job:
 def check_headers(
     jobs: list[Job],
 ) -> tuple[list[tuple[tuple[int, ...], Geometry | None]], list[str]]:
-    """Compare the headers of each image and label.
+    """Compare the headers of each image and label; warn of segments that no class is named like.
 
     Returns:
         Shapes (D, H, W) and geometries of the images, and the problems that were found.
     """
     headers, problems = [], []
+    unknown: dict[str, str] = {}  # value and name of a segment -> the first file that has it
     for job in jobs:
         try:
             shape, geometry = read_scan_header(job.case.image)
-            label_shape, label_geometry = read_scan_header(job.case.label)
+            label_shape, label_geometry = read_label_header(job.case.label)
+            for text in refuse_other_names(job.case.label, job.spec, job.label_values):
+                unknown.setdefault(text, job.case.label.path.name)
             voxels = np.broadcast_to(np.uint8(0), label_shape)  # stands for voxels that are unread
             label_on_image_grid(job.case, shape, geometry, voxels, label_geometry)
             headers.append((shape, geometry))
         except InputError as error:
             problems.append(str(error))
+    if unknown:
+        shown = first_few([f"{text} in {file}" for text, file in unknown.items()])
+        warn(f"segments have names that no class has, and count by their values: {shown}")
     return headers, problems
 
 
@@ -124,7 +132,9 @@ def label_on_image_grid(
 ) -> np.ndarray:  # (D, H, W) of the image
     """Return the label on the grid of its image.
 
-    A label that covers the same voxels with other axes is turned to the axes of the image.
+    A label that covers the same voxels with other axes is turned to the axes of the image. A
+    segmentation of 3D Slicer may cover a part of the grid, or more than it: what it does not cover
+    is background.
 
     Args:
         shape: (D, H, W) of the image.
@@ -133,7 +143,7 @@ def label_on_image_grid(
         label_geometry: of the label; None for a picture.
 
     Raises:
-        InputError: the label does not lie on the grid of the image.
+        InputError: the label does not lie on the grid of the image, or has voxels outside of it.
     """
     differences = []
     if geometry and label_geometry:
@@ -144,6 +154,12 @@ def label_on_image_grid(
             there = reorient_geometry(label_geometry, label.shape, orientation)
             if reoriented.shape == shape and geometry.matches(there):
                 return reoriented
+        else:
+            reoriented, there = label, label_geometry
+        if (differences or shape != label.shape) and segments_of(case.label.path) is not None:
+            laid = _laid_on_grid(case, shape, geometry, reoriented, there)
+            if laid is not None:
+                return laid
     if shape != label.shape:
         differences.insert(0, f"shape (D, H, W) {shape} and {label.shape}")
     if differences:
@@ -152,3 +168,38 @@ def label_on_image_grid(
             "the label on the image's grid"
         )
     return label
+
+
+def _laid_on_grid(
+    case: RawCase, shape: tuple[int, ...], geometry: Geometry, label: np.ndarray, place: Geometry
+) -> np.ndarray | None:  # (D, H, W) of the image
+    """Return a label of another extent on the grid of the image; None: its voxels lie elsewhere.
+
+    Voxels are moved by a whole number of voxels, nothing is interpolated.
+
+    Args:
+        place: geometry of the label, with the axes of the image.
+
+    Raises:
+        InputError: labelled voxels lie outside the image.
+    """
+    axes, spacing = np.reshape(geometry.direction, (3, 3)), np.array(geometry.spacing)
+    shift = axes.T @ np.subtract(place.origin, geometry.origin) / spacing
+    first = np.rint(shift)  # the label's first voxel, in voxels of the image (x, y, z)
+    origin = np.subtract(place.origin, axes @ (first * spacing))
+    if not geometry.matches(Geometry(place.spacing, tuple(origin.tolist()), place.direction)):
+        return None
+    start = first[::-1].astype(int)
+    begin, end = np.maximum(start, 0), np.minimum(start + label.shape, shape)
+    if (begin >= end).any():
+        return None
+    inside = label[tuple(map(slice, begin - start, end - start))]
+    outside = np.count_nonzero(label) - np.count_nonzero(inside)
+    if outside:
+        raise InputError(
+            f"{case.label.path} has {outside} labelled voxels outside {case.image.path}; it was "
+            "drawn on a larger scan, or does not belong to this one"
+        )
+    laid = np.zeros(shape, label.dtype)
+    laid[tuple(map(slice, begin, end))] = inside
+    return laid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import InputError, first_few, warn
+from datasets.colours import organ_words
 from datasets.registry import DatasetSpec, check_class_names
-from datasets.scans.files import ScanFile, read_scan
+from datasets.scans.files import ScanFile, read_scan, read_scan_header
 from datasets.scans.geometry import Geometry
 from datasets.scans.pictures import read_index_picture, used_palette
+from datasets.scans.segmentations import read_segmentation, segments_of
 from preprocess.mask_checks import LabelFile, check_palettes, check_values
 
 ROUNDING = 1e-3  # of whole numbers that were stored as fractions
@@ -41,7 +44,76 @@ def _stored_values(
 ) -> tuple[np.ndarray, Geometry | None]:  # (D, H, W)
     if label.is_picture:
         return read_index_picture(label.path, thresholded=threshold is not None), None
+    if segments_of(label.path) is not None:
+        return read_segmentation(label.path)
     return read_scan(label)
+
+
+def read_label_header(label: ScanFile) -> tuple[tuple[int, ...], Geometry | None]:  # (D, H, W)
+    """Read shape and geometry of a label without its voxels; raises as `read_label` does."""
+    if segments_of(label.path) is None:
+        return read_scan_header(label)
+    from datasets.scans.volumes import read_header
+
+    return read_header(label.path, layered=True)
+
+
+def refuse_other_names(label: ScanFile, spec: DatasetSpec, label_values: str) -> list[str]:
+    """Refuse a segmentation that gives the name of a class to the value of another class.
+
+    Names are compared as `organ_words` does, so that `Left_Kidney` is `kidney left`.
+
+    Args:
+        label_values: "raw" or "classes", see `map_labels`.
+
+    Returns:
+        `value 1: pancreas (here liver)` for each name that no class has, unless 3D Slicer made it
+        up (`Segment_1`).
+
+    Raises:
+        InputError: see above.
+    """
+    if spec.label_threshold is not None:  # the values are no classes
+        return []
+    indices = {index: index for index in range(1, spec.num_classes + 1)}
+    classes = spec.raw_labels if label_values == "raw" else indices
+    by_name: dict[object, list[int]] = {}
+    for index, name in enumerate(spec.class_names, start=1):
+        by_name.setdefault(_words(name), []).append(index)
+    unknown = []
+    for segment in segments_of(label.path) or []:
+        meant, found = by_name.get(_words(segment.name), []), classes.get(segment.value)
+        if len(meant) == 1 and found not in (None, *meant):
+            values = [value for value, index in classes.items() if index == meant[0]]
+            raise InputError(
+                f"{label.path} gives the segment {segment.name} the label value {segment.value}, "
+                f"which is {spec.class_names[found - 1]} for --label_values {label_values} of "
+                f"{spec.name}, where {spec.class_names[meant[0] - 1]} is {first_few(values)}; "
+                "correct the label values in 3D Slicer, or the name of the segment"
+            )
+        if not meant and found and not re.fullmatch(r"(?i)(segment|class)?[ _]?\d*", segment.name):
+            here = spec.class_names[found - 1]
+            unknown.append(f"value {segment.value}: {segment.name} (here {here})")
+    return unknown
+
+
+def _words(name: str) -> object:
+    """Return what names of one class have in common, numbers included."""
+    return organ_words(name), tuple(re.findall(r"\d+", name))
+
+
+def _refuse_changing_names(labels: Sequence[ScanFile]) -> None:
+    """Refuse segmentations that give one value to classes of different names."""
+    known: dict[int, tuple[str, Path]] = {}
+    for label in labels:
+        for segment in segments_of(label.path) or []:
+            name, path = known.setdefault(segment.value, (segment.name, label.path))
+            if _words(name) != _words(segment.name):
+                raise InputError(
+                    f"{path} calls the label value {segment.value} {name}, and {label.path} calls "
+                    f"it {segment.name}; give each class the same value in all files, and the same "
+                    "name"
+                )
 
 
 def whole_values(values: np.ndarray, path: Path) -> np.ndarray:
@@ -89,6 +161,7 @@ def class_values_in(
             number of names is wrong.
     """
     check_class_names(names or [], "--class_names")
+    _refuse_changing_names(labels)
     files = []
     for label in tqdm(labels, desc="reading labels", unit="case", leave=False, disable=None):
         files.append(_looked_at(label) if threshold is None else _thresholded(label, threshold))

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from preprocess.phantom_anatomy import ORGANS, Organ
+from preprocess.phantom_anatomy import Organ
+from preprocess.phantom_families import PHASES, SCANNERS, Family, Scanner
 
 FIELD_OF_VIEW = 380.0  # mm, side of a square slice
 SLICE_THICKNESS = 5.0  # mm
-NOISE = 14.0  # HU, standard deviation
-BLUR = (0.35, 0.6, 0.6)  # voxels, point spread of the scanner along (slice, row, column)
 MARGIN = 25.0  # mm; an organ lies within this distance of its mean place
 FAT, MUSCLE, AIR, LUNG = -100.0, 58.0, -1000.0, -850.0  # HU
 
@@ -44,8 +43,23 @@ class Canvas:
     lumps: np.ndarray  # (D, H, W), smooth noise of unit variance
 
 
+@dataclass(frozen=True)
+class Look:
+    """What an organ is like in one case."""
+
+    move: np.ndarray  # (3,), mm
+    scale: float
+    intensity: float  # HU
+    gas: float  # share of the content
+
+
 def make_phantom(
-    seed: int | Sequence[int], *, size: int = 160, slices: int = 32, variation: float = 1.0
+    seed: int | Sequence[int],
+    *,
+    size: int = 160,
+    slices: int = 32,
+    variation: float = 1.0,
+    family: Family | None = None,
 ) -> Phantom:
     """Make one case; the same seed makes the same case.
 
@@ -54,7 +68,11 @@ def make_phantom(
         size: number of rows and of columns; the field of view is always 380 mm.
         slices: number of slices of 5 mm, from below the kidneys upwards.
         variation: factor on all differences between cases; 0 gives the mean anatomy.
+        family: phase, scanner and missing organs; None: the default family. The anatomy of a seed
+            is the same in all families.
     """
+    family = family or Family()
+    phase, absent = PHASES[family.phase], family.absent(seed)
     rng = np.random.default_rng(seed)
     spacing = FIELD_OF_VIEW / size  # mm
     axes = [  # z, y, x of the nominal grid, mm
@@ -62,10 +80,10 @@ def make_phantom(
         for count, step in ((slices, SLICE_THICKNESS), (size, spacing), (size, spacing))
     ]
     place = warped_places(rng, axes, variation)
-    image, cavity = paint_body(rng, place, variation)
+    image, cavity = paint_body(rng, place, variation, blood=phase.heart)
     label = np.zeros(image.shape, dtype=np.uint8)
     lumps = smooth_noise(rng, image.shape, (3, 14, 14))
-    for organ in ORGANS:
+    for organ in family.organs():
         box = nominal_box(organ, axes)
         canvas = Canvas(  # of views, so that painting an organ changes the volume
             place=place[:, *box],
@@ -74,8 +92,11 @@ def make_phantom(
             cavity=cavity[box],
             lumps=lumps[box],
         )
-        paint_organ(rng, organ, canvas, variation)
-    return Phantom(image=scan(rng, image), label=label, spacing=(spacing, spacing, SLICE_THICKNESS))
+        look = draw_look(rng, organ, variation)
+        if organ.name not in absent:
+            paint_organ(organ, look, canvas, vessels=phase.vessels)
+    image = scan(rng, image, SCANNERS[family.scanner])
+    return Phantom(image=image, label=label, spacing=(spacing, spacing, SLICE_THICKNESS))
 
 
 def warped_places(
@@ -113,7 +134,7 @@ def ellipse(place: np.ndarray, centre: Sequence[float], radii: Sequence[float]) 
 
 
 def paint_body(
-    rng: np.random.Generator, place: np.ndarray, variation: float
+    rng: np.random.Generator, place: np.ndarray, variation: float, *, blood: float
 ) -> tuple[np.ndarray, np.ndarray]:  # (D, H, W) float HU; (D, H, W) bool
     """Paint skin, fat, muscles, ribs, spine, heart and lungs; return image and organ cavity."""
     x, y, z = place
@@ -137,7 +158,7 @@ def paint_body(
     beside_spine = (ellipse(place[:2], (0, 25), (36, 60)) > 1) & ((y < 62) | (np.abs(x) > 45))
     chest = cavity & ~heart & (z > dome) & beside_spine
     image[chest & (image == FAT)] = LUNG  # muscle and bone stay
-    image[heart] = 135
+    image[heart] = blood
     return image, cavity & ~chest & ~heart & (ellipse(place[:2], (0, 40), (25, 23)) > 1)
 
 
@@ -153,26 +174,36 @@ def paint_spine(place: np.ndarray, image: np.ndarray) -> None:
     image[ellipse(place[:2], (0, 90), (4, 13)) < 1] = 320
 
 
-def paint_organ(rng: np.random.Generator, organ: Organ, canvas: Canvas, variation: float) -> None:
-    """Paint an organ into image and label, where it lies inside the cavity."""
-    move = organ.shift * variation * rng.standard_normal(3).clip(-2, 2)
-    scale = 1 + organ.swell * variation * float(np.clip(rng.standard_normal(), -2, 2))
-    value = organ.intensity + organ.varies * variation * rng.standard_normal()
-    gas = organ.gas * (1 - 0.7 * variation * rng.random())
+def draw_look(rng: np.random.Generator, organ: Organ, variation: float) -> Look:
+    """Draw what an organ is like in one case."""
+    return Look(
+        move=organ.shift * variation * rng.standard_normal(3).clip(-2, 2),
+        scale=1 + organ.swell * variation * float(np.clip(rng.standard_normal(), -2, 2)),
+        intensity=organ.intensity + organ.varies * variation * rng.standard_normal(),
+        gas=organ.gas * (1 - 0.7 * variation * rng.random()),
+    )
+
+
+def paint_organ(organ: Organ, look: Look, canvas: Canvas, *, vessels: float) -> None:
+    """Paint an organ into image and label, where it lies inside the cavity.
+
+    Args:
+        vessels: HU that the vessels of the liver are brighter than it.
+    """
     # An organ is enlarged by a factor if all places move towards its centre by this factor.
     centre = np.mean([part[:3] for part in organ.balls + organ.tube], axis=0)[:, None, None, None]
-    place = (canvas.place - move[:, None, None, None] - centre) / scale + centre
+    place = (canvas.place - look.move[:, None, None, None] - centre) / look.scale + centre
     depth = ball_depth(organ, place) if organ.balls else tube_depth(organ, place)
     mask = (depth > 0) & canvas.cavity
-    canvas.image[mask] = value
+    canvas.image[mask] = look.intensity
     canvas.label[mask] = organ.label
-    if organ.name == "liver":  # vessels are thin bright lines
-        canvas.image[(depth > 10) & mask & (np.abs(canvas.lumps) < 0.12)] += 35
+    if organ.name == "liver":  # vessels are thin lines
+        canvas.image[(depth > 10) & mask & (np.abs(canvas.lumps) < 0.12)] += vessels
     if organ.wall is not None:
         inner = mask & (depth > organ.wall)
         canvas.image[inner] = organ.content + 10 * canvas.lumps[inner]
-        if gas and inner.any():  # gas rises to the front
-            level = np.quantile(place[1][inner], gas)
+        if look.gas and inner.any():  # gas rises to the front
+            level = np.quantile(place[1][inner], look.gas)
             canvas.image[inner & (place[1] < level)] = AIR + 60
 
 
@@ -214,8 +245,12 @@ def tube_depth(organ: Organ, place: np.ndarray) -> np.ndarray:
     return depth
 
 
-def scan(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:  # (D, H, W) HU -> int16
+def scan(
+    rng: np.random.Generator, image: np.ndarray, scanner: Scanner
+) -> np.ndarray:  # (D, H, W) HU -> int16
     """Imitate a scanner: blur, which mixes tissues in a voxel, and grainy noise."""
-    blurred = ndimage.gaussian_filter(image, BLUR, mode="nearest")
-    grain = ndimage.gaussian_filter(rng.standard_normal(image.shape), (0, 0.7, 0.7))
-    return np.clip(blurred + NOISE / grain.std() * grain, -1024, 3071).astype(np.int16)
+    blurred = ndimage.gaussian_filter(image, scanner.blur, mode="nearest")
+    grain = ndimage.gaussian_filter(
+        rng.standard_normal(image.shape), (0, scanner.grain, scanner.grain)
+    )
+    return np.clip(blurred + scanner.noise / grain.std() * grain, -1024, 3071).astype(np.int16)

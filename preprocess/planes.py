@@ -10,9 +10,9 @@ from datasets.registry import DatasetSpec
 from datasets.scans.geometry import Geometry
 from datasets.scans.orientation import orientation_of
 from datasets.scans.planes import PLANES, is_cut_across, plane_across, taken_plane
+from preprocess.flags import AUTO_PLANE, DESCRIBED_PLANE, STORED_PLANE
 from preprocess.jobs import Job, turned
 
-AUTO, STORED = "auto", "stored"
 OBLONG_SLICE = 4  # A slice that is so much longer than wide was probably cut across a wrong axis.
 
 Header = tuple[tuple[int, ...], Geometry | None]  # shape (D, H, W) and geometry; None: a picture
@@ -26,7 +26,7 @@ def with_plane(jobs: Sequence[Job], headers: Sequence[Header], plane: str) -> li
 
     Args:
         headers: of the image of each job.
-        plane: value of `--plane`.
+        plane: value of `--plane`, or `DESCRIBED_PLANE`.
 
     Raises:
         InputError: the scans were taken in different planes and the user names none, or the data
@@ -34,12 +34,14 @@ def with_plane(jobs: Sequence[Job], headers: Sequence[Header], plane: str) -> li
     """
     spec = jobs[0].spec
     if spec.is_pictures:
-        if plane != AUTO:
+        if plane not in (AUTO_PLANE, DESCRIBED_PLANE):
             raise InputError(f"--plane is {plane}, but pictures have no other plane; leave it out")
         return list(jobs)
-    if plane == STORED:
+    if plane == STORED_PLANE:
         spec = replace(spec, orientation=None)
-    elif plane != AUTO:
+    elif plane == DESCRIBED_PLANE:
+        pass
+    elif plane != AUTO_PLANE:
         spec = replace(spec, orientation=PLANES[plane])
     elif spec.orientation is not None:
         spec = replace(spec, orientation=PLANES[_common_plane(jobs, headers)])

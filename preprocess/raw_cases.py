@@ -80,11 +80,14 @@ def _numbered_files(folder: Path) -> dict[int, ScanFile]:
     return found
 
 
-def match_files(images: Path, labels: Path, channel: int | None) -> dict[str, RawCase]:
+def match_files(
+    images: Path, labels: Path, channel: int | None, *, of_equal_names: bool = False
+) -> dict[str, RawCase]:
     """Match each label with the image of the same name, or of this name and a channel (`_0000`).
 
     Args:
         channel: number of the channel; None: there must be only one.
+        of_equal_names: an end like `_0000` is a part of the name, and tells of no channel.
 
     Raises:
         MissingFileError: a label has no image. (Images without label only give a warning.)
@@ -93,12 +96,13 @@ def match_files(images: Path, labels: Path, channel: int | None) -> dict[str, Ra
     by_name = {scan.name: scan for scan in find_scans(images)}
     cases: dict[str, RawCase] = {}
     lonely = []
-    for label in find_scans(labels):
-        image = by_name.get(f"{label.name}_{channel or 0:04d}") or by_name.get(label.name)
+    for label in find_scans(labels, labels=True):
+        of_channel = None if of_equal_names else by_name.get(f"{label.name}_{channel or 0:04d}")
+        image = of_channel or by_name.get(label.name)
         if image is None:
             lonely.append(label)
             continue
-        if channel is None and f"{label.name}_0001" in by_name:
+        if channel is None and not of_equal_names and f"{label.name}_0001" in by_name:
             raise InputError(
                 f"{images} has several channels of {label.name} (_0000, _0001, …) but the network "
                 "reads only one; pass --channel N"

@@ -2,7 +2,7 @@
 
 Three layouts are known: `dataset.json` with imagesTr and labelsTr (nnU-Net, and the Medical
 Segmentation Decathlon), the numbered files of BTCV in img and label, and two plain folders with
-files of the same names.
+files of the same names. `correction.folder` writes two plain folders with a description.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from datasets.registry import (
     spec_from_json,
 )
 from preprocess.dataset_json import DATASET_JSON, read_dataset_json
+from preprocess.flags import AUTO_PLANE, DESCRIBED_PLANE
 from preprocess.groups import group_cases
 from preprocess.labels import class_values_in
 from preprocess.raw_cases import LAYOUTS, RawCase, find_btcv, match_files
-from preprocess.spec import make_spec
+from preprocess.spec import make_spec, refuse_mixed
 
 PLAIN = (("images", "labels"), ("images", "masks"), ("imagesTr", "labelsTr"))
 
@@ -69,6 +70,8 @@ def _find_layout(args: argparse.Namespace) -> RawData:
         return RawData(replace(spec, intensity=intensity), cases)
     for images, labels in PLAIN:
         if (folder / images).is_dir() and (folder / labels).is_dir():
+            if (folder / SPEC_FILE).is_file():
+                return _corrected_data(folder, folder / images, folder / labels, args)
             cases = match_files(folder / images, folder / labels, args.channel)
             labels = [case.label for case in cases.values()]
             values = class_values_in(labels, args.class_names, args.label_threshold)
@@ -85,6 +88,22 @@ def _btcv_spec(folder: Path, name: str | None) -> DatasetSpec:
     if name is None and path.is_file():
         return spec_from_json(read_json(path, remedy="make the phantoms again"), path)
     return get_dataset(name or SYNAPSE.name)
+
+
+def _corrected_data(folder: Path, images: Path, labels: Path, args: argparse.Namespace) -> RawData:
+    """Find corrected scans; their classes, intensities and slices are those of the network."""
+    reason = f"{folder / SPEC_FILE} describes the data"
+    _refuse_flags(args, ("class_names", "channel", "name", "label_threshold"), reason)
+    described = read_json(folder / SPEC_FILE, remedy="correct a scan again")
+    spec = spec_from_json(described, folder / SPEC_FILE)
+    cases = match_files(images, labels, None, of_equal_names=True)
+    refuse_mixed(str(folder), [case.image for case in cases.values()])
+    if args.intensity or args.window:
+        intensity = choose_intensity(spec.intensity, args.intensity, args.window)
+        spec = replace(spec, intensity=intensity)
+    if args.plane == AUTO_PLANE:
+        args.plane = DESCRIBED_PLANE
+    return RawData(spec, cases)
 
 
 def _described_data(folder: Path, args: argparse.Namespace) -> RawData:

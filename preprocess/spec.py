@@ -51,10 +51,8 @@ def make_spec(
         )
     if not images:
         raise InputError(f"{name} holds no case, expected at least one image with its label")
+    refuse_mixed(name, images)
     pictures = images[0].is_picture
-    mixed = [image.path.name for image in images if image.is_picture != pictures]
-    if mixed:
-        raise InputError(f"{name} mixes pictures and volumes: {first_few(mixed)}; separate them")
     channels = 1
     if pictures:
         channels, rule = _picture_kind(images, args)
@@ -78,6 +76,13 @@ def make_spec(
         pictures=pictures,
         label_threshold=threshold,
     )
+
+
+def refuse_mixed(name: str, images: Sequence[ScanFile]) -> None:
+    """Raise an `InputError` if some images of a data set are pictures and others volumes."""
+    mixed = [image.path.name for image in images if image.is_picture != images[0].is_picture]
+    if mixed:
+        raise InputError(f"{name} mixes pictures and volumes: {first_few(mixed)}; separate them")
 
 
 def _picture_kind(images: Sequence[ScanFile], args: argparse.Namespace) -> tuple[int, Intensity]:

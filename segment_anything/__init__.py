@@ -3,6 +3,7 @@
 from .automatic_mask_generator import SamAutomaticMaskGenerator
 from .build_sam import (
     ENCODERS,
+    DecoderSpec,
     EncoderSpec,
     build_sam,
     build_sam_vit_b,
@@ -15,6 +16,7 @@ from .predictor import SamPredictor
 
 __all__ = [
     "ENCODERS",
+    "DecoderSpec",
     "EncoderSpec",
     "Sam",
     "SamAutomaticMaskGenerator",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,10 @@ MASK_HEADS = (
     "mask_decoder.iou_prediction_head.",
 )
 NECK = "image_encoder.neck."
+DECODER_LAYERS = "mask_decoder.transformer.layers."
+SAM_DEPTH = 2  # of SAM's mask decoder, in layers
+# The mask decoder's third upscaling, which doubles the side of the logits.
+FINER = "mask_decoder.output_upscaling.5."
 HALF = 16  # digits of one half of a fingerprint
 # Statistics that some programs save with the weights. Here the caller gives them.
 NO_WEIGHTS = ("pixel_mean", "pixel_std")
@@ -93,6 +98,10 @@ def fill_base_weights(
 ) -> None:
     """Fill `sam` from a checkpoint of any image size; all but the mask heads strictly.
 
+    Layers of the mask decoder beyond SAM's two become copies of the second, and a third upscaling
+    stays as it is (`mask_decoder.repeat_pixels`), unless the file was merged from a network that
+    has them.
+
     Args:
         source: the file that `state` was read from, for messages.
         keep_mask_heads: True: all heads, strictly; False: none of them; None: every tensor whose
@@ -103,6 +112,7 @@ def fill_base_weights(
     Raises:
         InputError: keys or shapes do not fit.
     """
+    _require_same_decoder(sam, state, source)
     own = sam.state_dict()
     heads = {key for key in own.keys() | state.keys() if key.startswith(MASK_HEADS)}
     common = heads & own.keys() & state.keys()
@@ -111,10 +121,52 @@ def fill_base_weights(
     sam.head_start = _head_start(own, heads & own.keys() - left_out, len(heads & state.keys()))
     state = {key: value for key, value in state.items() if key not in left_out}
     own = {key: value for key, value in own.items() if key not in left_out}
-    sam.base_fingerprint = fingerprint(state)
+    sam.base_fingerprint = fingerprint(state)  # of the file: the same for decoders of any depth
+    state |= _start_beyond_sam(state, own)
     fit_image_size(state, sam.image_encoder)
     _require_same_tensors(own, state, source)
     sam.load_state_dict(state, strict=False)
+
+
+def decoder_depth(keys: Iterable[str]) -> int:
+    """Return how many layers of the mask decoder have tensors of these names."""
+    names = {key.removeprefix(DECODER_LAYERS) for key in keys if key.startswith(DECODER_LAYERS)}
+    return len({name.split(".")[0] for name in names})
+
+
+def logits_side(keys: Iterable[str]) -> int:
+    """Return the value of `--logits` of a network that has tensors of these names: 1 or 2."""
+    return 2 if any(key.startswith(FINER) for key in keys) else 1
+
+
+def _start_beyond_sam(
+    state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return how those parts of the mask decoder start that a network has, but not its file."""
+    second = f"{DECODER_LAYERS}{SAM_DEPTH - 1}."
+    start = {
+        f"{DECODER_LAYERS}{layer}.{key.removeprefix(second)}": value
+        for layer in range(decoder_depth(state), decoder_depth(own))
+        for key, value in state.items()
+        if key.startswith(second)
+    }
+    if logits_side(state) == 1:
+        start |= {key: value for key, value in own.items() if key.startswith(FINER)}
+    return start
+
+
+def _require_same_decoder(sam: Sam, state: dict[str, torch.Tensor], source: str | Path) -> None:
+    """Refuse a file that was merged from a network of another mask decoder."""
+    own = sam.state_dict()
+    for what, flag, found, expected, of_sam in (
+        ("depth", "--decoder_depth", decoder_depth(state), decoder_depth(own), SAM_DEPTH),
+        ("logits", "--logits", logits_side(state), logits_side(own), 1),
+    ):
+        if found > of_sam and found != expected:
+            raise InputError(
+                f"{source} holds a mask decoder of {what} {found}, this network was built with "
+                f"{expected}; pass {flag} {found}, or SAM's own file"
+            )
 
 
 def _head_start(own: dict[str, torch.Tensor], taken: set[str], in_file: int) -> str:

@@ -8,10 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from common.errors import InputError
 
-from .base_weights import PublicWeights, fill_base_weights, read_base_weights
+from .base_weights import (
+    SAM_DEPTH,
+    PublicWeights,
+    decoder_depth,
+    fill_base_weights,
+    logits_side,
+    read_base_weights,
+)
 from .modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from .modeling.mask_decoder import UPSCALINGS
 from .shapes import print_shapes, shapes_are_wanted
 
 PATCH_SIZE = 16
@@ -30,6 +40,43 @@ class EncoderSpec:
     weights: PublicWeights | None = None
 
 
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A size of the mask decoder; the defaults are SAM's.
+
+    Args:
+        depth: layers of the transformer, at least SAM's 2.
+        logits: 1: the side of the logits is S/4; 2: it is S/2, by one more upscaling layer.
+
+    Raises:
+        InputError: a value is another one.
+    """
+
+    depth: int = SAM_DEPTH
+    logits: int = 1
+
+    def __post_init__(self) -> None:
+        if self.depth < SAM_DEPTH or self.logits not in (1, 2):
+            raise InputError(
+                f"the mask decoder has depth {self.depth} and logits {self.logits}, expected a "
+                f"depth of at least {SAM_DEPTH}, and logits 1 or 2"
+            )
+
+    def require_in(self, sam: nn.Module, variant: str) -> None:
+        """Refuse a size that has no effect: a LoRA variant put a decoder of its own into `sam`."""
+        keys = sam.state_dict()
+        for flag, found, wanted, of_sam in (
+            ("--decoder_depth", decoder_depth(keys), self.depth, SAM_DEPTH),
+            ("--logits", logits_side(keys), self.logits, 1),
+        ):
+            if wanted not in (found, of_sam):
+                raise InputError(
+                    f"{flag} is {wanted}, but the LoRA variant {variant} has a mask decoder of its "
+                    f"own; leave out {flag}, or pass another --module"
+                )
+
+
+SAM_DECODER = DecoderSpec()
 ENCODERS = {
     # For CPUs, tests and the quickstart. It has no public weights.
     "vit_tiny": EncoderSpec(width=192, depth=4, heads=3, global_blocks=(1, 3)),
@@ -75,6 +122,7 @@ def build_network(
     checkpoint: str | Path | None = None,
     *,
     keep_mask_heads: bool | None = None,
+    decoder: DecoderSpec = SAM_DECODER,
 ) -> tuple[Sam, int]:
     """Build a network, and fill in base weights if a checkpoint is given.
 
@@ -86,6 +134,8 @@ def build_network(
         checkpoint: base weights for any image size; None: random weights.
         keep_mask_heads: which mask heads of the checkpoint to load. None: every tensor whose shape
             fits, as the original in effect did; True: all, strictly (SAM itself); False: none.
+        decoder: size of the mask decoder. What SAM does not have starts from what it has: see
+            `base_weights.fill_base_weights` and `mask_decoder.repeat_pixels`.
 
     Returns:
         The network and the side of its image embedding, S/16.
@@ -111,8 +161,8 @@ def build_network(
             public=spec.weights,
         )
     grid = image_size // PATCH_SIZE
-    encoder, prompt_encoder, decoder = _parts(spec, image_size, num_classes)
-    sam = Sam(encoder, prompt_encoder, decoder, pixel_mean, pixel_std)
+    encoder, prompt_encoder, mask_decoder = _parts(spec, decoder, image_size, num_classes)
+    sam = Sam(encoder, prompt_encoder, mask_decoder, pixel_mean, pixel_std)
     if checkpoint is not None:
         fill_base_weights(sam, state, source=checkpoint, keep_mask_heads=keep_mask_heads)
     if shapes_are_wanted():
@@ -121,7 +171,7 @@ def build_network(
 
 
 def _parts(
-    spec: EncoderSpec, image_size: int, num_classes: int
+    spec: EncoderSpec, size: DecoderSpec, image_size: int, num_classes: int
 ) -> tuple[ImageEncoderViT, PromptEncoder, MaskDecoder]:
     """Return the three parts of a network with random weights."""
     grid = image_size // PATCH_SIZE
@@ -139,11 +189,14 @@ def _parts(
         image_embedding_size=(grid, grid),
         input_image_size=(image_size, image_size),
     )
-    transformer = TwoWayTransformer(depth=2, embedding_dim=EMBED_DIM, num_heads=8, mlp_dim=2048)
+    transformer = TwoWayTransformer(
+        depth=size.depth, embedding_dim=EMBED_DIM, num_heads=8, mlp_dim=2048
+    )
     decoder = MaskDecoder(
         transformer_dim=EMBED_DIM,
         transformer=transformer,
         num_multimask_outputs=num_classes,
+        upscalings=UPSCALINGS + size.logits - 1,
     )
     return encoder, prompt_encoder, decoder
 

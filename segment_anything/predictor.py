@@ -82,12 +82,12 @@ class SamPredictor:
             point_coords: (N, 2) as (x, y) in pixels of the original image.
             point_labels: (N,), 1 inside, 0 outside.
             box: (4,) as (x0, y0, x1, y1) in pixels of the original image.
-            mask_input: (1, S/4, S/4) logits of an earlier call.
+            mask_input: (1, s, s) logits of an earlier call, s = S/4 or S/2.
             multimask_output: has no effect; every mask is returned.
             return_logits: return logits instead of booleans.
 
         Returns:
-            Masks (masks, H, W), predicted IoU (masks,) and low_res_logits (masks, S/4, S/4).
+            Masks (masks, H, W), predicted IoU (masks,) and low_res_logits (masks, s, s).
         """
         self._require_image()
 
@@ -123,10 +123,10 @@ class SamPredictor:
         Args:
             point_coords, point_labels: (P, N, 2) and (P, N).
             boxes: (P, 4).
-            mask_input: (P, 1, S/4, S/4).
+            mask_input: (P, 1, s, s).
 
         Returns:
-            Masks (P, masks, H, W), predicted IoU (P, masks), logits (P, masks, S/4, S/4).
+            Masks (P, masks, H, W), predicted IoU (P, masks), logits (P, masks, s, s).
         """
         del multimask_output
         self._require_image()

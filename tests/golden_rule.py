@@ -109,7 +109,7 @@ def golden_steps(
     model = golden_model(224, variant, zero_up=True).to(device)
     freeze_unreached(model)
     criterion = SegmentationLoss(9, dice_weight=0.8)
-    optimizer = make_optimizer(model, adamw=True, base_lr=expected["base_lr"])
+    optimizer = make_optimizer(model, "adamw", expected["base_lr"])
     for step, reference in enumerate(expected["steps"]):
         rng = np.random.default_rng([0, 100 + step])
         image = rng.random((expected["batch"], 1, 224, 224), dtype=np.float32)

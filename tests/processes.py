@@ -23,6 +23,8 @@ from typing import Any
 
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
+import quick_server
+import shortened  # noqa: F401
 import torch
 import torch._dynamo
 
@@ -37,8 +39,10 @@ from distributed.signals import Interruption
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The server must start no PyTorch thread, or its forks could not start theirs.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
+# A thread that waits for another leaves it the core, as several tests run at once.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["processes"])
+CONTEXT.set_forkserver_preload(["processes", "warm_start"])
 
 
 def start(
@@ -120,7 +124,7 @@ def listening(process: int) -> set[str]:
             if state == "0A":
                 open_now[f"socket:[{rest[5]}]"] = address.split(":")[0]
     found = set()
-    for one in [process, *children(process)]:
+    for one in [behind(process), *children(process)]:
         with contextlib.suppress(OSError):  # It may end at this moment.
             for file in Path(f"/proc/{one}/fd").iterdir():
                 with contextlib.suppress(OSError):
@@ -132,10 +136,34 @@ def children(process: int) -> list[int]:
     """Return the numbers of the children of a process, and of theirs."""
     found = []
     with contextlib.suppress(OSError):
-        for thread in Path(f"/proc/{process}/task").iterdir():
+        for thread in Path(f"/proc/{behind(process)}/task").iterdir():
             for child in map(int, (thread / "children").read_text().split()):
-                found += [child, *children(child)]
+                found += [behind(child), *children(child)]
     return found
+
+
+def behind(process: int) -> int:
+    """Return the number of the fork for which `quick_python.py` stands, or that of the process."""
+    with contextlib.suppress(OSError):
+        name = Path(f"/proc/{process}/comm").read_text()
+        if name.startswith("for "):
+            return int(name.removeprefix("for "))
+    return process
+
+
+def quick_python(folder: Path) -> tuple[str, BaseProcess]:
+    """Start the server of `quick_python.py`; return the path that stands for Python, and it."""
+    server = CONTEXT.Process(target=quick_server.serve, args=(str(folder / "socket"),), daemon=True)
+    server.start()
+    stand_in = folder / "python"
+    stand_in.write_text(
+        f"#!{sys.executable} -IS\n{Path(__file__).with_name('quick_python.py').read_text()}"
+    )
+    stand_in.chmod(0o755)
+    while not (folder / "socket").exists():
+        assert server.is_alive(), "the server ended"
+        time.sleep(0.01)
+    return str(stand_in), server
 
 
 def on_two_threads() -> None:

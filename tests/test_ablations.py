@@ -122,24 +122,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Base weights for the tiny encoder."""
-    path = tmp_path_factory.mktemp("base") / "base.pth"
-    torch.manual_seed(0)
-    torch.save(tiny_sam(num_classes=8).state_dict(), path)
-    return path
-
-
 @pytest.fixture
-def variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def variant(project: Path):
     """Write a module as a user puts it beside the published variants, and return its name."""
 
     def write(name: str) -> str:
         module = f"my_{name}"
-        (tmp_path / f"{module}.py").write_text(VARIANTS[name])
-        monkeypatch.setattr("lora.variants.FOLDERS", (REPOSITORY, tmp_path))
-        monkeypatch.delitem(sys.modules, module, raising=False)
+        (project / f"{module}.py").write_text(VARIANTS[name])
         return module
 
     return write
@@ -493,7 +482,7 @@ def test_parts_draw_the_same_dropout_in_both_passes():
 def test_a_new_row_of_encoders_trains_tests_and_predicts(data: Path, tmp_path: Path):
     """One edit of the table, in a copy of the project, is enough for all programs."""
     copy = tmp_path / "project"
-    for folder in (*source_code.FOLDERS, "preprocess"):
+    for folder in (*source_code.FOLDERS, "prediction", "preprocess"):
         shutil.copytree(REPOSITORY / folder, copy / folder)
     for file in REPOSITORY.glob("*.py"):
         shutil.copy(file, copy)

@@ -41,7 +41,9 @@ sys.meta_path.insert(0, Absent)
 """
 # Modules that only input or flags reach which need one of the packages.
 NEEDING = {
+    "benchmarks.many_cases",
     "datasets.scans.formats",
+    "datasets.scans.label_names",
     "datasets.scans.nifti",
     "datasets.scans.volumes",
     "training.events",

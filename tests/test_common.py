@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import InputError, exit_on_bad_input
+from common import errors
+from common.errors import InputError, exit_on_bad_input, require_package
 from common.files import load_arrays
 from common.names import safe_name
 from common.state_dicts import unwrapped
@@ -19,6 +21,7 @@ from common.writing import atomic_path
 from datasets.dataset_synapse import Synapse_dataset
 from lora.adapter_file import read_adapter
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 ROUNDS = 150
 
 
@@ -132,3 +135,23 @@ def test_content_without_weights_is_left_alone():
     for content in (None, [1], "text", {}, {"model": {"lr": 1}}, {"model": 3}, {1: 2}):
         assert unwrapped(content) == content
     assert unwrapped(endless) is endless
+
+
+@pytest.mark.parametrize(
+    ("requirements", "command"),
+    [
+        ("requirements-onnx.txt", "pip install 'samed[onnx]'"),
+        ("requirements.txt", "pip install --force-reinstall samed"),
+    ],
+)
+def test_an_installed_project_names_its_extras(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requirements: str, command: str
+):
+    """It has no requirement files."""
+    for folder, told in (
+        (REPOSITORY, f"pip install -r {requirements}"),
+        (tmp_path, command),
+    ):
+        monkeypatch.setattr(errors, "__file__", str(folder / "common" / "errors.py"))
+        with pytest.raises(InputError, match=f"run: {re.escape(told)}$"):
+            require_package("a_package_that_is_not_there", requirements)

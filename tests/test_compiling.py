@@ -18,6 +18,7 @@ import train
 import trainer
 from common.tensors import load_tensors
 from lora import LoRAModel
+from lora.form import UpdateForm
 from lora.variants import load_variant
 from trainer import StepOptions, freeze_unreached, make_optimizer, training_step
 from training.compiling import compile_blocks
@@ -25,9 +26,8 @@ from training.losses import SegmentationLoss
 
 pytestmark = pytest.mark.slow
 
-# Graphs of one shape. With gradient: windows, the whole image, and the first block, whose input
-# needs no gradient. Without: windows and the whole image.
-WITH_GRADIENT, WITHOUT = 3, 2
+# Graphs of one shape: windows, the whole image, and the first block, whose input needs no gradient.
+WITH_GRADIENT = 3
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def steps(
 ) -> tuple[list[int], list[float]]:
     """Train with batches of these sizes; return the number of graphs after each, and the losses."""
     generator = torch.Generator().manual_seed(1)
-    optimizer = make_optimizer(model, adamw=True, base_lr=1e-3)
+    optimizer = make_optimizer(model, "adamw", 1e-3)
     counts, losses = [], []
     for size in sizes:
         batch = {
@@ -68,18 +68,27 @@ def steps(
 
 
 @pytest.mark.parametrize(
-    ("variant", "backend"), [("encoder", "aot_eager"), ("encoder_mask_decoder", "eager")]
+    ("variant", "backend", "depth", "sizes"),
+    [
+        ("encoder", "aot_eager", 4, [8, 8]),
+        ("encoder_mask_decoder", "eager", 32, [8, 8, 3, 8, 8, 3]),
+    ],
 )
-def test_every_batch_size_has_its_graphs_and_the_numbers_of_eager(variant: str, backend: str):
-    module = load_variant(f"sam_lora_image_{variant}")
-    model = module(tiny_sam(), 2)
+def test_every_batch_size_has_its_graphs_and_the_numbers_of_eager(
+    variant: str, backend: str, depth: int, sizes: list[int]
+):
+    """A network of 32 blocks has no more graphs than one of 4."""
+    model = load_variant(f"sam_lora_image_{variant}")(tiny_sam(), 2)
     randomise_updates(model)
+    blocks = model.sam.image_encoder.blocks
+    blocks.extend(copy.deepcopy(blocks[index % 4]) for index in range(4, depth))
+    assert len(blocks) == depth
     plain, keys = copy.deepcopy(as_on_a_gpu(model)), list(model.state_dict())
     graphs = CompileCounterWithBackend(backend)
     compile_blocks(model, graphs)
-    sizes = [8, 8, 3, 8, 8, 3, 5]
     counts, losses = steps(model, sizes, StepOptions(), graphs)
-    assert counts == [3, 3, 6, 6, 6, 6, 9] and not counters["graph_break"]
+    expected = [WITH_GRADIENT * len({*sizes[: count + 1]}) for count in range(len(sizes))]
+    assert counts == expected and not counters["graph_break"]
     assert losses == pytest.approx(steps(plain, sizes, StepOptions(), graphs)[1], abs=1e-5)
     for (name, value), same in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(value, same, rtol=0, atol=1e-4), name
@@ -90,28 +99,38 @@ def test_every_batch_size_has_its_graphs_and_the_numbers_of_eager(variant: str, 
 def test_parts_with_autocast_and_checkpointed_blocks():
     """More graphs than PyTorch's own limit of 8; a block is computed again by its own graph."""
     model = as_on_a_gpu(tiny_model())
+    del model.sam.image_encoder.blocks[2:]
     model.sam.image_encoder.checkpoint_blocks = True
     plain = copy.deepcopy(model)
     graphs = CompileCounterWithBackend("eager")
     compile_blocks(model, graphs)
     options = StepOptions(at_once=4, amp_dtype=torch.bfloat16)
-    both = WITH_GRADIENT + WITHOUT
+    # A block with windows, whose input needs no gradient, and one with the whole image.
+    both = 2 + 2
     # 8 = 4 + 4; 3 is a batch of one part; 5 = 4 + 1.
     counts, losses = steps(model, [8, 3, 8, 5], options, graphs)
-    assert counts == [both, both + 3, both + 3, 2 * both + 3] and counts[-1] > 8
+    assert counts == [both, both + 2, both + 2, 2 * both + 2] and counts[-1] > 8
     assert not counters["graph_break"]
     assert losses == pytest.approx(steps(plain, [8, 3, 8, 5], options, graphs)[1], abs=1e-5)
 
 
-def test_thirty_two_blocks_make_no_more_graphs():
-    model = as_on_a_gpu(tiny_model())
-    blocks = model.sam.image_encoder.blocks
-    blocks.extend(copy.deepcopy(blocks[index % len(blocks)]) for index in range(32 - len(blocks)))
-    assert len(blocks) == 32
-    graphs = CompileCounterWithBackend("eager")
+@pytest.mark.parametrize(
+    ("backend", "options", "error"),
+    [
+        ("aot_eager", StepOptions(), 1e-5),
+        ("eager", StepOptions(amp_dtype=torch.bfloat16), 1e-2),
+    ],
+)
+def test_the_lengths_of_dora_are_compiled_with_the_blocks(
+    backend: str, options: StepOptions, error: float
+):
+    model = tiny_model()
+    model.set_form(UpdateForm("dora", 6))
+    plain, graphs = copy.deepcopy(as_on_a_gpu(model)), CompileCounterWithBackend(backend)
     compile_blocks(model, graphs)
-    assert steps(model, [2, 1], StepOptions(), graphs)[0] == [3, 6]
-    assert not counters["graph_break"]
+    losses = steps(model, [3, 3], options, graphs)[1]
+    assert losses == pytest.approx(steps(plain, [3, 3], options, graphs)[1], abs=error)
+    assert graphs.frame_count == WITH_GRADIENT and not counters["graph_break"]
 
 
 def test_a_compiled_run_validates_eagerly_and_saves_what_a_plain_run_saves(

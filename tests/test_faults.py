@@ -25,7 +25,7 @@ from common.errors import InputError
 from common.tensors import _HashingFile, load_tensors
 from distributed.signals import EXIT_INTERRUPTED
 from training import checkpoint as training_state
-from training.batches import read_batches
+from training.batches import loader_workers, read_batches
 from training.checkpoint import newest_state, saved_states
 from training.losses import SegmentationLoss
 
@@ -118,14 +118,28 @@ def test_a_loader_worker_that_is_killed_while_it_hands_over_a_batch_is_told(erro
         next(batches)
 
 
+def test_a_container_with_too_little_shared_memory_is_told():
+    loader = torch.utils.data.DataLoader([0], num_workers=2)
+    told = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that …"
+    with pytest.raises(InputError, match="--shm-size 4g"), loader_workers(loader):
+        raise RuntimeError(told)
+
+
+@pytest.fixture(scope="module")
+def three_steps(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that ended after three steps."""
+    output = tmp_path_factory.mktemp("three_steps")
+    train.main(small_flags_of(data, output, "--max_iterations", "3"))
+    return folder_of(output)
+
+
 @pytest.mark.parametrize(
     "number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTCONN]
 )
 def test_the_older_state_survives_any_disk_error(
-    number: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, three_steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    train.main(small_flags_of(data, tmp_path, "--max_iterations", "3"))
-    folder = folder_of(tmp_path)
+    folder = Path(shutil.copytree(three_steps, tmp_path / three_steps.name))
     before = {path: path.read_bytes() for path in saved_states(folder)}
 
     def refuse(file: _HashingFile, data: bytes) -> int:

@@ -22,6 +22,7 @@ from common.errors import InputError, exit_on_bad_input
 from common.full_memory import is_gpu_full, is_main_full, telling_full_memory
 from config.flags import train_parser
 from datasets.dataset_synapse import Synapse_dataset
+from datasets.registry import SYNAPSE
 from training.memory import out_of_memory
 
 TOO_MUCH = 1 << 50  # bytes that no machine has
@@ -143,7 +144,15 @@ def test_a_volume_that_does_not_fit_is_one_sentence(
     dataset = Synapse_dataset(tmp_path, tmp_path, "test_vol", num_classes=8)
     monkeypatch.setattr(test_program, name, by_numpy)
     args = SimpleNamespace(
-        batch_size=9, use_amp=False, input_size=64, img_size=64, is_savenii=False, num_classes=8
+        batch_size=9,
+        use_amp=False,
+        input_size=64,
+        img_size=64,
+        input_slices=1,
+        is_savenii=False,
+        num_classes=8,
+        no_viewer=True,
+        spec=SYNAPSE.to_json(),
     )
     model = tiny_model(num_classes=8)
     with pytest.raises(InputError, match=r"^the main memory was") as caught, telling_full_memory():

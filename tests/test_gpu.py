@@ -51,7 +51,7 @@ def test_a_training_step_waits_for_nothing():
     args = complete(argparse.Namespace(root_path="x", num_classes=2, img_size=64))
     model = tiny_model().cuda().train()
     freeze_unreached(model)
-    criterion, optimizer = SegmentationLoss(3, 0.8), make_optimizer(model, adamw=True, base_lr=1e-3)
+    criterion, optimizer = SegmentationLoss(3, 0.8), make_optimizer(model, "adamw", 1e-3)
     options = StepOptions(clip_grad=1.0, amp_dtype=torch.bfloat16)
     slices = {
         "image": torch.rand(6, 40, 40).pin_memory(),
@@ -108,7 +108,7 @@ def test_the_same_steps_end_with_the_same_bits(amp_dtype: torch.dtype | None):
         model = tiny_model().cuda().train()
         freeze_unreached(model)
         criterion = SegmentationLoss(3, 0.8)
-        optimizer = make_optimizer(model, adamw=True, base_lr=1e-3)
+        optimizer = make_optimizer(model, "adamw", 1e-3)
         for _ in range(6):
             batch = {
                 "image": torch.rand(6, 3, 64, 64, device="cuda"),

@@ -20,8 +20,10 @@ import test as test_program
 from common.errors import InputError, exit_on_bad_input
 from common.full_memory import ENOUGH_TO_START, is_gpu_full, telling_full_memory
 from datasets.dataset_synapse import Synapse_dataset
+from datasets.registry import SYNAPSE
 from datasets.scans.volumes import write_volume
 from evaluation.predict_volume import predict_volume
+from prediction import segmenting
 
 Oom, Accelerator = torch.OutOfMemoryError, torch.AcceleratorError
 Nccl = torch.distributed.DistBackendError
@@ -164,7 +166,7 @@ def test_predict_goes_on_with_the_other_scans(
             raise error
         return predict_volume(*args, **kwargs)
 
-    monkeypatch.setattr(predict, "predict_volume", fail_second)
+    monkeypatch.setattr(segmenting, "predict_volume", fail_second)
     flags = ["--batch_size", "4"]
     assert run(tmp_path / "in", tmp_path / "out", adapter, *flags) == predict.EXIT_SOME_FAILED
     told = capfd.readouterr().err
@@ -213,6 +215,14 @@ def test_test_names_the_batch_size_that_a_volume_needs(
     (tmp_path / "test_vol.txt").write_text("case0001\n")
     dataset = Synapse_dataset(tmp_path, tmp_path, "test_vol", num_classes=8)
     monkeypatch.setattr(test_program, "predict_volume", fail)
-    args = SimpleNamespace(batch_size=9, use_amp=False, input_size=64, img_size=64)
+    args = SimpleNamespace(
+        batch_size=9,
+        use_amp=False,
+        input_size=64,
+        img_size=64,
+        input_slices=1,
+        spec=SYNAPSE.to_json(),
+        is_savenii=False,
+    )
     with pytest.raises(InputError, match=r"ALLOC_FAILED.*; pass --batch_size 4, or --use_amp, or"):
         list(test_program.test_cases(args, tiny_model(), dataset, tmp_path))

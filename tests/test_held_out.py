@@ -81,6 +81,7 @@ def test_the_banner_is_in_the_results_the_page_and_the_terminal(
 ):
     monkeypatch.setattr(test, "write_pages", lambda *_: [])  # no pictures were drawn
     args = argparse.Namespace(spec=SYNAPSE.to_json(), volume_path=str(tmp_path), code=None)
+    args.no_viewer = True
     args.nsd_tolerance, args.trained_on = 2.0, {"cases": ["case1", "case9"]}
     label = [boxes(f"case{i}", {1: 9}, truth={1: 10}, group=f"case{i}") for i in (1, 2)]
     results = [result.__class__(result.case, (result.scores * 4)[:8]) for result in label]

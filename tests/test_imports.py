@@ -10,8 +10,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Top to bottom: a file imports only from rows below its own.
 ROWS = (
-    ("benchmarks", "tools"),
-    ("train", "test", "predict"),
+    ("setup", "samed", "benchmarks"),
+    ("tools",),
+    ("demo",),
+    ("demo_page",),
+    ("train", "test", "predict", "ablate"),
+    ("ablation",),
     ("trainer",),
     ("utils",),
     ("training",),
@@ -19,6 +23,8 @@ ROWS = (
     ("sam_lora_image_encoder_mask_decoder",),
     ("sam_lora_image_encoder",),
     ("preprocess",),
+    ("correction",),
+    ("prediction",),
     ("evaluation",),
     ("datasets",),
     ("lora",),

@@ -20,9 +20,9 @@ from datasets.scans.identity import names_patient
 from datasets.scans.series_header import BIRTH_DATE, IDENTITY_REMOVED, PATIENT_ID, PATIENT_NAME
 from datasets.scans.unused import Unused
 from datasets.scans.volumes import write_volume
-from evaluation.cases import read_case
-from evaluation.scan_results import cut_classes
-from evaluation.scan_summary import shown_ml
+from prediction.cases import read_case
+from prediction.results import cut_classes
+from prediction.summary import shown_ml
 
 UNKNOWN = "of an unknown suffix, and not DICOM"
 SUBFOLDER = "in a subfolder, where only DICOM is looked for"

@@ -35,7 +35,7 @@ def counts(amp: bool) -> dict[str, Launches]:
     freeze_unreached(model)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         without_content(model, mode)
-        optimizer = make_optimizer(model, adamw=True, base_lr=1e-3)
+        optimizer = make_optimizer(model, "adamw", 1e-3)
         for group in optimizer.param_groups:
             group["foreach"] = True  # PyTorch's default on a GPU
         criterion = SegmentationLoss(3, 0.8)

@@ -16,7 +16,7 @@ from datasets.intensity import CT, MR, PICTURE, RANGE, Intensity, air_share
 from datasets.registry import SPEC_FILE, SYNAPSE, DatasetSpec, spec_from_json
 from datasets.scans.files import find_scans
 from datasets.scans.volumes import write_volume
-from evaluation.cases import read_case
+from prediction.cases import read_case
 from preprocess import prepare
 
 CT_LIKE = np.random.default_rng(0).integers(-1024, 1500, (4, 16, 16), np.int16)

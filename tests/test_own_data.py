@@ -186,7 +186,7 @@ def test_dicom_files_without_folders_of_their_own(
         tags["series"] = (0x20, 0x0E, "UI", f"1.2.3.{number + 1}")
         write_dicom_file(raw / "images" / f"{name}.dcm", tags)
         Image.fromarray((stored > 1000).astype(np.uint8)).save(raw / "labels" / f"{name}.png")
-    flags = ["--input", str(raw), "--output", str(tmp_path / "data")]
+    flags = ["--input", str(raw), "--output", str(tmp_path / "data"), "--workers", "1"]
     with pytest.raises(SystemExit):
         prepare(flags)
     assert "files of each case into a folder of the case's name" in capfd.readouterr().err

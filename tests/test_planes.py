@@ -22,8 +22,9 @@ from datasets.registry import SYNAPSE, stored_spec
 from datasets.scans.files import find_scans
 from datasets.scans.planes import PLANES, taken_plane
 from datasets.scans.volumes import Geometry, read_volume, write_volume
-from evaluation import cases, scan_results, volume_results
-from evaluation.records import RECORDS
+from evaluation import volume_results
+from prediction import cases, results
+from prediction.records import RECORDS
 
 # Letters of a scan that was taken in a plane: in the order of DICOM, and turned as files have it.
 TAKEN = {
@@ -198,11 +199,18 @@ def test_predict_cuts_and_turns_back_exactly(
     if kind == "nifti":
         assert np.array_equal(slices, expected_slices(source, plane))
     labels = np.digitize(slices, MARKS).astype(np.uint8)
-    args = Namespace(input=str(tmp_path), format=".nii.gz", probabilities=False, overwrite=False)
+    args = Namespace(
+        input=str(tmp_path),
+        format=".nii.gz",
+        probabilities=False,
+        overwrite=False,
+        dicom_seg=False,
+        no_viewer=True,
+    )
     out = Written(tmp_path / "out")
     (tmp_path / "out" / RECORDS).mkdir(parents=True)
-    monkeypatch.setattr(scan_results, "save_picture", lambda *_: None)
-    result = scan_results.write_case(args, spec, case, labels, None, key={}, written=out)
+    monkeypatch.setattr(results, "save_picture", lambda *_: None)
+    result = results.write_case(args, spec, case, labels, None, key={}, written=out)
     written, there = read_volume(tmp_path / "out" / result["file"])
     array, where = cases.read_scan(scan)
     assert np.array_equal(written, np.array([0, 2, 5, 9])[np.digitize(array, MARKS)])

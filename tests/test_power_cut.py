@@ -19,7 +19,7 @@ import processes
 import pytest
 from power_cut import KILLED, LOST, MODES, TORN
 from test_full_disk import WRITERS
-from test_resume import small_flags_of, write_data
+from test_resume import MEASURED, small_flags_of, write_data
 
 import predict
 import preprocess.prepare
@@ -150,7 +150,7 @@ def assert_same_run(found: Path, whole: Path, told: str) -> None:
         lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
         sides.append(
             (
-                [{k: v for k, v in line.items() if k != "seconds"} for line in lines],
+                [{k: v for k, v in line.items() if k not in MEASURED} for line in lines],
                 {path.name: path.read_bytes() for path in run.glob("*.pth")},
                 sorted(path.name for path in run.iterdir()),
                 # The hash in the name of a state covers times.

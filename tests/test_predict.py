@@ -27,6 +27,8 @@ from datasets.intensity import MR, PICTURE, RANGE, WINDOW, Intensity
 from datasets.registry import DatasetSpec
 from datasets.scans.volumes import Geometry, read_volume, write_volume
 from evaluation.predict_volume import predict_volume
+from prediction import segmenting
+from prediction.cases import UnitSlices
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +72,8 @@ def make_adapter(
 ) -> Path:
     """Save a tiny adapter with the spec in its settings; with `monkeypatch`, use `Bands`."""
     model = tiny_model(num_classes=spec.num_classes)
-    model.train_all_weights()
+    if monkeypatch is None:  # `Bands` needs no weights, so the file may be smaller
+        model.train_all_weights()
     settings = {
         "vit_name": "vit_tiny",
         "img_size": 64,
@@ -357,7 +360,7 @@ def test_an_error_in_one_scan_does_not_stop_the_rest(
             raise error
         return predict_volume(*args, **kwargs)
 
-    monkeypatch.setattr(predict, "predict_volume", fail_second)
+    monkeypatch.setattr(segmenting, "predict_volume", fail_second)
     flags = ["--probabilities"]
     assert run(tmp_path / "in", tmp_path / "out", adapter, *flags) == predict.EXIT_SOME_FAILED
     assert "error: b: " in capfd.readouterr().err
@@ -433,9 +436,7 @@ def test_only_a_batch_of_slices_is_scaled_at_a_time(tmp_path: Path, adapter: Pat
     class Watched(np.ndarray):
         pass
 
-    slices = predict.read_case.__globals__["UnitSlices"](
-        marked((40, 8, 8))[0].view(Watched), (-1000.0, 1000.0), 1, tmp_path
-    )
+    slices = UnitSlices(marked((40, 8, 8))[0].view(Watched), (-1000.0, 1000.0), 1, tmp_path)
     original = type(slices).__getitem__
 
     def watch(self: Any, part: slice) -> np.ndarray:
@@ -481,7 +482,7 @@ def test_the_largest_component_is_kept():
     labels[0, :2, :2], labels[1:3, 5:8, 5:8], labels[3, 9, 0] = 1, 1, 1
     labels[0, 9, 9], labels[1, 0, 0] = 2, 3
     labels[3, 0:2, 5] = 3
-    predict.keep_largest(labels)
+    segmenting.keep_largest(labels)
     expected = np.zeros_like(labels)
     expected[1:3, 5:8, 5:8], expected[0, 9, 9], expected[3, 0:2, 5] = 1, 2, 3
     assert np.array_equal(labels, expected)

@@ -24,7 +24,8 @@ import predict
 from common.errors import EXIT_KEYBOARD
 from common.writing import partial_name
 from datasets.scans.volumes import Geometry, read_volume, write_volume
-from evaluation.cases import UnitSlices
+from prediction import segmenting
+from prediction.cases import UnitSlices
 
 pytestmark = pytest.mark.slow
 
@@ -130,7 +131,7 @@ def test_a_run_that_is_killed_at_any_renaming_is_finished_by_the_same_command(
         assert labels_of(out) == labels_of(whole)
         if child.exitcode == 0:
             break
-    assert killed == 7  # 3 files of the case and 4 of all
+    assert killed == 9  # 4 files of the case and 5 of all
 
 
 def test_old_results_of_a_scan_that_fails_now_are_deleted(tmp_path: Path, adapter: Path):
@@ -140,7 +141,10 @@ def test_old_results_of_a_scan_that_fails_now_are_deleted(tmp_path: Path, adapte
     assert run(scans, out, adapter, "--flips", "rows") == predict.EXIT_SOME_FAILED
     left = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
     assert sorted(left) == [
+        ".done/a.failed",
         ".done/b.json",
+        ".done/b.view",
+        ".done/lock",
         ".written.jsonl",
         "b.nii.gz",
         "labels.ctbl",
@@ -148,6 +152,7 @@ def test_old_results_of_a_scan_that_fails_now_are_deleted(tmp_path: Path, adapte
         "log.txt",
         "overlays/b.png",
         "predictions.json",
+        "viewer.html",
         "volumes.csv",
     ]
 
@@ -172,7 +177,7 @@ def test_ctrl_c_prints_one_line_and_finished_scans_stay(
     capfd: pytest.CaptureFixture[str],
 ):
     scans, out = write_scans(tmp_path / "in", "abc"), tmp_path / "out"
-    original, calls = predict.predict_volume, []
+    original, calls = segmenting.predict_volume, []
 
     def stopped(*args: Any, **kwargs: Any) -> np.ndarray:
         calls.append(1)
@@ -180,7 +185,7 @@ def test_ctrl_c_prints_one_line_and_finished_scans_stay(
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(predict, "predict_volume", stopped)
+    monkeypatch.setattr(segmenting, "predict_volume", stopped)
     assert run(scans, out, adapter) == EXIT_KEYBOARD == 130
     told = capfd.readouterr().err
     assert told.endswith("\ninterrupted; run the same command again to go on\n")
@@ -251,7 +256,7 @@ def test_memory_grows_only_with_the_scans_that_are_held(tmp_path: Path, adapter:
 def test_three_scans_are_held_at_most(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    write = predict.write_case
+    write = segmenting.write_case
     seen: list[weakref.ref[Any]] = []
     held = []
 
@@ -266,6 +271,29 @@ def test_three_scans_are_held_at_most(
         return write(*args, **kwargs)
 
     monkeypatch.setattr(UnitSlices, "__setstate__", watched, raising=False)
-    monkeypatch.setattr(predict, "write_case", slow)
+    monkeypatch.setattr(segmenting, "write_case", slow)
     assert run(write_scans(tmp_path / "in", "abcdefg"), tmp_path / "out", adapter) == 0
     assert len(held) == 7 and max(held) == 3
+
+
+def test_labels_of_other_settings_do_not_stand_under_earlier_volumes(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A label file was replaced, and the process killed before the record; another part ends."""
+    scans, output = write_scans(tmp_path / "images", "ab"), tmp_path / "out"
+    assert run(scans, output, adapter) == 0
+    journal = (output / ".written.jsonl").read_text()
+
+    def stopped(*args: Any) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("prediction.results.write_record", stopped)
+        patched.setattr(segmenting, "keep_largest", lambda labels: labels.fill(1))
+        assert run(scans, output, adapter, "--largest_component", "--part", "2/2") == 2
+    labels = (output / "b.nii.gz").read_bytes()
+    assert len((output / ".written.jsonl").read_text()) > len(journal)
+    assert run(scans, output, adapter, "--part", "1/2") == 0
+    rows = (output / "volumes.csv").read_text(encoding="utf-8-sig").splitlines()[1:]
+    assert {row.split(",")[0] for row in rows} == {"a"}
+    assert (output / "b.nii.gz").read_bytes() == labels

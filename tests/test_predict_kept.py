@@ -23,10 +23,10 @@ from common.writing import partial_name, write_json
 from common.written import JOURNAL
 from datasets.scans.files import scan_file
 from datasets.scans.labels import write_labels
-from evaluation import cases
-from evaluation.cases import read_case
 from evaluation.predict_volume import predict_volume
-from evaluation.scan_summary import SUMMARY
+from prediction import cases, segmenting
+from prediction.cases import read_case
+from prediction.summary import SUMMARY
 
 pytestmark = pytest.mark.slow
 Capture = pytest.CaptureFixture[str]
@@ -244,7 +244,7 @@ def test_an_output_folder_that_is_removed_meanwhile(
             (out / "a.nii.gz").unlink()
         return predict_volume(*args, **kwargs)
 
-    monkeypatch.setattr(predict, "predict_volume", removing)
+    monkeypatch.setattr(segmenting, "predict_volume", removing)
     code = run(scans, out, adapter)
     told = capfd.readouterr().err
     assert "Traceback" not in told
@@ -254,7 +254,7 @@ def test_an_output_folder_that_is_removed_meanwhile(
         assert code == predict.EXIT_SOME_FAILED and "error: a: its files were removed" in told
         listed = json.loads((out / "predictions.json").read_text())
         assert [case["case"] for case in listed["cases"]] == ["b", "c", "d"]
-    monkeypatch.setattr(predict, "predict_volume", predict_volume)
+    monkeypatch.setattr(segmenting, "predict_volume", predict_volume)
     assert run(scans, out, adapter) == 0
     assert len(list(out.glob("*.nii.gz"))) == 4
 
@@ -295,7 +295,7 @@ def test_a_scan_that_cannot_be_written_leaves_no_file(
         write_labels(path, *more)
 
     with monkeypatch.context() as patched:
-        patched.setattr("evaluation.scan_results.write_labels", full)
+        patched.setattr("prediction.results.write_labels", full)
         assert run(scans, out, adapter, "--probabilities") == 3
     assert "No space left" in capfd.readouterr().err
     left = [path for path in out.rglob("*") if path.is_file() and "a" in path.parts[-2:]]
@@ -304,6 +304,6 @@ def test_a_scan_that_cannot_be_written_leaves_no_file(
     assert run(scans, out, adapter) == 0
     before = (out / "a.nii.gz").read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr("evaluation.scan_results.write_labels", full)
+        patched.setattr("prediction.results.write_labels", full)
         assert run(scans, out, adapter, "--flips", "rows") == 3
     assert (out / "a.nii.gz").read_bytes() == before

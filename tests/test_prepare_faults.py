@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from odd_ends import end_oddly
 from test_preprocess import add_case, files_of, prepare, scan
 
 from common import writing
@@ -46,17 +47,6 @@ def contents(output: Path) -> dict[str, bytes]:
     }
 
 
-def end_oddly(number: int) -> int:
-    """Kill the own process, or return what it was given."""
-    if number < 0:
-        os.kill(os.getpid(), -number)
-    return number
-
-
-def sleep(seconds: float) -> None:
-    time.sleep(seconds)
-
-
 @pytest.mark.slow
 def test_a_killed_process_loses_its_own_task_only():
     tasks = [1, -int(signal.SIGKILL), 2, -int(signal.SIGSEGV), 3]
@@ -69,7 +59,7 @@ def test_a_killed_process_loses_its_own_task_only():
 @pytest.mark.slow
 def test_an_error_in_a_process_is_raised_with_its_traceback():
     with pytest.raises(RuntimeError, match="sleep length must be non-negative"):
-        list(in_processes(sleep, [-1.0], 1))
+        list(in_processes(time.sleep, [-1.0], 1))
 
 
 def children_of(session: int) -> list[int]:
@@ -86,12 +76,10 @@ def children_of(session: int) -> list[int]:
 
 
 WAITING = """
-import sys
+from time import sleep
 from common.errors import exit_on_bad_input
 from distributed.signals import ended_by_signals
 from distributed.workers import in_processes
-sys.path.insert(0, "tests")
-from test_prepare_faults import sleep
 if __name__ == "__main__":
     with exit_on_bad_input(), ended_by_signals():
         for index, _ in in_processes(sleep, [0.0, 600.0, 600.0], 2):

@@ -16,7 +16,9 @@ from config.run_folder import (
     find_run,
     fingerprint_data,
     fingerprint_weights,
+    read_config_file,
     read_run,
+    run_name,
     runs_in,
     save_config,
 )
@@ -319,3 +321,52 @@ def test_curves_are_drawn_from_what_is_readable(tmp_path: Path, capsys):
     assert "is damaged in 4 line(s), first 1" in capsys.readouterr().err
     (tmp_path / METRICS).unlink()
     assert draw_curves(tmp_path, ["a", "b"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "optimizer", "augment"),
+    [
+        ({"AdamW": True, "no_augment": False}, "adamw", "samed"),
+        ({"AdamW": False, "no_augment": True}, "sgd", "none"),
+        ({"AdamW": False, "optimizer": "adamw", "augment": "none"}, "adamw", "none"),
+    ],
+)
+def test_runs_of_earlier_versions_recorded_switches(
+    tmp_path: Path, recorded: dict[str, object], optimizer: str, augment: str
+):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(recorded | {"rank": 4}))
+    found = read_config_file(path)
+    assert (found["optimizer"], found["augment"]) == (optimizer, augment)
+    assert "AdamW" not in found
+    path.write_text(json.dumps({"AdamW": True, "optimizer": "sgd", "rank": 4}))
+    with pytest.raises(InputError, match="contradict each other"):
+        read_config_file(path)
+
+
+def test_a_run_that_lacks_a_setting_had_its_default(tmp_path: Path):
+    """Runs of earlier versions know no knobs, and were trained as published."""
+    folder = run_in(tmp_path, "run", code={}, trained_on=None, same_code=True)
+    saved = read_run(folder)
+    for name in ("loss", "ema", "lora_targets", "input_slices", "fresh_heads"):
+        del saved[name]
+    plain = argparse.Namespace(**(saved | {"code": {}, "same_code": True}))
+    for name in ("loss", "ema", "lora_targets", "input_slices"):
+        setattr(plain, name, train_parser().get_default(name))
+    plain.fresh_heads = True  # as `parse_args` continues runs of the time before this flag
+    assert differences(saved, plain) == []
+    plain.loss, plain.ema, plain.lora_targets, plain.input_slices = "dice", 0.9, ["k"], 3
+    found = " ".join(differences(saved, plain))
+    assert all(f"--{name}" in found for name in ("loss", "ema", "lora_targets", "input_slices"))
+
+
+def test_a_long_name_of_a_run_fits_a_file_system():
+    args = train_parser().parse_args(["--vit_name", "vit_h", "--dataset", "é" * 20])
+    args.lora_blocks = [str(block) for block in range(0, 31)] + ["31"]
+    names = set()
+    for args.base_lr in (0.1, 0.2):
+        args.note = "x" * 60
+        name = run_name(args)
+        assert len(name.encode()) <= 200 and name.startswith("ééé")
+        names.add(name)
+    assert len(names) == 2

@@ -1,7 +1,8 @@
-"""`docs/slurm.sh` with stand-ins for SLURM: a job out of time is queued again and resumes."""
+"""`docs/slurm*.sh` with stand-ins for SLURM: a job out of time is queued again and resumes."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -12,13 +13,18 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_FLAGS, write_slices
+from test_datasets import write_volume_h5
+from test_predict import SPEC, make_adapter, marked
 from test_resume import folder_of, step_of, wait_for_step
+from test_scans import placed
 
+from datasets.scans.volumes import write_volume
 from distributed.signals import EXIT_INTERRUPTED
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("quick_python"),
     pytest.mark.skipif(sys.platform != "linux", reason="SLURM runs on Linux"),
 ]
 
@@ -148,3 +154,105 @@ def test_a_job_that_got_the_signal_is_queued_again_unless_it_is_done_or_wrong(
     process.communicate(timeout=60)
     assert process.returncode == code
     assert len(job.asked) == (code == EXIT_INTERRUPTED)
+
+
+def test_the_jobs_of_an_array_share_a_table_of_ablations(tmp_path: Path):
+    """The first job runs out of time, is queued again, and goes on; the second does the rest."""
+    job, table = Job(tmp_path), tmp_path / "table.toml"
+    write_volume_h5(tmp_path / "data", "case0001")
+    (tmp_path / "data" / "lists" / "test_vol.txt").write_text("case0001\n")
+    table.write_text(
+        "title = 'Rates'\n[base]\nvit_name = 'vit_tiny'\nckpt = 'none'\nimg_size = 64\n"
+        "n_gpu = 1\nbatch_size = 1\nmax_epochs = 3\nstop_epoch = 3\nsave_steps = 1\n"
+        "clip_grad = 0.5\n[axes]\nbase_lr = [1e-4, 1e-3]\n"
+    )
+
+    def start(task: int) -> subprocess.Popen:
+        script = (REPOSITORY / "docs" / "slurm_ablate.sh").read_text()
+        flags = [str(table), "--output", str(job.output), "--device", "cpu"]
+        array = {"ID": str(task), "MIN": "1", "COUNT": "2"}
+        return subprocess.Popen(
+            ["bash", "-c", script, "slurm_ablate.sh", *flags],
+            cwd=REPOSITORY,
+            env=job.environment | {f"SLURM_ARRAY_TASK_{name}": v for name, v in array.items()},
+            stderr=subprocess.PIPE,
+        )
+
+    first = start(1)
+    wait_for_step(job.output, 3, lambda: first.poll() is None)
+    os.kill(first.pid, signal.SIGUSR1)
+    _, said = first.communicate(timeout=120)
+    assert first.returncode == EXIT_INTERRUPTED, said
+    assert job.asked == [f"requeue {job.environment['SLURM_JOB_ID']}"]
+    assert [path.parent.name for path in job.output.glob("*/config.json")] == [
+        "base_lr-0.0001_s1234"
+    ]
+    for task in (1, 2):
+        again = start(task)
+        _, said = again.communicate(timeout=300)
+        assert again.returncode == 0, said
+    assert len(list(job.output.glob("*/test/results.json"))) == 2 and len(job.asked) == 1
+
+
+def test_the_jobs_of_an_array_share_the_scans(tmp_path: Path):
+    """The first job runs out of time, is queued again, and goes on; the second does the rest."""
+    job, scans = Job(tmp_path), tmp_path / "scans"
+    adapter = make_adapter(tmp_path, SPEC)
+    for index in range(16):
+        write_volume(scans / f"{index:02}.nii.gz", marked((40, 20, 20))[0], placed("LPS"))
+
+    def start(task: int) -> subprocess.Popen:
+        script = (REPOSITORY / "docs" / "slurm_predict.sh").read_text()
+        flags = ["--input", str(scans), "--output", str(job.output), "--device", "cpu"]
+        flags += ["--lora_ckpt", str(adapter)]
+        array = {"ID": str(task), "MIN": "1", "COUNT": "2"}
+        return subprocess.Popen(
+            ["bash", "-c", script, "slurm_predict.sh", *flags],
+            cwd=REPOSITORY,
+            env=job.environment | {f"SLURM_ARRAY_TASK_{name}": v for name, v in array.items()},
+            stderr=subprocess.PIPE,
+        )
+
+    first = start(1)
+    while not list(job.output.glob("*.nii.gz")):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGUSR1)
+    _, said = first.communicate(timeout=120)
+    assert first.returncode == EXIT_INTERRUPTED, said
+    assert job.asked == [f"requeue {job.environment['SLURM_JOB_ID']}"]
+    assert not list(job.output.glob(".done/*.attempts"))
+    assert len(list(job.output.glob("*.nii.gz"))) < 8
+    for jobs in [start(1), start(2)], [start(1)]:
+        for again in jobs:
+            _, said = again.communicate(timeout=300)
+            assert again.returncode == 0, said
+    assert len(list(job.output.glob("*.nii.gz"))) == 16 and len(job.asked) == 1
+    listed = json.loads((job.output / "predictions.json").read_text())["cases"]
+    assert [case["case"] for case in listed] == [f"{index:02}" for index in range(16)]
+
+
+@pytest.mark.parametrize("script", ["slurm_ablate.sh", "slurm_predict.sh"])
+@pytest.mark.parametrize(
+    ("array", "part"),
+    [
+        ({"ID": "3", "MIN": "1", "COUNT": "4", "STEP": "1"}, "3/4"),
+        ({"ID": "0", "MIN": "0", "COUNT": "4"}, "1/4"),
+        ({"ID": "8", "MIN": "0", "COUNT": "3", "STEP": "4"}, "3/3"),
+        ({"ID": "9", "MIN": "1", "COUNT": "3", "STEP": "1"}, None),
+    ],
+)
+def test_a_job_of_an_array_takes_its_share(script: str, array: dict[str, str], part: str | None):
+    given = {f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}
+    done = subprocess.run(
+        ["bash", f"docs/{script}", "--flag", "a b"],
+        cwd=REPOSITORY,
+        env=os.environ | given | {"SAMED_PYTHON": "echo"},
+        capture_output=True,
+        text=True,
+    )
+    if part is None:
+        assert done.returncode == 2 and "the array has gaps" in done.stderr
+    else:
+        assert done.returncode == 0 and f"--part {part}" in done.stdout
+        assert done.stdout.endswith("--flag a b\n")

@@ -64,7 +64,7 @@ def with_checkpointed_blocks() -> LoRAModel:
 def one_step(model: LoRAModel, options: StepOptions, *, adamw: bool, foreach: bool = True) -> None:
     """Augment a batch of five slices of two sizes, and make an update with it."""
     freeze_unreached(model)
-    optimizer = make_optimizer(model, adamw=adamw, base_lr=1e-3)
+    optimizer = make_optimizer(model, "adamw" if adamw else "sgd", 1e-3)
     for group in optimizer.param_groups:  # as on a GPU
         group["foreach"] = foreach
     args = complete(argparse.Namespace(root_path="x", num_classes=CLASSES, img_size=SIDE))

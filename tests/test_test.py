@@ -27,6 +27,7 @@ from evaluation.figures import CASES_A_PAGE, ROWS, save_case, write_pages
 from evaluation.metrics import ABSENT, BOTH, FALSE_ORGAN, MISSED, ClassScore, score_volume
 from evaluation.overlays import case_panel, choose_slices, overlay
 from evaluation.tables import CaseResult, class_means, format_table, total_means, write_json
+from evaluation.viewer_library import find_library
 from preprocess.prepare import main as prepare
 from test import WAITING
 
@@ -94,6 +95,7 @@ def test_it_writes_every_result(tested):
     slices = {name for name in names if name.startswith("slices/")}
     assert 1 <= len(slices) <= 4  # at most the worst two of each case
     report = {"report.html", "results.csv", "results.json", "log.txt"}
+    report |= {"viewer.html"} if find_library() else set()
     assert names - slices == {*report, *pages, *cases, JOURNAL}
     for page in pages:
         assert min(Image.open(run / "test" / page).size) > 200

@@ -21,6 +21,7 @@ from evaluation import metrics
 from evaluation.metrics import score_volume
 from evaluation.predict_volume import predict_volume
 from lora.adapter_file import read_adapter
+from training.curves import draw_curves
 from training.validation import Validation, hold_out, validate
 
 pytestmark = pytest.mark.slow
@@ -129,7 +130,10 @@ def test_the_rule_for_empty_masks_is_changed_in_one_place(
     assert found() == ((None, 0.0, None),) * 3
 
 
-def test_the_best_adapter_belongs_to_the_best_score(data: Path, tmp_path: Path):
+def test_the_best_adapter_belongs_to_the_best_score(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("training.run.draw_curves", draw_curves)
     folder = run(data, tmp_path / "out", "--stop_epoch", "6", "--val_every", "2")
     validations = records_of(folder, "score")
     assert [record["epoch"] for record in validations] == [1, 3, 5]

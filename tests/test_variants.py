@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import tiny_model
 
-import lora.variants
 import sam_lora_image_encoder
 from common.errors import InputError
 from config.flags import predict_parser, train_parser
@@ -32,19 +31,6 @@ class Places:
 class LoRA_Sam(sam_lora_image_encoder.LoRA_Sam):
     pass
 """
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that stands for the project's top folder."""
-    found = tmp_path / "project"
-    found.mkdir()
-    monkeypatch.setattr(lora.variants, "FOLDERS", (*lora.variants.FOLDERS, found))
-    before = set(sys.modules)
-    yield found
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) == str(found / f"{name}.py"):
-            del sys.modules[name]
 
 
 def adapter_that_names(module: object, path: Path) -> Path:
@@ -108,7 +94,7 @@ def test_an_adapter_cannot_have_another_module_imported(
     assert set(sys.modules) == before
 
 
-def test_a_file_is_read_before_it_is_run(folder: Path):
+def test_a_file_is_read_before_it_is_run(project: Path):
     for name, text in {
         "script": RUN + "from sam_lora_image_encoder import LoRA_Sam\n",
         "nothing": RUN,
@@ -117,56 +103,74 @@ def test_a_file_is_read_before_it_is_run(folder: Path):
         "zeros": RUN + "\0",
         "deep": RUN + "(" * 100_000,
     }.items():
-        (folder / f"{name}.py").write_text(text)
+        (project / f"{name}.py").write_text(text)
         with pytest.raises(InputError, match=f"--module {name}"):
             load_variant(name)
-        assert not (folder / f"{name}.py.ran").exists()
+        assert not (project / f"{name}.py.ran").exists()
 
 
-def test_only_files_of_the_folder_itself_count(folder: Path, tmp_path: Path):
+def test_only_files_of_the_folder_itself_count(project: Path, tmp_path: Path):
     (tmp_path / "outside.py").write_text(OWN)
-    (folder / "linked.py").symlink_to(tmp_path / "outside.py")
-    (folder / "package.py").mkdir()
-    (folder / "package.py" / "__init__.py").write_text(OWN)
-    (folder / "plain").mkdir()
-    (folder / "plain" / "__init__.py").write_text(OWN)
-    os.mkfifo(folder / "fifo.py")
-    (folder / "native.so").write_bytes(b"\x7fELF")
-    (folder / "gone.py").symlink_to(folder / "nowhere.py")
+    (project / "linked.py").symlink_to(tmp_path / "outside.py")
+    (project / "package.py").mkdir()
+    (project / "package.py" / "__init__.py").write_text(OWN)
+    (project / "plain").mkdir()
+    (project / "plain" / "__init__.py").write_text(OWN)
+    os.mkfifo(project / "fifo.py")
+    (project / "native.so").write_bytes(b"\x7fELF")
+    (project / "gone.py").symlink_to(project / "nowhere.py")
     for name in ("linked", "package", "plain", "fifo", "native", "gone", "project"):
         with pytest.raises(InputError, match=f"--module {name}"):
             variant_file(name)
 
 
-def test_a_variant_of_ones_own_works_and_runs_once(folder: Path):
-    (folder / "my_own.py").write_text(RUN + OWN)
+def test_a_variant_of_ones_own_works_and_runs_once(project: Path):
+    (project / "my_own.py").write_text(RUN + OWN)
     own = load_variant("my_own")
     assert issubclass(own, sam_lora_image_encoder.LoRA_Sam) and own.__module__ == "my_own"
     assert load_variant("my_own") is own
-    (folder / "alias.py").write_text("import my_own\nLoRA_Sam = my_own.LoRA_Sam\n")
+    (project / "alias.py").write_text("import my_own\nLoRA_Sam = my_own.LoRA_Sam\n")
     assert load_variant("alias") is own
+
+
+def test_a_folder_of_ones_own_is_named_by_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "elsewhere_own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)  # The current folder by itself is not searched.
+    with pytest.raises(InputError, match="or in the folder that the environment variable SAMED_VA"):
+        variant_file("elsewhere_own")
+    monkeypatch.setenv("SAMED_VARIANTS", ".")
+    assert variant_file("elsewhere_own") == tmp_path / "elsewhere_own.py"
+    # A name that both folders have would mean one file and run the other.
+    (tmp_path / "sam_lora_image_encoder.py").write_text(OWN)
+    with pytest.raises(InputError, match=r"and also .*; rename your own file"):
+        variant_file("sam_lora_image_encoder")
+    monkeypatch.setenv("SAMED_VARIANTS", "absent")
+    with pytest.raises(InputError, match="SAMED_VARIANTS is 'absent', which is no folder"):
+        variant_file("elsewhere_own")
 
 
 def test_the_published_variant_is_the_one_that_scripts_import():
     assert load_variant("sam_lora_image_encoder") is sam_lora_image_encoder.LoRA_Sam
 
 
-def test_a_variant_cannot_take_the_name_of_a_library(folder: Path):
-    (folder / "json.py").write_text(RUN + OWN)
+def test_a_variant_cannot_take_the_name_of_a_library(project: Path):
+    (project / "json.py").write_text(RUN + OWN)
     with pytest.raises(InputError, match=r"--module json has the name of a module of Python"):
         load_variant("json")
-    assert not (folder / "json.py.ran").exists()
+    assert not (project / "json.py.ran").exists()
 
 
-def test_a_variant_that_fails_is_not_kept(folder: Path):
-    (folder / "failing.py").write_text(OWN + "\nraise OSError('mine')\n")
+def test_a_variant_that_fails_is_not_kept(project: Path):
+    (project / "failing.py").write_text(OWN + "\nraise OSError('mine')\n")
     for _ in range(2):
         with pytest.raises(OSError, match="mine"):
             load_variant("failing")
 
 
 def test_config_json_cannot_have_another_module_imported(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "innocent.py").write_text(RUN + OWN)
     monkeypatch.syspath_prepend(tmp_path)

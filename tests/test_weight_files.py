@@ -412,7 +412,7 @@ def test_a_run_goes_on_with_the_same_base_weights_only():
 
     def found(before: str, now: str) -> list[str]:
         flags = {"batch_size": 1, "n_gpu": 1, "code": {}, "same_code": False}
-        return differences({"weights": before}, argparse.Namespace(**flags, weights=now))
+        return differences({**flags, "weights": before}, argparse.Namespace(**flags, weights=now))
 
     assert found(whole, whole) == found(neck, whole) == found(f"{neck} and b", f"{whole} and b")
     assert found(whole, whole) == found("none", "none") == []

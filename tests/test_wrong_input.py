@@ -16,12 +16,16 @@ from hypothesis import strategies as st
 from test_scans import placed, volume, write_dicom
 from wrong_input import PROGRAMS, REPOSITORY, ROWS, Wrong, arguments, make_good, page_row, run
 
+import config.settings
 import predict
+import test as test_program
 from common.errors import InputError
 from datasets.scans.files import read_scan, scan_file, suffix_of
 from datasets.scans.pictures import read_picture
 from datasets.scans.volumes import read_volume, write_volume
-from tools import adapter
+from lora.adapter_file import read_adapter
+from tools import adapter, export
+from tools.onnx_check import Difference
 
 pytestmark = pytest.mark.slow
 
@@ -46,9 +50,10 @@ def folder(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def outputs(folder: Path) -> set[str]:
-    """Return the results that a program has written; logs and tables do not count."""
+    """Return the results that a program has written; logs, tables and records do not count."""
     places = [folder / "out", folder / "new" / "lists"]
     found = {str(p) for place in places if place.is_dir() for p in place.rglob("*") if p.is_file()}
+    found = {name for name in found if "/.done/" not in name or name.endswith(".view")}
     return {
         name for name in found if not name.endswith((".txt", ".json", ".jsonl", ".csv", ".ctbl"))
     } | {name for name in found if name.endswith(("train.txt", "test_vol.txt"))}
@@ -56,6 +61,8 @@ def outputs(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.program}: {row.what}")
 def test_wrong_input_gives_one_error_line(folder: Path, row: Wrong):
+    if row.needs_onnx:
+        pytest.importorskip("onnxruntime", reason="see requirements-onnx.txt")
     row.spoil(folder)
     before = outputs(folder)
     code, told = run(row.program, arguments(row, folder))
@@ -68,12 +75,24 @@ def test_wrong_input_gives_one_error_line(folder: Path, row: Wrong):
     assert without_brackets(page_row(row, told, folder)) in without_brackets(page)
 
 
+def converted(*_: object) -> Any:
+    """Return a small network in place of the converted one."""
+    import onnx
+
+    wrong_input.onnx()(Path())
+    return onnx.load("model.onnx")
+
+
 def without_brackets(text: str) -> str:
     """Remove texts in brackets: they come from libraries and change with their versions."""
     return re.sub(r" \(.*\)", "", text)
 
 
-def test_the_good_folder_is_good(folder: Path):
+def test_the_good_folder_is_good(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    # Converting and comparing networks takes longer than all else; test_onnx.py does it.
+    monkeypatch.setattr(export, "to_onnx", converted)
+    same = Difference(0, 1, 0, pixels=1, other_labels=0, wrong_labels=0)
+    monkeypatch.setattr(export, "difference", lambda *_: same)
     for program in PROGRAMS:
         row = Wrong(program, "nothing", wrong_input.nothing, "")
         code, told = run(program, arguments(row, folder))
@@ -130,6 +149,7 @@ FILES = {
     "adapter.pth": "test.py",
     "adapter.safetensors": "tools.adapter",
     "tested/results.json": "evaluation",
+    "table.toml": "ablate.py",
 }
 
 
@@ -139,8 +159,11 @@ def test_damaged_files_give_an_error_line_or_a_result(
 ):
     """There is never a traceback, a hang, a half-written file, or code of the file that runs."""
     program, flags, target = FILES[name], (), folder / name
-    if program == "predict.py":  # the damage is in scans, so all examples share the network
-        monkeypatch.setattr(predict, "build_model", keep_first_result(predict.build_model))
+    if not name.startswith("adapter"):  # All examples share the network, which is not damaged.
+        monkeypatch.setattr(config.settings, "read_adapter", keep_first_result(read_adapter))
+        for module in (predict, test_program):
+            monkeypatch.setattr(module, "build_model", keep_first_result(module.build_model))
+            monkeypatch.setattr(module, "environment", keep_first_result(module.environment))
         monkeypatch.setattr(predict, "pack_encoder", lambda model: None)
     if name == "series":
         target = sorted(write_dicom(folder / "series", volume(), placed("LPS")).iterdir())[2]

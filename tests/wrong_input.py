@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 
 from conftest import TINY_FLAGS, tiny_model  # noqa: E402
+from onnx_by_hand import write_onnx  # noqa: E402
 from test_scans import placed, volume, write_dicom  # noqa: E402
+from test_segmentations import slicer_file  # noqa: E402
 
+import ablate  # noqa: E402
+import demo  # noqa: E402
 import predict  # noqa: E402
 import test as test_program  # noqa: E402
 import train  # noqa: E402
@@ -37,7 +41,8 @@ from evaluation import __main__ as report  # noqa: E402
 from evaluation.metrics import compare_volume  # noqa: E402
 from evaluation.tables import CaseResult, write_json  # noqa: E402
 from preprocess import prepare  # noqa: E402
-from tools import adapter  # noqa: E402
+from samed import __main__ as samed_program  # noqa: E402
+from tools import adapter, clicks, export  # noqa: E402
 
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "preprocess.prepare": prepare.main,
@@ -46,17 +51,31 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "predict.py": predict.main,
     "evaluation": report.main,
     "tools.adapter": adapter.main,
+    "tools.export": export.main,
+    "ablate.py": ablate.main,
+    "demo.py": demo.demo_args,  # all that it checks before it opens the page
+    "tools.clicks": clicks.main,
+    "python -m samed": samed_program.chosen,
 }
 GOOD_FLAGS = {
+    "demo.py": ["--lora_ckpt", "adapter.pth"],
     "evaluation": ["tested"],
     "tools.adapter": ["convert", "adapter.pth", "new.safetensors"],
+    "python -m samed": ["tools.adapter"],
+    "tools.export": ["adapter.pth", "new.onnx"],
 }
 USUAL_FLAGS = {
     "preprocess.prepare": "--input raw --output new --workers 1".split(),
     "train.py": ["--root_path", "data", "--output", "out", "--max_epochs", "1", *TINY_FLAGS],
     "test.py": ("--volume_path data --lora_ckpt adapter.pth --output_dir out --device cpu".split()),
     "predict.py": ("--input scan.nii.gz --lora_ckpt adapter.pth --output out --device cpu".split()),
+    "tools.clicks": (
+        "--volume_path data --lora_ckpt adapter.pth --output out --device cpu --clicks 0 1".split()
+    ),
+    "ablate.py": "table.toml --root_path data --output out --device cpu --dry_run".split(),
 }
+ONNX = ("--onnx", "model.onnx")
+TABLE = "title = 'Rank'\n[base]\nvit_name = 'vit_tiny'\nckpt = 'none'\nimg_size = 64\n"
 SHAPE = (3, 12, 14)  # (D, H, W)
 
 
@@ -69,6 +88,11 @@ class Wrong:
     spoil: Callable[[Path], Any]  # makes the mistake in a copy of the good folder
     told: str  # a part of the error message
     flags: tuple[str, ...] = ()
+
+    @property
+    def needs_onnx(self) -> bool:
+        """Whether it needs the packages of requirements-onnx.txt."""
+        return self.program == "tools.export" or "--onnx" in self.flags
 
 
 def make_good(folder: Path) -> None:
@@ -101,11 +125,13 @@ def make_good(folder: Path) -> None:
         "spec": spec,
     }
     model.save_lora_parameters(folder / "adapter.pth", settings)
+    model.save_lora_parameters(folder / "between.pth", settings | {"input_slices": 3})
     del settings["spec"], settings["class_names"]
     model.save_lora_parameters(folder / "unnamed.pth", settings)  # without class names
     shutil.copy(raw / "imagesTr" / "s0_0000.nii.gz", folder / "scan.nii.gz")
     scores, counts = compare_volume(label, label, 2, (1.0, 1.0, 1.0))
     (folder / "tested").mkdir()
+    (folder / "table.toml").write_text(f"{TABLE}[axes]\nrank = [1, 4]\n")
     results = [CaseResult("s2", scores, counts.tolist(), [])]
     settings = {"flags": {}, "environment": {}}
     write_json(folder / "tested" / "results.json", results, ["liver", "tumour"], settings, 2.0)
@@ -114,13 +140,16 @@ def make_good(folder: Path) -> None:
 def arguments(row: Wrong, folder: Path) -> list[str]:
     """Return the command line of a row.
 
-    Its flags follow the usual flags and replace them; `evaluation` and `tools.adapter` get the
-    flags of the row alone.
+    Its flags follow the usual flags and replace them; a program without usual flags gets those of
+    the row alone, and a row with `--onnx` no adapter.
     """
-    if row.program in ("evaluation", "tools.adapter"):
+    if row.program not in USUAL_FLAGS:
         return list(row.flags) or GOOD_FLAGS[row.program]
     del folder
-    return [*USUAL_FLAGS[row.program], *row.flags]
+    usual = USUAL_FLAGS[row.program]
+    if "--onnx" in row.flags:
+        usual = [word for word in usual if word not in ("--lora_ckpt", "adapter.pth")]
+    return [*usual, *row.flags]
 
 
 def run(program: str, argv: list[str]) -> tuple[int, str]:
@@ -163,14 +192,34 @@ def cut(name: str, share: float = 0.6) -> Callable[[Path], None]:
     return spoil
 
 
+def listed(text: str) -> Callable[[Path], Any]:
+    """Write a table of scans."""
+    return lambda folder: (folder / "cases.csv").write_text(text)
+
+
 def junk(name: str) -> Callable[[Path], None]:
     """Replace a file by nonsense."""
     return lambda folder: (folder / name).write_bytes(b"nothing of that kind")
 
 
+def onnx(**changes: Any) -> Callable[[Path], None]:
+    """Write model.onnx; `changes`: arguments of `write_onnx`."""
+
+    def write(folder: Path) -> None:
+        spec = json.loads((folder / "data" / "dataset_spec.json").read_text())
+        write_onnx(folder / "model.onnx", spec, **changes)
+
+    return write
+
+
 def lost(name: str) -> Callable[[Path], None]:
     """Delete a file."""
     return lambda folder: (folder / name).unlink()
+
+
+def table(text: str) -> Callable[[Path], None]:
+    """Write another table of ablations, after its title and base flags."""
+    return lambda folder: (folder / "table.toml").write_text(TABLE + text)
 
 
 def raw(kind: str, array: np.ndarray, geometry: Geometry | None = None) -> Callable[[Path], None]:
@@ -230,6 +279,13 @@ def pickled(folder: Path) -> None:
 def list_of(text: str) -> Callable[[Path], None]:
     """Replace the list of training slices."""
     return lambda folder: (folder / "data" / "lists" / "train.txt").write_text(text)
+
+
+def unnumbered_slice(folder: Path) -> None:
+    """Rename the first training slice, so that its name tells no number."""
+    path = min((folder / "data" / "train_npz").iterdir())
+    path.rename(path.with_name("middle.npz"))
+    list_of("middle\n")(folder)
 
 
 def spec_of(**changes: Any) -> Callable[[Path], None]:
@@ -336,9 +392,51 @@ def mixed_bits(folder: Path) -> None:
     )
 
 
+def deeper_base(folder: Path) -> None:
+    """Write base weights as they come from merging a network of `--decoder_depth 4`."""
+    state = tiny_model(num_classes=2).sam.state_dict()
+    state = {key: value for key, value in state.items() if ".updates." not in key}
+    layers = "mask_decoder.transformer.layers."
+    for key, value in list(state.items()):
+        if key.startswith(f"{layers}1."):
+            for index in (2, 3):
+                state[key.replace(f"{layers}1.", f"{layers}{index}.")] = value
+    torch.save(state, folder / "deeper.pth")
+
+
+def segmented(
+    *segments: tuple[str, int, int], second: Callable[[np.ndarray], Any] = np.zeros_like
+) -> Callable[[Path], None]:
+    """Replace the first raw label by a segmentation of 3D Slicer.
+
+    Args:
+        segments: name, label value and layer of each.
+        second: makes the second layer from the first.
+    """
+
+    def spoil(folder: Path) -> None:
+        labels = folder / "raw" / "labelsTr"
+        layer, geometry = read_volume(labels / "s0.nii.gz")
+        (labels / "s0.nii.gz").unlink()
+        slicer_file(labels / "s0.seg.nrrd", np.stack([layer, second(layer)]), geometry, segments)
+
+    return spoil
+
+
+def moved_segmentation(folder: Path) -> None:
+    """Replace the first raw label by a segmentation that lies half a voxel beside the scan."""
+    labels = folder / "raw" / "labelsTr"
+    layer, geometry = read_volume(labels / "s0.nii.gz")
+    (labels / "s0.nii.gz").unlink()
+    place = replace(geometry, origin=tuple(x + 0.4 for x in geometry.origin))
+    slicer_file(labels / "s0.seg.nrrd", layer[None], place, [("liver", 1, 0), ("tumour", 2, 0)])
+
+
 ONES = np.ones(SHAPE, np.uint8)
 HU = np.linspace(-1000, 500, ONES.size).reshape(SHAPE).astype(np.int16)
-P, T, E, S, R, A = PROGRAMS  # prepare, train, test (evaluation), predict (segmentation), …
+P, T, E, S, R, A, X, B, *_ = (
+    PROGRAMS  # prepare, train, test (evaluation), predict (segmentation), …
+)
 ROWS = [
     Wrong(P, "the input folder does not exist", nothing, "does not exist", ("--input", "none")),
     Wrong(P, "a folder of no known layout", nothing, "no data set in a known layout",
@@ -378,6 +476,15 @@ ROWS = [
           "not a readable scan"),
     Wrong(P, "a label on another grid", raw("label", ONES, placed("LPS")), "differ in"),
     Wrong(P, "a label of another size", raw("label", ONES[:, :, 1:]), "shape (D, H, W)"),
+    Wrong(P, "segments that overlap", segmented(
+        ("liver", 1, 0), ("tumour", 2, 0), ("cyst", 3, 1), second=lambda a: 3 * (a > 0)),
+          "which each lies in two segments"),
+    Wrong(P, "two segments of one label value", segmented(
+        ("liver", 1, 0), ("tumour", 1, 1)), "which is that of liver"),
+    Wrong(P, "segments named like other classes", segmented(
+        ("Tumor", 1, 0), ("liver", 2, 0)), "which is liver for --label_values raw"),
+    Wrong(P, "voxels of no segment", segmented(("liver", 1, 0)), "which no segment of its header"),
+    Wrong(P, "a segmentation between the scan's voxels", moved_segmentation, "differ in origin"),
     Wrong(P, "a label value that no class has", raw("label", 9 * ONES), "holds label values 9"),
     Wrong(P, "label values that are not whole", raw("label", ONES * np.float32(0.5)),
           "holds label values 0.5"),
@@ -453,7 +560,42 @@ ROWS = [
           ("--img_size", "100")),
     Wrong(T, "a gradient clipped to nothing", nothing, "--clip_grad is 0", ("--clip_grad", "0")),
     Wrong(T, "a batch of nothing", nothing, "--batch_size is 0", ("--batch_size", "0")),
+    Wrong(T, "weights of the classes that nothing uses", nothing,
+          "--class_weights inverse has no effect with --loss dice",
+          ("--loss", "dice", "--class_weights", "inverse")),
+    Wrong(T, "a weight of Dice that is the only term", nothing,
+          "--dice_param 0.5 has no effect with --loss dice",
+          ("--loss", "dice", "--dice_param", "0.5")),
+    Wrong(T, "a weight of the boundary loss without it", nothing,
+          "--boundary_param 0.1 has no effect with --loss ce+dice", ("--boundary_param", "0.1")),
+    Wrong(T, "an exponent of another schedule", nothing,
+          "--lr_exp 7.0 has no effect with --schedule cosine",
+          ("--schedule", "cosine", "--lr_exp", "7")),
+    Wrong(T, "an average that never moves", nothing, "--ema is 1.0", ("--ema", "1")),
     Wrong(T, "a LoRA variant that is not there", nothing, "does not exist", ("--module", "nix")),
+    Wrong(T, "updates in a block that the encoder lacks", nothing,
+          "--lora_blocks names the blocks 4, expected 0…3", ("--lora_blocks", "0", "4")),
+    Wrong(T, "a word for blocks beside a number", nothing, "is last_half, 0, expected all",
+          ("--lora_blocks", "last_half", "0")),
+    Wrong(T, "every so many blocks, more than there are", nothing, "one of every_2…every_3",
+          ("--lora_blocks", "every_9")),
+    Wrong(T, "blocks of an encoder without updates", nothing, "--lora_blocks has no effect",
+          ("--lora_targets", "decoder", "--lora_blocks", "0")),
+    Wrong(T, "a layer that no update is for", nothing, "invalid choice",
+          ("--lora_targets", "q", "mlp")),
+    Wrong(T, "the updates alone, without base weights", nothing,
+          "--train lora has no effect with --ckpt none", ("--train", "lora")),
+    Wrong(T, "the updates alone, of an adapter with every weight", nothing,
+          "--train lora has no effect with adapter.pth",
+          ("--lora_ckpt", "adapter.pth", "--train", "lora")),
+    Wrong(T, "the decoder alone, with other updates", nothing,
+          "--lora_targets has no effect with --train decoder",
+          ("--ckpt", "b.pth", "--train", "decoder", "--lora_targets", "k")),
+    Wrong(T, "prompts without a decoder that learns them", nothing,
+          "cannot teach prompts with --train lora",
+          ("--prompt_prob", "0.5", "--train", "lora", "--ckpt", "b.pth")),
+    Wrong(T, "a probability above 1", nothing, "--prompt_prob is 1.5",
+          ("--prompt_prob", "1.5")),
     Wrong(T, "a device that is not there", nothing, "--device", ("--device", "cuda:7")),
     Wrong(T, "too few cases to hold one out", nothing, "--val_cases",
           ("--val_every", "1", "--val_cases", "9")),
@@ -462,11 +604,32 @@ ROWS = [
         class_names=["a", "b", "c"], raw_labels={"1": 1, "2": 2, "3": 3},
         predicted_values=[1, 2, 3]), "has 2 classes without names but the data have 3 classes",
           ("--lora_ckpt", "unnamed.pth", "--check")),
+    Wrong(T, "dropout in compiled code", nothing, "--lora_dropout draws for each slice by itself",
+          ("--lora_dropout", "0.1", "--compile")),
+    Wrong(T, "an adapter of another form to start from", nothing,
+          "was trained with --lora_kind lora, not dora; leave --lora_kind out",
+          ("--lora_ckpt", "adapter.pth", "--lora_kind", "dora", "--check")),
+    Wrong(E, "an adapter of another scale", nothing, "was trained with --lora_alpha as by default",
+          ("--lora_alpha", "16")),
+    Wrong(T, "a decoder of a depth that there is not", nothing, "--decoder_depth",
+          ("--decoder_depth", "3")),
+    Wrong(T, "base weights with a deeper decoder", deeper_base,
+          "a mask decoder of depth 4, this network was built with 2; pass --decoder_depth 4",
+          ("--ckpt", "deeper.pth")),
+    Wrong(T, "deeper decoders that never train", nothing, "adds layers to the decoder",
+          ("--train", "lora", "--decoder_depth", "4", "--ckpt", "base.pth")),
+    Wrong(T, "an adapter of smaller logits", nothing, "has logits 1, this network was built with 2",
+          ("--lora_ckpt", "adapter.pth", "--logits", "2")),
+    Wrong(E, "an adapter of another decoder depth", nothing,
+          "was trained with --decoder_depth 2, not 4; leave --decoder_depth out",
+          ("--decoder_depth", "4")),
     Wrong(E, "the test data do not exist", nothing, "does not exist", ("--volume_path", "none")),
     Wrong(E, "the adapter is not there", nothing, "does not exist", ("--lora_ckpt", "none.pth")),
     Wrong(E, "the adapter is cut short", cut("adapter.pth"), "not a readable PyTorch checkpoint"),
     Wrong(E, "the adapter would run code", pickled, "more than plain tensors"),
     Wrong(E, "an adapter of another rank", nothing, "LoRA rank 2", ("--rank", "4")),
+    Wrong(E, "an adapter of other layers", nothing, "has its updates in other layers",
+          ("--lora_targets", "k", "v")),
     Wrong(E, "data of other classes", spec_of(class_names=["liver", "vessel"]),
           "holds the classes liver, vessel"),
     Wrong(E, "data of another window", spec_of(
@@ -478,11 +641,29 @@ ROWS = [
     Wrong(E, "a geometry of nonsense", stored(spacing=[0.0, 1.0, 1.0]),
           "stores an invalid geometry"),
     Wrong(E, "a tolerance below 0", nothing, "--nsd_tolerance is -1", ("--nsd_tolerance", "-1")),
+    Wrong(T, "neighbours of slices without numbers", unnumbered_slice, "without a number",
+          ("--input_slices", "3")),
+    Wrong(T, "neighbours of slices in colour", slices(image=np.full((3, 12, 14), 0.5)),
+          "is in colour", ("--input_slices", "3")),
+    Wrong(T, "neighbours of another size", slices(
+        image=np.full((12, 10), 0.5), label=np.zeros((12, 10))), "differ in size",
+          ("--input_slices", "3")),
+    Wrong(T, "neighbours of pictures", spec_of(pictures=True), "have no slices before and after",
+          ("--input_slices", "3")),
+    Wrong(E, "neighbours in a volume in colour", stored(image=np.full((3, 3, 12, 14), 0.5)),
+          "is in colour", ("--lora_ckpt", "between.pth")),
+    Wrong(S, "neighbours of pictures", nothing, "have no slices before and after",
+          ("--input", "pictures/images", "--lora_ckpt", "between.pth")),
     Wrong(S, "the scan is not there", nothing, "does not exist", ("--input", "none.nii.gz")),
     Wrong(S, "a file of another kind", junk("a.txt"), "is not a scan or picture",
           ("--input", "a.txt")),
     Wrong(S, "a folder without scans", lambda f: (f / "empty").mkdir(), "holds no scan",
           ("--input", "empty")),
+    Wrong(S, "a segmentation in place of a scan", lambda f: shutil.copy(
+        f / "scan.nii.gz", f / "a.seg.nrrd"), "is a segmentation of 3D Slicer, not a scan",
+          ("--input", "a.seg.nrrd")),
+    Wrong(S, "a segmentation for 3D Slicer of a picture", nothing, "is for scans, but",
+          ("--input", "pictures/images", "--format", ".seg.nrrd")),
     Wrong(S, "two scans of one name", two_of_a_name, "would have the same name",
           ("--input", "in")),
     Wrong(S, "a scan cut short", cut("scan.nii.gz"), "damaged or cut short"),
@@ -508,9 +689,36 @@ ROWS = [
     Wrong(S, "the last DICOM slice is cut short", lambda f: dicom([0, 1, 2, 3, 4])(f) or cut(
         str(max((f / "series").iterdir()).relative_to(f)))(f), "cannot be read as slices",
           ("--input", "series")),
+    Wrong(S, "a DICOM segmentation of a NIfTI file", nothing,
+          "--dicom_seg needs DICOM series, but scan.nii.gz holds none", ("--dicom_seg",)),
+    Wrong(S, "DICOM segmentations of pictures", nothing, "--dicom_seg needs DICOM series",
+          ("--input", "pictures/images", "--dicom_seg")),
+    Wrong(S, "another program's DICOM segmentation in the output", lambda f: dicom([0, 1, 2])(f)
+          or (f / "out").mkdir() or (f / "out" / "series.seg.dcm").write_bytes(b"mine"),
+          "holds series.seg.dcm, which this program has not written",
+          ("--input", "series", "--dicom_seg")),
+    Wrong(S, "a folder in the place of a DICOM segmentation", lambda f: dicom([0, 1, 2])(f)
+          or (f / "out" / "series.seg.dcm").mkdir(parents=True),
+          "holds folders where files would be written", ("--input", "series", "--dicom_seg")),
     Wrong(S, "a channel below 0", nothing, "--channel is -1", ("--channel", "-1")),
     Wrong(S, "DICOM slices beside other scans", lambda f: (f / "IM0").write_bytes(
         bytes(128) + b"DICM"), "DICOM slices beside", ("--input", ".")),
+    Wrong(S, "a part counted from 0", nothing, "--part is '0/3', expected K/N", ("--part", "0/3")),
+    Wrong(S, "a part above the number of parts", nothing, "expected K/N", ("--part", "4/3")),
+    Wrong(S, "a part that is none", nothing, "expected K/N", ("--part", "x")),
+    Wrong(S, "a table without a column of paths", listed("file,name\nscan.nii.gz,a\n"),
+          "expected 'path'", ("--input", "cases.csv")),
+    Wrong(S, "a table with a path that is not there", listed("path\nscan.nii.gz\nno.nii.gz\n"),
+          "1 of 2 paths that do not exist: no.nii.gz (line 3)", ("--input", "cases.csv")),
+    Wrong(S, "a table with a name twice", listed(
+        "path,case\nscan.nii.gz,a\nraw/imagesTr/s1_0000.nii.gz,a\n"),
+          "would have the same name", ("--input", "cases.csv")),
+    Wrong(S, "a table with a scan twice", listed("path,case\nscan.nii.gz,a\nscan.nii.gz,b\n"),
+          "in line 2 and line 3", ("--input", "cases.csv")),
+    Wrong(S, "a table with a name that leads elsewhere", listed("path,case\nscan.nii.gz,../a\n"),
+          "leads to another folder", ("--input", "cases.csv")),
+    Wrong(S, "a table with a column of channels", listed("path,channel\nscan.nii.gz,1\n"),
+          "pass --channel", ("--input", "cases.csv")),
     Wrong(R, "a run that was not tested", nothing, "does not exist", ("none",)),
     Wrong(R, "results cut short", cut("tested/results.json"), "results.json", ("tested",)),
     Wrong(R, "the page is a folder", nothing, "choose another path",
@@ -524,6 +732,81 @@ ROWS = [
           ("convert", "adapter.pth", "unnamed.pth")),
     Wrong(A, "the output's folder is a file", nothing, "choose another path",
           ("convert", "adapter.pth", "scan.nii.gz/a.safetensors")),
+    Wrong(X, "an adapter that is not there", nothing, "does not exist", ("none.pth", "new.onnx")),
+    Wrong(X, "a folder that is no run", nothing, "does not exist", ("data", "new.onnx")),
+    Wrong(X, "an output of another format", nothing, "expected .onnx", ("adapter.pth", "new.pt")),
+    Wrong(X, "an output that is there", onnx(), "exists", ("adapter.pth", "model.onnx")),
+    Wrong(X, "a flag that contradicts the adapter", nothing, "leave --logits out",
+          ("adapter.pth", "new.onnx", "--logits", "2")),
+    Wrong(S, "an ONNX file that is not there", nothing, "tools.export", ONNX),
+    Wrong(S, "an ONNX file that is text", junk("model.onnx"), "is not a readable ONNX file", ONNX),
+    Wrong(S, "an ONNX file that is cut off", onnx(cut=40), "is not a readable ONNX file", ONNX),
+    Wrong(S, "an ONNX file of another program", onnx(settings=None), "so another program wrote it",
+          ONNX),
+    Wrong(S, "an ONNX file with damaged settings", onnx(settings="{"), "damaged settings", ONNX),
+    Wrong(S, "an ONNX file whose settings lack the data", onnx(settings='{"img_size": 64}'),
+          "they lack num_classes, spec", ONNX),
+    Wrong(S, "an ONNX file with another input", onnx(side=32), "expected images float32", ONNX),
+    Wrong(S, "an ONNX file with operators of a library", onnx(domain="com.example"),
+          "uses operators of com.example", ONNX),
+    Wrong(S, "an ONNX file that names another file", onnx(weights="../scan.nii.gz"),
+          "keeps weights in another file", ONNX),
+    Wrong(S, "an ONNX file that computes nonsense", onnx(operator="Nonsense"),
+          "onnxruntime does not take", ONNX),
+    Wrong(S, "an ONNX file and an adapter", onnx(), "--lora_ckpt has no effect",
+          (*ONNX, "--lora_ckpt", "other.pth")),
+    Wrong(S, "an ONNX file and bf16", onnx(), "--use_amp has no effect", (*ONNX, "--use_amp")),
+    Wrong(S, "an ONNX file and another size", onnx(), "--img_size has no effect",
+          (*ONNX, "--img_size", "512")),
+    Wrong(B, "no such table", lost("table.toml"), "does not exist"),
+    Wrong(B, "a table that is not TOML", junk("table.toml"), "is not TOML"),
+    Wrong(B, "an unknown key", table("[grid]\nrank = [1, 4]"), "has the key 'grid'"),
+    Wrong(B, "neither axes nor rows", table(""), "neither [axes] nor [[rows]]"),
+    Wrong(B, "an unknown flag", table("[axes]\nrnak = [1, 4]"), "did you mean --rank"),
+    Wrong(B, "a value of another type", table("[axes]\nrank = [1, 'four']"), "rank = 'four'"),
+    Wrong(B, "a value outside its limits", table("[axes]\nrank = [0, 4]"), "rank = 0, expected"),
+    Wrong(B, "a value that is no choice", table("[axes]\nloss = ['ce', 'mse']"), "loss = 'mse'"),
+    Wrong(B, "an axis without values", table("[axes]\nrank = []"), "a list of values"),
+    Wrong(B, "an axis that changes nothing", table("[axes]\nrank = [1, 4]\nwarmup_period = [5, 9]"),
+          "the axis warmup_period changes nothing"),
+    Wrong(B, "two rows of the same settings",
+          table("[[rows]]\nname = 'a'\n[[rows]]\nname = 'b'\nlora_targets = ['v', 'q']"),
+          "'a' and 'b' have the same settings"),
+    Wrong(B, "two rows whose names give one folder",
+          table("[[rows]]\nname = 'a b'\n[[rows]]\nname = 'A-b'\nrank = 1"), "same folder"),
+    Wrong(B, "flags that do not go together", table("[[rows]]\nname = 'a'\nval_cases = 1"),
+          "row 'a': --val_cases"),
+    Wrong(B, "a flag that ablate.py sets", table("[axes]\nseed = [1, 2]"), "list it in seeds"),
+    Wrong(B, "a row of no published numbers", table("[[rows]]\nname = 'a'\npublished = 'x'"),
+          "expected a key of published.json"),
+    Wrong(B, "a folder that is no run",
+          lambda folder: (folder / "out" / "rank-1_s1234" / "mine").mkdir(parents=True),
+          "holds mine but no config.json"),
+    Wrong(B, "a part that is none", nothing, "expected K/N", ("--part", "5/4")),
+    Wrong(B, "a row that is none", nothing, "which is no row", ("--only", "rank 3")),
+    Wrong(B, "no data", nothing, "does not exist", ("--root_path", "nowhere")),
+    Wrong("demo.py", "no network, and none of the quickstart", nothing, "run `make quickstart`",
+          ("--port", "7861")),
+    Wrong("demo.py", "an adapter that is not there", nothing, "does not exist",
+          ("--lora_ckpt", "none.pth")),
+    Wrong("demo.py", "a folder that is no run", nothing, "pass a run folder", ("--config", "data")),
+    Wrong("demo.py", "a port that no computer has", nothing, "--port is 70000",
+          ("--lora_ckpt", "adapter.pth", "--port", "70000")),
+    Wrong("demo.py", "uploads of no size", nothing, "--max_upload_mb is 0",
+          ("--lora_ckpt", "adapter.pth", "--max_upload_mb", "0")),
+    Wrong("tools.clicks", "a network that knows no prompts", nothing, "knows no prompts",
+          ("--by", "network")),
+    Wrong("tools.clicks", "clicks that do not ascend", nothing, "pass --clicks 1 3",
+          ("--clicks", "3", "1")),
+    Wrong("tools.clicks", "no data", nothing, "does not exist", ("--volume_path", "nowhere")),
+    Wrong("tools.clicks", "a table of the user in the way",
+          lambda folder: ((folder / "out").mkdir(), (folder / "out" / "clicks.csv").touch()),
+          "which this program has not written"),
+    Wrong("python -m samed", "a program that is none", nothing, "is no program of SAMed",
+          ("tools.adaptor", "show")),
+    Wrong("python -m samed", "a module of Python", nothing, "is no program of SAMed", ("os",)),
+    Wrong("python -m samed", "a flag before the name of the program", nothing,
+          "is no program of SAMed", ("--device", "train")),
 ]  # fmt: skip
 
 

@@ -12,11 +12,13 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from common.console import printable
 from common.errors import InputError, exit_on_bad_input
 from common.files import sha256_of
 from common.tensors import save_tensors
 from common.writing import remove_partials, write_bytes
 from config.inference_flags import MERGE
+from config.network_flags import INPUT_AND_DECODER, LORA
 from config.parser import Parser
 from config.settings import parse_args
 from lora.adapter_file import (
@@ -107,6 +109,7 @@ def description(file: Path) -> str:
         "classes": f"{class_count(state, settings)}: "
         f"{', '.join(classes) if classes else 'not named'}",
         "updates": describe_updates(settings.get("updates")),
+        "network": describe_network(settings),
         "tensors": f"{len(state)}, {sum(t.numel() for t in state.values()):,} parameters",
         "holds": "every weight"
         if holds_every_weight(state)
@@ -129,6 +132,17 @@ def describe_updates(rows: Any) -> str:
         return "not readable"
     layers = list(dict.fromkeys(str(row[0]) for row in rows))
     return f"{len(rows)} in {len(layers)} layers, {layers[0]} to {layers[-1]}"
+
+
+def describe_network(settings: dict[str, Any]) -> str:
+    """Describe what is unlike the published network, as flags: `--lora_targets q k v`."""
+    found = []
+    for flag in (*LORA, *INPUT_AND_DECODER):
+        value = settings.get(flag.name, flag.default)
+        if value != flag.default:
+            words = " ".join(map(str, value)) if isinstance(value, list) else value
+            found.append(f"--{flag.name} {words}")
+    return printable(" ".join(found)) or "as published"
 
 
 def write_adapter(path: Path, state: dict[str, torch.Tensor], settings: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,11 +14,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import InputError
-from config.train_flags import slices_of_update
-from datasets.augmentation import Augmentation, draw_augmentation, keyed_rng, prepare_batch
+from config.recipe_flags import slices_of_update
+from config.settings import dataset_spec
+from datasets.augmentation import AUGMENTATIONS, keyed_rng, prepare_batch
 from datasets.dataset_synapse import Synapse_dataset
+from datasets.neighbours import BETWEEN_NEIGHBOURS, refuse_pictures
+from datasets.sides import mirror_of
 from distributed.ranks import ALONE, Ranks, ranks_here
 from distributed.signals import ignore_in_worker
+from training.prompts import DrawnPrompts
 
 # A core reads some 130 slices of 512² a second from compressed files, and 340 from others. A fast
 # GPU trains on up to 500.
@@ -62,6 +67,24 @@ class EpochBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return -(-self.length // self.global_batch)
+
+
+def seen_slices(dataset: Synapse_dataset, args: argparse.Namespace) -> Synapse_dataset:
+    """Return the data set whose images hold what the network sees, as `--input_slices` says.
+
+    Raises:
+        InputError: the data are pictures, or their names tell no neighbours.
+    """
+    if args.input_slices != BETWEEN_NEIGHBOURS:
+        if getattr(dataset, "around", None) is not None:
+            raise InputError(
+                "the data set gives slices between their neighbours, but --input_slices is "
+                f"{args.input_slices}; pass --input_slices {BETWEEN_NEIGHBOURS}"
+            )
+        return dataset
+    if dataset_spec(args).is_pictures:
+        refuse_pictures(dataset.sample_list, args.input_slices)
+    return dataset.between_neighbours()
 
 
 class Slices(Dataset):
@@ -110,6 +133,10 @@ def make_loader(
 ) -> DataLoader:
     """Return a loader of raw slices; `loader.batch_sampler.enter` sets its position."""
     workers = default_workers(device) if args.num_workers is None else args.num_workers
+    if args.augment == "anatomical":
+        spec = dataset_spec(args)
+        mirror = mirror_of(spec.orientation, spec.class_names)
+        logging.info("--augment anatomical: %s", mirror.told)
     return DataLoader(
         Slices(dataset),
         batch_sampler=EpochBatches(len(dataset), slices_of_update(vars(args)), args.seed, ranks),
@@ -154,6 +181,12 @@ def loader_workers(loader: DataLoader) -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        if "Bus error" in str(error):  # A container has 64 MB of it unless told otherwise.
+            raise InputError(
+                "the shared memory /dev/shm, through which loader processes hand over slices, is "
+                "full; in a container pass --shm-size 4g to docker run, or go on by --resume with "
+                f"a smaller --num_workers (now {loader.num_workers}, 0 needs none)"
+            ) from None
         raise _killed_worker(loader) from None
     else:  # After an error, `Interruption` has killed them.
         iterator, loader._iterator = loader._iterator, None
@@ -167,15 +200,18 @@ def augmented_batch(
     args: argparse.Namespace,
     low_res: int,
     device: torch.device,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """Copy raw slices to the device, augment and resize them there for the network and the loss.
 
     Args:
-        slices: `image` and `label`, each (B, H, W) or a list of B slices, and `index`.
-        low_res: side of the label for the loss, S/4.
+        slices: `image` and `label`, each (B, H, W) or a list of B slices, and `index`. Images in
+            colour, and slices between their neighbours, have 3 before H.
+        low_res: side s of the labels for the loss: that of the logits.
 
     Returns:
-        `image` (B, 3, S, S) float32 and `low_res_label` (B, S/4, S/4) int64.
+        `image` (B, 3, S, S) float32 and `low_res_label` (B, s, s) int64. With `--lora_dropout` also
+        `seeds`, a list of B numbers for `LoRAModel.seed_dropout`, and with `--prompt_prob` also
+        `drawn`, the `DrawnPrompts` of the B slices.
     """
 
     def to_device(arrays: torch.Tensor | list[torch.Tensor]) -> Any:
@@ -183,19 +219,23 @@ def augmented_batch(
             return arrays.to(device, non_blocking=True)
         return [array.to(device, non_blocking=True) for array in arrays]
 
-    choices = [
-        Augmentation() if args.no_augment else draw_augmentation(keyed_rng(args.seed, epoch, index))
-        for index in slices["index"]
-    ]
+    generators = [keyed_rng(args.seed, epoch, index) for index in slices["index"]]
+    draw = AUGMENTATIONS[args.augment]
+    choices = [draw(generator, args.spec) for generator in generators]
     if not choices:  # There are fewer slices in this step than ranks.
         return {
             "image": torch.empty(0, 3, args.img_size, args.img_size, device=device),
             "low_res_label": torch.empty(0, low_res, low_res, device=device, dtype=torch.long),
         }
-    return prepare_batch(
+    batch = prepare_batch(
         to_device(slices["image"]),
         to_device(slices["label"]),
         choices,
         output_size=(args.img_size, args.img_size),
         low_res=(low_res, low_res),
     )
+    if args.lora_dropout:  # drawn last, so that a slice is augmented as without dropout
+        batch["seeds"] = [int(generator.integers(2**63)) for generator in generators]
+    if args.prompt_prob:  # likewise
+        batch["drawn"] = DrawnPrompts.draw(generators, args.prompt_prob, batch["low_res_label"])
+    return batch

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from common.errors import EXIT_BAD_INPUT, InputError, first_line
 from common.files import sha256_of
@@ -27,8 +26,8 @@ from common.writing import remove_partials
 from config.settings import adapter_settings
 from distributed.ranks import Ranks
 from distributed.signals import EXIT_INTERRUPTED, Interruption
-from lora import LoRAModel
 from training.run_log import RunLog
+from training.trained import Trained
 
 # What a rank wants to do after a step. The largest value of all ranks counts.
 GO_ON, SAVE, STOP = range(3)
@@ -82,14 +81,11 @@ class Checkpoint:
         folder: Path,
         args: argparse.Namespace,
         run: Progress,
-        model: LoRAModel,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
+        trained: Trained,
         log: RunLog,
         ranks: Ranks,
     ) -> None:
-        self.folder, self.args, self.run = folder, args, run
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.folder, self.args, self.run, self.trained = folder, args, run, trained
         self.log, self.ranks = log, ranks
         self.saved_at = time.monotonic()
 
@@ -129,19 +125,22 @@ class Checkpoint:
         """Return everything that training changes. The weights are the same on all ranks."""
         return {
             "progress": dataclasses.asdict(self.run),
-            "model": {name: value.detach() for name, value in _changing(self.model).items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **self.trained.state(),
             "log": self.log.position(),
             "random": self.ranks.gather(random_state()),
         }
 
     def save_adapter(self, name: str) -> None:
-        """Write the adapter file and log its hash; raises the same errors as `save`."""
+        """Write the adapter file, of the average if there is one, and log its hash.
+
+        It raises the same errors as `save`.
+        """
         self.require_finite()
         if self.ranks.first:
             path = self.folder / name
-            digest = self.model.save_lora_parameters(path, settings=adapter_settings(self.args))
+            with self.trained.average.in_use():
+                settings = adapter_settings(self.args)
+                digest = self.trained.model.save_lora_parameters(path, settings=settings)
             self.log.write({"saved": name, "steps": self.run.step, "sha256": digest})
             logging.info("saved %s", path)
 
@@ -151,7 +150,7 @@ class Checkpoint:
         Raises:
             InputError: a weight is not finite; on the other ranks the program just ends.
         """
-        weights = _changing(self.model)
+        weights = self.trained.values()
         finite = torch.stack([value.isfinite().all() for value in weights.values()]).tolist()
         spoilt = [name for name, is_finite in zip(weights, finite, strict=True) if not is_finite]
         if spoilt and not self.ranks.first:
@@ -160,7 +159,7 @@ class Checkpoint:
         if spoilt:
             raise InputError(
                 f"{len(spoilt)} weights are NaN or infinite after step {self.run.step - 1}, first "
-                f"{spoilt[0].removeprefix('sam.')}; lower --base_lr, lengthen --warmup_period or "
+                f"{spoilt[0].replace('sam.', '', 1)}; lower --base_lr, lengthen --warmup_period or "
                 "pass --clip_grad, and go on from the state before by --resume"
             )
 
@@ -173,28 +172,14 @@ class Checkpoint:
         return late or bool(every and self.run.step % every == 0)
 
 
-def restore(
-    state: dict[str, Any],
-    model: LoRAModel,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ranks: Ranks,
-) -> Progress:
+def restore(state: dict[str, Any], trained: Trained, ranks: Ranks) -> Progress:
     """Put a state back into a run of the same settings, and return its position.
 
     Raises:
         InputError: the state belongs to another network.
     """
-    weights = _changing(model)
     try:
-        if weights.keys() != state["model"].keys():
-            raise ValueError("other weights")
-        with torch.no_grad():
-            for name, value in weights.items():
-                value.copy_(state["model"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
+        trained.restore(state)
         if ranks.rank < len(state["random"]):
             set_random_state(state["random"][ranks.rank])
         return Progress(**state["progress"])
@@ -300,16 +285,6 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _changing(model: LoRAModel) -> dict[str, torch.Tensor]:
-    """Return the tensors that train or stand in the adapter file, not those of the base weights."""
-    return {
-        name: value
-        for name, value in model.state_dict(keep_vars=True).items()
-        if (isinstance(value, nn.Parameter) and value.requires_grad)
-        or name.removeprefix("sam.") in model.saved
-    }
 
 
 def _step(path: Path) -> int:

@@ -26,11 +26,7 @@ def draw_curves(folder: Path, class_names: Sequence[str]) -> Path:
     records = read_metrics(folder)
     steps = [record for record in records if _holds_numbers(record, "step", "loss", "lr")]
     epochs = [record for record in records if _holds_numbers(record, "steps", "mean_loss")]
-    validations = [
-        record
-        for record in records
-        if _holds_numbers(record, "epoch", "score") and _are_scores(record.get("dsc"), class_names)
-    ]
+    validations = [record for record in records if _is_validation(record, class_names)]
     panels = 3 if validations else 2
     figure = Figure(figsize=(5 * panels, 3.6), layout="constrained")
     axes = figure.subplots(1, panels)
@@ -70,6 +66,11 @@ def draw_curves(folder: Path, class_names: Sequence[str]) -> Path:
     return folder / PICTURE
 
 
+def read_validations(folder: Path, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Read the validations in metrics.jsonl: `epoch`, `score`, `dsc` of each class, `cases`."""
+    return [record for record in read_metrics(folder) if _is_validation(record, class_names)]
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read the records of metrics.jsonl; lines that are none are left out with a warning."""
     path = folder / METRICS
@@ -93,6 +94,10 @@ def _holds_numbers(record: dict[str, Any], *names: str) -> bool:
     return all(
         isinstance(record.get(name), (int, float)) and abs(record[name]) < LARGEST for name in names
     )
+
+
+def _is_validation(record: dict[str, Any], class_names: Sequence[str]) -> bool:
+    return _holds_numbers(record, "epoch", "score") and _are_scores(record.get("dsc"), class_names)
 
 
 def _are_scores(values: object, class_names: Sequence[str]) -> bool:

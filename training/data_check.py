@@ -169,6 +169,15 @@ def _intensities(samples: Sequence[SampleFacts]) -> list[str]:
     return found
 
 
+def count_parameters(model: LoRAModel) -> dict[str, int]:
+    """Return how many parameters the network has, and how many of them get a gradient."""
+    parameters = list(model.parameters())
+    return {
+        "all": sum(parameter.numel() for parameter in parameters),
+        "train": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+    }
+
+
 def describe(
     args: argparse.Namespace,
     facts: list[SampleFacts],
@@ -201,6 +210,7 @@ def describe(
     memory = memory or memory_of_step(args, model, share, args.at_once)
     free = free_memory(device) if device.type == "cuda" else None
     page = check_page(facts, tested, class_names(args), memory, folder=Path(args.root_path))
+    page.facts["parameters"] = count_parameters(model)
     page.lines.append(
         f"each of {processes} process(es) computes {share} slices of an update, {args.at_once} at "
         f"once, on {'a CPU' if free is None else f'a GPU with {free:.1f} GiB free'}"

@@ -8,6 +8,7 @@ import copy
 import logging
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,13 +17,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.full_memory import is_gpu_full, what_is_full
-from config.train_flags import slices_of_update
+from config.recipe_flags import slices_of_update
 from distributed.ranks import Ranks
 from lora import LoRAModel
 from segment_anything.modeling import relative_attention
 from segment_anything.modeling.relative_attention import Attention
 from training.hollow import Hollow, Peak
 from training.losses import SegmentationLoss
+from training.optimizers import OPTIMIZERS
 
 GIB = 2**30
 # The part of the free memory that an estimate may fill. The rest is for what is not counted: the
@@ -37,7 +39,7 @@ def estimate_training_memory(
     *,
     batch_size: int,
     img_size: int,
-    adamw: bool,
+    kept: int,
     device_type: str,
     checkpoint_blocks: bool = False,
     amp_dtype: torch.dtype | None = None,
@@ -52,6 +54,7 @@ def estimate_training_memory(
     Args:
         model: network on any device; it is not changed.
         batch_size: slices of an update that this process computes.
+        kept: numbers that the optimiser and a running average keep for each weight that trains.
         device_type: "cpu" or "cuda"; attention on a CPU keeps less than on a GPU.
         checkpoint_blocks: the encoder's blocks are computed a second time, one after the other.
         amp_dtype: dtype of autocast, which keeps the weights in float32; None: full precision.
@@ -59,8 +62,8 @@ def estimate_training_memory(
     """
     at_once = min(at_once or batch_size, batch_size)
     trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    # AdamW keeps two moments, SGD one. The update needs one more value for each weight for a while.
-    moments, update = trainable * (2 if adamw else 1), trainable
+    # The update needs one more value for each weight for a while.
+    moments, update = trainable * kept, trainable
     with _as_computed():
         shadow = _without_content(model)
         for module in shadow.modules():
@@ -98,7 +101,7 @@ def _forward_and_backward(
 ) -> None:
     """Do what `training_step` does with a batch, with a single one of its parts."""
 
-    def forward() -> torch.Tensor:  # -> (at_once, classes + 1, S/4, S/4)
+    def forward() -> torch.Tensor:  # -> (at_once, classes + 1, s, s)
         enabled = amp_dtype is not None
         with torch.autocast("cpu", amp_dtype or torch.bfloat16, enabled=enabled):
             return model(images[:at_once], full_size_masks=False)["low_res_logits"]
@@ -195,7 +198,7 @@ def memory_of_step(
             model,
             batch_size=share,
             img_size=args.img_size,
-            adamw=args.AdamW,
+            kept=OPTIMIZERS[args.optimizer].kept + (args.ema is not None),
             device_type=next(model.parameters()).device.type,
             checkpoint_blocks=args.checkpoint_blocks,
             amp_dtype=torch.bfloat16 if args.use_amp else None,  # fp16 takes as much
@@ -284,3 +287,19 @@ def _missing(text: str) -> float | None:
             return None
         amounts[what] = float(found[1]) * units[found[2]]
     return max(0.0, amounts["asked"] - amounts["free"])
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the largest memory that this process has used, in bytes.
+
+    Of a GPU, it is what PyTorch's tensors took there. Of a CPU, it is the resident memory of the
+    whole process, libraries and data included. None: the system does not tell. `getrusage` is no
+    help, because a process inherits its value from the one that started it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(next(line for line in status.splitlines() if "VmHWM" in line).split()[1])
+    except (OSError, StopIteration):
+        return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -17,30 +18,39 @@ class BatchInParts:
     random numbers as the first, so that a dropout drops the same values.
 
     Args:
-        forward: from images (B, 3, S, S) to logits (B, classes + 1, S/4, S/4).
+        forward: from images (B, 3, S, S), and what else there is of them, to logits
+            (B, classes + 1, s, s).
         images: (B, 3, S, S), B at least 1.
         at_once: number of images to compute at a time.
+        others: what `forward` gets beside the images, by the names of its arguments: sequences
+            with one item for each image, of which a part gets its items, the same in both passes.
     """
 
     def __init__(
         self,
-        forward: Callable[[torch.Tensor], torch.Tensor],
+        forward: Callable[..., torch.Tensor],
         images: torch.Tensor,
         at_once: int | None,
+        others: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         self.forward = forward
-        self.parts = images.split(at_once or len(images))
+        size = at_once or len(images)
+        self.parts = images.split(size)
+        self.others = [
+            {name: items[start : start + size] for name, items in (others or {}).items()}
+            for start in range(0, len(images), size)
+        ]
         self.random_states: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
-    def logits(self) -> torch.Tensor:  # (B, classes + 1, S/4, S/4)
+    def logits(self) -> torch.Tensor:  # (B, classes + 1, s, s)
         """Compute the logits of all parts; the loss may be computed from them."""
         if len(self.parts) == 1:
-            return self.forward(self.parts[0])
+            return self.forward(self.parts[0], **self.others[0])
         outputs = []
         with torch.no_grad():
-            for part in self.parts:
+            for part, other in zip(self.parts, self.others, strict=True):
                 self.random_states.append(_random_state(part.device))
-                outputs.append(self.forward(part))
+                outputs.append(self.forward(part, **other))
         return torch.cat(outputs).requires_grad_()
 
     def backward(self, logits: torch.Tensor) -> None:
@@ -48,11 +58,13 @@ class BatchInParts:
         if len(self.parts) == 1:
             return
         gradients = logits.grad.split([len(part) for part in self.parts])
-        for part, gradient, state in zip(self.parts, gradients, self.random_states, strict=True):
+        for part, other, gradient, state in zip(
+            self.parts, self.others, gradients, self.random_states, strict=True
+        ):
             devices = [part.device] if part.is_cuda else []
             with torch.random.fork_rng(devices):
                 _set_random_state(state, part.device)
-                self.forward(part).backward(gradient)
+                self.forward(part, **other).backward(gradient)
 
 
 def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -16,18 +16,22 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from config.recipe_flags import steps_of_run
 from config.settings import class_names
 from distributed.ranks import Ranks, is_rank
 from distributed.signals import Interruption
-from lora import LoRAModel
 from training.batches import loader_workers, read_batches
 from training.checkpoint import Checkpoint, Progress, newest_state, restore
 from training.curves import draw_curves
+from training.memory import peak_memory
+from training.model_card import write_card
 from training.resuming import has_state
 from training.run_log import RunLog
+from training.trained import Trained
 from training.validation import Validation, note_validation
 
 BEST = "best.pth"
+MOST_OF_START = 0.05  # of the running average
 SAVE_EVERY = 20  # epochs; epoch_159.pth is the published adapter
 PICTURES_EVERY = 200  # steps
 NEWS_EVERY = 60  # seconds between lines of progress where no bar is shown
@@ -42,8 +46,7 @@ class TrainingRun:
     Args:
         folder: the run folder.
         args: the flags of `train.py`.
-        model: the network on its device.
-        optimizer, scaler: their states are saved and restored.
+        trained: what is saved and restored.
         loader: training slices, with an `EpochBatches` as sampler.
         validating: whether cases are held out.
     """
@@ -52,42 +55,40 @@ class TrainingRun:
         self,
         folder: Path,
         args: argparse.Namespace,
-        model: LoRAModel,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
+        trained: Trained,
         loader: DataLoader,
         validating: bool,
         ranks: Ranks,
     ) -> None:
-        self.folder, self.args, self.ranks = folder, args, ranks
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.folder, self.args, self.trained, self.ranks = folder, args, trained, ranks
         self.loader, self.sampler = loader, loader.batch_sampler
         self.validating = validating
         self.steps_per_epoch = len(loader)
         # Length of the learning rate's schedule, in steps.
         self.max_iterations = args.max_epochs * self.steps_per_epoch
         self.last_epoch = min(args.stop_epoch, args.max_epochs)
-        self.last_step = min(
-            self.last_epoch * self.steps_per_epoch, args.max_iterations or math.inf
-        )
+        self.last_step = steps_of_run(args, self.steps_per_epoch)
 
     def __enter__(self) -> TrainingRun:
         resumes = self.args.resume and self.ranks.first
-        self.ranks.copy_first(self.model.state_dict().values())
+        self.ranks.copy_first(self.trained.model.state_dict().values())
+        self.trained.average.start()
         resumes = resumes and has_state(self.folder)
         state = self.ranks.from_first(newest_state(self.folder) if resumes else None)
         self.fresh = state is None
         self.progress = Progress()
         if state:
-            self.progress = restore(state, self.model, self.optimizer, self.scaler, self.ranks)
+            self.progress = restore(state, self.trained, self.ranks)
         self._announce()
-        self.model.train()
+        self.trained.model.train()
         with ExitStack() as opened:
             opened.enter_context(loader_workers(self.loader))
             self.interruption = opened.enter_context(Interruption(with_parent=is_rank()))
             self.log = opened.enter_context(self._open_log(state))
             self.bar = opened.enter_context(self._progress_bar())
             opened.enter_context(logging_redirect_tqdm())
+            if self.ranks.first:
+                write_card(self.folder, vars(self.args))
             self.opened = opened.pop_all()
         self.first_step, self.started = self.progress.step, time.perf_counter()
         self.last_news = self.started
@@ -95,9 +96,7 @@ class TrainingRun:
             self.folder,
             self.args,
             self.progress,
-            self.model,
-            self.optimizer,
-            self.scaler,
+            self.trained,
             self.log,
             self.ranks,
         )
@@ -107,6 +106,7 @@ class TrainingRun:
         self.opened.__exit__(*exception)
         if exception[0] is None and self.ranks.first:
             draw_curves(self.folder, class_names(self.args))
+            write_card(self.folder, vars(self.args))
 
     @property
     def step(self) -> int:
@@ -180,8 +180,10 @@ class TrainingRun:
         if self.finished or self.validates(epoch):
             # Validation and the last adapter may be interrupted: they can be repeated from here.
             self.checkpoint.save()
-        loss = self.log.end_epoch(epoch, self.progress.step, self.progress.seconds)
-        logging.info("epoch %d: mean loss %.4f, %.0f s", epoch, loss, self.progress.seconds)
+        device = next(self.trained.model.parameters()).device
+        seconds = self.progress.seconds
+        loss = self.log.end_epoch(epoch, self.progress.step, seconds, peak_memory(device))
+        logging.info("epoch %d: mean loss %.4f, %.0f s", epoch, loss, seconds)
 
     def validates(self, epoch: int) -> bool:
         """Return whether a validation is due after this epoch."""
@@ -214,7 +216,7 @@ class TrainingRun:
             self.ranks.count,
             self.args.at_once,
             self.last_step,
-            next(self.model.parameters()).device,
+            next(self.trained.model.parameters()).device,
             " with --use_amp" if self.args.use_amp else "",
         )
         if self.progress.step:
@@ -223,6 +225,15 @@ class TrainingRun:
         if best is not None and self.ranks.first and not (self.folder / BEST).is_file():
             logging.warning(
                 "%s of epoch %d is gone; only a better validation will write it again", BEST, best
+            )
+        start = (self.args.ema or 0) ** self.last_step  # of the weights at the start in the average
+        if start > MOST_OF_START:
+            logging.warning(
+                "--ema %g is slow for %d steps: %.0f %% of the last average are the weights at the "
+                "start; pass a smaller one",
+                self.args.ema,
+                self.last_step,
+                100 * start,
             )
         if self.validating and self.last_step < self.args.val_every * self.steps_per_epoch:
             logging.warning("training ends before the first validation, after --val_every epochs")
@@ -234,7 +245,7 @@ class TrainingRun:
             names_of=self._slice_names,
             skip=self.args.skip_nan,
             # A GradScaler skips a step whose gradient overflows; that is nothing to report.
-            watched=("loss",) if self.scaler.is_enabled() else ("loss", "grad_norm"),
+            watched=("loss",) if self.trained.scaler.is_enabled() else ("loss", "grad_norm"),
             position=state["log"] if state else None,
             step=self.progress.step,
         )

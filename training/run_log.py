@@ -155,14 +155,22 @@ class RunLog:
             "--skip_nan N leaves out up to N such updates"
         )
 
-    def end_epoch(self, epoch: int, step: int, seconds: float) -> float:
-        """Write a line about the epoch, and return the mean loss of its steps."""
+    def end_epoch(
+        self, epoch: int, step: int, seconds: float, peak_memory: int | None = None
+    ) -> float:
+        """Write a line about the epoch, and return the mean loss of its steps.
+
+        Args:
+            step: number of the next step, over all epochs.
+            seconds: that the steps of this epoch took.
+            peak_memory: bytes, see `training.memory.peak_memory`.
+        """
         self.flush()
         losses = self.epoch_losses
         loss = sum(losses) / len(losses) if losses else math.nan
         self.write(
             {"epoch": epoch, "steps": step, "mean_loss": loss if losses else None}
-            | {"seconds": seconds}
+            | {"seconds": seconds, "peak_memory": peak_memory}
         )
         self.epoch_losses = []
         return loss
@@ -236,7 +244,7 @@ class RunLog:
         label: torch.Tensor,
         class_names: Sequence[str],
     ) -> None:
-        """Show a sample: image (3, S, S), logits (C, S/4, S/4) and label (S/4, S/4)."""
+        """Show a sample: image (3, S, S), logits (C, s, s) and label (s, s)."""
         if self.events is None:
             return
         colours = label_colours(class_names)

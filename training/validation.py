@@ -22,6 +22,7 @@ from datasets.groups import groups_of
 from distributed.ranks import ALONE, Ranks
 from evaluation.metrics import class_dsc, confusion, mean
 from evaluation.predict_volume import predict_volume
+from training.batches import seen_slices
 from training.checkpoint import Progress
 from training.run_log import RunLog
 
@@ -55,16 +56,20 @@ def training_data(
         dataset: checked training slices; None: read and check those of `args.root_path`, as a
             script written against the original asks for.
     """
+    facts = None
     if dataset is None:
         dataset = Synapse_dataset(
             args.root_path, args.list_dir, "train", num_classes=args.num_classes, lenient=True
         )
-        record_training_data(args, dataset.check(), dataset)
-    if not args.val_every:
-        return dataset, {}
-    dataset, held_out = hold_out(dataset, args.val_cases, args.seed)
-    logging.info("held out for validation: %s", ", ".join(held_out))
-    return dataset, held_out
+        facts = dataset.check()
+    dataset = seen_slices(dataset, args)  # A script may pass slices without their neighbours.
+    left, held_out = dataset, {}
+    if args.val_every:
+        left, held_out = hold_out(dataset, args.val_cases, args.seed)
+        logging.info("held out for validation: %s", ", ".join(held_out))
+    if facts is not None:
+        record_training_data(args, facts, left)
+    return left, held_out
 
 
 def hold_out(

@@ -92,10 +92,10 @@ def trained(volumes: Volumes, sizes: Sizes, way: Way, device: torch.device) -> L
         torch.from_numpy(np.concatenate(part)).to(device) for part in zip(*volumes, strict=True)
     )
     args = complete(
-        argparse.Namespace(root_path="phantoms", img_size=sizes.image_size, no_augment=True)
+        argparse.Namespace(root_path="phantoms", img_size=sizes.image_size, augment="none")
     )
     criterion = SegmentationLoss(CLASSES, 0.8)
-    optimizer = make_optimizer(model, adamw=True, base_lr=PEAK_LR)
+    optimizer = make_optimizer(model, "adamw", PEAK_LR)
     options = StepOptions(clip_grad=0.5, amp_dtype=way.amp_dtype)
     generator = torch.Generator().manual_seed(2)
     order = torch.randint(len(images), (sizes.steps, sizes.batch), generator=generator).to(device)

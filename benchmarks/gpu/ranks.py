@@ -77,7 +77,7 @@ def update(case: Case, device: torch.device, ranks: Ranks, at_once: int | None =
     share = ranks.share(case.batch)
     batch = {name: values[share] for name, values in case.slices(case.batch, device).items()}
     criterion = SegmentationLoss(CLASSES, 0.8, ranks.total)
-    optimizer = make_optimizer(network, adamw=False, base_lr=LR)
+    optimizer = make_optimizer(network, "sgd", LR)
     options = StepOptions(at_once=at_once, ranks=ranks)
     terms, _ = training_step(network, batch, criterion, optimizer, LR, options)
     return trained_weights(network) | {"loss": terms["loss"].cpu()}

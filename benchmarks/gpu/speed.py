@@ -136,7 +136,7 @@ def _plain_speed(
 ) -> Speed | None:
     twin = plain_copy(network).to(setting.device)
     criterion = SegmentationLoss(CLASSES, 0.8)
-    optimizer = make_optimizer(twin, adamw=True, base_lr=LR)
+    optimizer = make_optimizer(twin, "adamw", LR)
     try:
         return measure(
             lambda: plain_step(twin, batch, criterion, optimizer, LR), len(batch["image"]), setting
@@ -164,7 +164,7 @@ def estimated_memory(
         network,
         batch_size=at_once,
         img_size=case.image_size,
-        adamw=True,
+        kept=2,
         device_type="cuda",
         amp_dtype=amp_dtype,
     )

@@ -30,7 +30,7 @@ def syncs(setting: Setting) -> Iterator[Row]:
     size, count = case.image_size, case.batch
     model = case.network(setting.device)
     criterion = SegmentationLoss(CLASSES, 0.8)
-    optimizer = make_optimizer(model, adamw=True, base_lr=LR)
+    optimizer = make_optimizer(model, "adamw", LR)
     args = complete(argparse.Namespace(root_path="", num_classes=8, img_size=size))
     slices = {
         "image": torch.rand(count, 224, 224),

@@ -96,7 +96,7 @@ class Way:
     ) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
         """Return a function from a batch to the loss, on the device, after an update by AdamW."""
         criterion = SegmentationLoss(CLASSES, 0.8)
-        optimizer = make_optimizer(network, adamw=True, base_lr=LR)
+        optimizer = make_optimizer(network, "adamw", LR)
         options = StepOptions(at_once=-(-batch_size // self.parts), amp_dtype=self.amp_dtype)
         return lambda batch: training_step(network, batch, criterion, optimizer, LR, options)[0][
             "loss"

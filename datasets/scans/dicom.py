@@ -83,10 +83,15 @@ def read_dicom(folder: Path) -> tuple[np.ndarray, Geometry]:  # (D, H, W)
 
 def read_dicom_header(folder: Path) -> tuple[tuple[int, ...], Geometry]:  # (D, H, W)
     """Read shape and geometry of the series without its voxels; raises as `read_dicom` does."""
-    files, _ = _images(folder)
-    slices, geometry = in_order(folder, [one for file in files for one in file])
+    slices, geometry = ordered_slices(folder)
     first = slices[0].file
     return (len(slices), first.whole(ROWS), first.whole(COLUMNS)), geometry
+
+
+def ordered_slices(folder: Path) -> tuple[list[Slice], Geometry]:
+    """Return the slices in the order of the voxels of `read_dicom`; raises as it does."""
+    files, _ = _images(folder)
+    return in_order(folder, [one for file in files for one in file])
 
 
 def holds_dicom(paths: Iterable[Path]) -> bool:

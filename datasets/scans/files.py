@@ -20,12 +20,14 @@ from datasets.scans.geometry import Geometry
 from datasets.scans.identity import names_patient, short_name
 from datasets.scans.pictures import opened_picture, read_picture
 from datasets.scans.series_header import series_tags
-from datasets.scans.stamps import data_files
+from datasets.scans.stamps import files_of
+from datasets.scans.text_headers import SEGMENTATION
 from datasets.scans.unused import (
     BELOW_SERIES,
     BESIDE_SERIES,
     BROKEN,
     HIDDEN,
+    LABELS,
     NO_IMAGE,
     SEEN,
     SUBFOLDER,
@@ -39,6 +41,7 @@ SCANS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 DICOM = "dicom"
 EXPECTED = f"{', '.join(SCANS + PICTURES)} or a folder of DICOM files"
+RENAME = "rename them, or remove one of two copies"
 
 
 @dataclass(frozen=True)
@@ -55,22 +58,24 @@ class ScanFile:
         return self.suffix in PICTURES
 
 
-def find_scans(path: str | Path) -> list[ScanFile]:
+def find_scans(path: str | Path, *, labels: bool = False) -> list[ScanFile]:
     """Find the scans at a path as `search` does, and warn about the files that are left out."""
-    scans, unused = search(path)
+    scans, unused = search(path, labels=labels)
     warn_of_unused(unused, path)
     return scans
 
 
-def search(path: str | Path, *, keep_names: bool = True) -> tuple[list[ScanFile], list[Unused]]:
+def search(
+    path: str | Path, *, keep_names: bool = True, labels: bool = False
+) -> tuple[list[ScanFile], list[Unused]]:
     """Find the scans at a path: a file, a DICOM series, or a folder of files and series.
 
-    DICOM series are found at any depth, because archives export patient/study/series. Their name
-    is their path below the folder.
+    DICOM series are found at any depth (patient/study/series) and named by their path below it.
 
     Args:
         keep_names: False: a series whose folder names the patient is called `series_` and a part
             of the hash of its UID.
+        labels: whether label files are looked for, so that a segmentation of 3D Slicer is one.
 
     Returns:
         The scans, and the files and folders that are none of them. Files in the folder of a
@@ -85,7 +90,7 @@ def search(path: str | Path, *, keep_names: bool = True) -> tuple[list[ScanFile]
     with reporting_os_errors(path):
         if path.is_file():
             found = [_single_file(path)]
-            _require_readers(found)
+            require_readers(found)
             return found, []
         if not path.is_dir():
             what = "is a pipe or a device" if path.exists() else "does not exist"
@@ -93,6 +98,7 @@ def search(path: str | Path, *, keep_names: bool = True) -> tuple[list[ScanFile]
         inside = sorted(path.iterdir())
         visible = [p for p in inside if not p.name.startswith(".")]
         found = [scan_file(p, suffix) for p in visible if p.is_file() and (suffix := suffix_of(p))]
+        found = [scan for scan in found if labels or scan.suffix != SEGMENTATION]
         series, unused = _series_below(path)
         if holds_dicom(visible):
             _refuse_beside_series(path, found)
@@ -100,20 +106,20 @@ def search(path: str | Path, *, keep_names: bool = True) -> tuple[list[ScanFile]
             found = [scan_file(path.resolve(), DICOM)]
             unused = [Unused(f"{p.name}/", BELOW_SERIES) for p in below]
         else:
-            data = {file for scan in found for file in data_files(scan.path)}
+            data = {file for scan in found for file in files_of(scan.path)}
             rest = [p for p in inside if p not in data and not p.is_dir()]
             unused += [Unused(p.name, reason) for p in rest if (reason := _reason(p))]
             found += series
         if not keep_names:
-            found = [_without_patient(scan, path) for scan in found]
+            found = [without_patient(scan, path) for scan in found]
     if not found:
         held = f" (it holds files that are not read: {counted(unused)})" if unused else ""
         remedy = "in subfolders only DICOM is looked for; move the files up, or pass their folder"
         if unused and all(one.reason == UNKNOWN for one in unused):
             remedy = "convert its files to one of these, e.g. with 3D Slicer"
         raise InputError(f"{path} holds no scan, expected {EXPECTED}; {remedy}{held}")
-    _refuse_equal_names(found, path)
-    _require_readers(found)
+    refuse_equal_names(found, path)
+    require_readers(found)
     return found, sorted(unused, key=lambda one: one.path)
 
 
@@ -131,6 +137,8 @@ def warn_of_unused(unused: Sequence[Unused], source: str | Path, listed_in: str 
 
 def _single_file(path: Path) -> ScanFile:
     suffix = suffix_of(path)
+    if suffix == SEGMENTATION:
+        raise InputError(f"{path} is {LABELS}; pass the scan that it was drawn on")
     if suffix is not None:
         return scan_file(path, suffix)
     if not holds_dicom([path]):
@@ -147,30 +155,29 @@ def _reason(path: Path) -> str | None:
         return HIDDEN
     if not path.is_file():
         return BROKEN
-    if suffix_of(path):
-        return None
+    if suffix := suffix_of(path):
+        return LABELS if suffix == SEGMENTATION else None
     return NO_IMAGE if is_dicom(path) else UNKNOWN
 
 
-def _require_readers(scans: Sequence[ScanFile]) -> None:
+def require_readers(scans: Sequence[ScanFile]) -> None:
     """Raise an `InputError` if scans cannot be read because a package is not installed."""
     if not all(scan.is_picture for scan in scans):
         require_scan_packages()
 
 
-def _refuse_equal_names(scans: Sequence[ScanFile], source: Path) -> None:
+def refuse_equal_names(scans: Sequence[ScanFile], source: Path, remedy: str = RENAME) -> None:
+    """Raise an `InputError` if the results of two scans would have the same name."""
     names: dict[str, list[str]] = defaultdict(list)
     for scan in scans:
         names[scan.name].append(path_below(scan.path, source))
     repeated = [" and ".join(files) for files in names.values() if len(files) > 1]
     if repeated:
-        raise InputError(
-            f"{source} holds {first_few(repeated)}, whose results would have the same name; rename "
-            "them, or remove one of two copies"
-        )
+        told = f"{first_few(repeated)}, whose results would have the same name"
+        raise InputError(f"{source} holds {told}; {remedy}")
 
 
-def _without_patient(scan: ScanFile, source: Path) -> ScanFile:
+def without_patient(scan: ScanFile, source: Path) -> ScanFile:
     """Return a series under a name that does not tell who the patient is; say so if it changes."""
     if scan.suffix != DICOM:
         return scan
@@ -280,7 +287,7 @@ def select_channel(scans: Sequence[ScanFile], channel: int | None) -> list[ScanF
 def suffix_of(path: Path) -> str | None:
     """Return the suffix of a file if it is the suffix of a scan or picture."""
     name = path.name.lower()
-    return next((suffix for suffix in SCANS + PICTURES if name.endswith(suffix)), None)
+    return next((s for s in (SEGMENTATION, *SCANS, *PICTURES) if name.endswith(s)), None)
 
 
 def scan_file(path: Path, suffix: str, channel: int | None = None) -> ScanFile:

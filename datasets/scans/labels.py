@@ -6,11 +6,10 @@ classes for ITK-SNAP and 3D Slicer.
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -21,6 +20,10 @@ from datasets.colours import label_colours
 from datasets.registry import DatasetSpec
 from datasets.scans.files import DICOM, ScanFile
 from datasets.scans.geometry import Geometry
+from datasets.scans.text_headers import SEGMENTATION
+
+if TYPE_CHECKING:
+    from datasets.scans.label_names import NamedLabel
 
 NIFTI = (".nii.gz", ".nii")
 # The format of the label file where it is not the format of the scan. A DICOM series does not
@@ -41,13 +44,22 @@ NIFTI_GEOMETRY = (
     "srow_y",
     "srow_z",
 )
-GZIP_LEVEL = 1  # the fastest level shrinks labels a hundredfold already
 NRRD_GEOMETRY = (b"space:", b"space dimension:", b"space directions:", b"space origin:")
 
 
 def label_suffix(scan: ScanFile, wanted: str | None = None) -> str:
-    """Return the suffix of the label file of a scan; pictures do not follow `wanted`."""
+    """Return the suffix of the label file of a scan; pictures do not follow `wanted`.
+
+    Raises:
+        InputError: a segmentation of 3D Slicer is wanted of a picture, which has no place in space.
+    """
     if scan.is_picture:
+        if wanted == SEGMENTATION:
+            raise InputError(
+                f"--format {SEGMENTATION} is for scans, but {scan.path} is a picture, whose labels "
+                "become an index PNG; leave --format out, or segment pictures in a call of their "
+                "own"
+            )
         return ".png"
     return wanted or FORMATS.get(scan.suffix, scan.suffix)
 
@@ -60,24 +72,38 @@ def write_labels(
     Args:
         labels: classes (D, H, W), or (1, H, W) of a picture, uint8.
         geometry: of the scan; None for a picture.
+
+    Names and colours are inside NIfTI (as TotalSegmentator has them) and `.seg.nrrd` files.
     """
     values = np.array((0, *spec.predicted_values))
     values = values.astype(np.uint8 if values.max() < 256 else np.uint16)
     if geometry is None:
         write_index_picture(path, labels[0], values, spec)
     else:
-        write_like(path, values[labels], scan, geometry)
+        from datasets.scans.label_names import named_labels
+
+        write_like(path, values[labels], scan, geometry, named_labels(spec))
 
 
-def write_like(path: Path, array: np.ndarray, scan: ScanFile, geometry: Geometry) -> None:
+def write_like(
+    path: Path,
+    array: np.ndarray,
+    scan: ScanFile,
+    geometry: Geometry,
+    names: Sequence[NamedLabel] = (),
+) -> None:
     """Write (D, H, W) voxels with the geometry of a scan, or no file at all.
 
     In the format of the scan the geometry is copied from its header, so it is equal to the last
     bit. Another format may round it.
 
+    Args:
+        names: of the values, for formats that hold them; empty: the array holds no labels.
+
     Raises:
         InputError: the file cannot be written, or its geometry would differ from the scan's.
     """
+    from datasets.scans.label_names import add_names, caret_extension
     from datasets.scans.volumes import read_header, refuse_other_voxels, write_volume
 
     both_nifti = path.name.endswith(NIFTI) and scan.suffix in NIFTI
@@ -86,6 +112,8 @@ def write_like(path: Path, array: np.ndarray, scan: ScanFile, geometry: Geometry
     def finish(temporary: Path) -> None:
         if exact and path.suffix == ".nrrd":
             _copy_nrrd_geometry(temporary, scan.path)
+        if names and not both_nifti:
+            add_names(temporary, names, array.shape)
         _, found = read_header(temporary)
         if found != geometry if exact else not found.matches(geometry):
             differences = "; ".join(found.differences(geometry)) or "the last digits would differ"
@@ -96,7 +124,8 @@ def write_like(path: Path, array: np.ndarray, scan: ScanFile, geometry: Geometry
 
     if both_nifti:
         with atomic_path(path) as temporary:
-            _write_nifti_like(temporary, array, scan.path)
+            extension = caret_extension(names) if names else b""
+            _write_nifti_like(temporary, array, scan.path, extension)
             finish(temporary)
             refuse_other_voxels(path, temporary, array)
     else:
@@ -125,14 +154,14 @@ def write_index_picture(
 
 def write_label_tables(folder: Path, spec: DatasetSpec) -> None:
     """Write `labels.txt` for ITK-SNAP and `labels.ctbl` for 3D Slicer."""
-    values = (0, *spec.predicted_values)
-    names = ("background", *spec.class_names)
-    colours = label_colours(spec.class_names).tolist()
+    from datasets.scans.label_names import named_labels
+
     snap = [
         "# ITK-SnAP label description file: index, red, green, blue, opacity, visible, mesh, name"
     ]
     slicer = ["# 3D Slicer colour table: index, name, red, green, blue, opacity"]
-    for value, name, (r, g, b) in zip(values, names, colours, strict=True):
+    for label in named_labels(spec):
+        value, name, (r, g, b) = label.value, label.name, label.colour
         shown = int(value > 0)
         line = f'{value:5d} {r:5d} {g:4d} {b:4d} {shown:8d} {shown:2d} {shown:2d}    "{name}"'
         snap.append(line.replace("\n", " "))
@@ -141,12 +170,13 @@ def write_label_tables(folder: Path, spec: DatasetSpec) -> None:
         write_text(folder / file, "\n".join(lines) + "\n")
 
 
-def _write_nifti_like(path: Path, array: np.ndarray, source: Path) -> None:
+def _write_nifti_like(path: Path, array: np.ndarray, source: Path, extension: bytes) -> None:
     """Write a NIfTI file with the geometry fields of another file, bit for bit.
 
-    The other header fields are not copied, because their texts may identify the patient.
+    Its other header fields and its extensions are not copied, because their texts may identify the
+    patient.
     """
-    from datasets.scans.nifti import nifti_header
+    from datasets.scans.nifti import nifti_header, write_nifti
 
     given = nifti_header(source)  # NIfTI-1 or NIfTI-2, and so is the label
     header = type(given)(endianness="<")
@@ -155,14 +185,8 @@ def _write_nifti_like(path: Path, array: np.ndarray, source: Path) -> None:
     header.set_data_shape(array.shape[:0:-1] if is_flat else array.shape[::-1])
     for field in NIFTI_GEOMETRY:
         header[field] = given[field]
-    header["vox_offset"] = header.single_vox_offset
     voxels = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(path.open("wb"))
-        if path.suffix == ".gz":  # no name and no time, so that equal labels give equal files
-            file = stack.enter_context(gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0))
-        file.write(header.binaryblock.ljust(header.single_vox_offset, b"\0"))
-        file.write(voxels.data)
+    write_nifti(path, header, voxels.data, extension)
 
 
 def _copy_nrrd_geometry(path: Path, source: Path) -> None:

@@ -6,8 +6,10 @@ NIfTI-2, and refuses an sform that is at right angles up to rounding.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import math
+import struct
 import zlib
 from pathlib import Path
 from typing import IO
@@ -25,6 +27,10 @@ GZIP_MAGIC = b"\x1f\x8b"
 QFORM = ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
 LARGEST_START = 1 << 30  # bytes of a header and its extensions
 MOST_REST = 16 << 20  # bytes behind the voxels, which nothing tells of
+GZIP_LEVEL = 1  # the fastest level shrinks labels a hundredfold already
+# Codes of extensions with a table of labels. TotalSegmentator writes and reads the first, through
+# nibabel, which cannot read the second; Connectome Workbench reads the second alone.
+TABLE_CODES = (0, 30)  # NIFTI_ECODE_IGNORE, NIFTI_ECODE_CARET
 MAGIC_1, MAGIC_2 = slice(344, 348), slice(4, 8)  # of the header's bytes
 MILLIMETRES = {1: 1000.0, 3: 1e-3}  # `xyzt_units` -> mm; all others are taken for mm
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -57,6 +63,42 @@ def nifti_header(path: Path) -> Nifti1Header | None:
     if start[MAGIC_2] in (b"n+2\0", b"ni2\0"):
         return Nifti2Header(start, check=False)
     return None
+
+
+def write_nifti(path: Path, header: Nifti1Header, voxels: bytes, extension: bytes = b"") -> None:
+    """Write a NIfTI file: header, extensions, voxels. Equal content gives equal files.
+
+    Args:
+        path: packed by gzip if its suffix is .gz.
+        header: its `vox_offset` is set.
+        voxels: as they lie in the file.
+        extension: table of labels, which is written once for each of `TABLE_CODES`; empty: none.
+            It is filled up with blanks, because the size of an extension is a multiple of 16.
+    """
+    size = -(-(len(extension) + 8) // 16) * 16
+    parts = [
+        struct.pack(f"{header.endianness}2i", size, code) + extension.ljust(size - 8)
+        for code in (TABLE_CODES if extension else ())
+    ]
+    # Four bytes say whether extensions follow.
+    content = b"".join([b"\1\0\0\0" if extension else b"\0\0\0\0", *parts])
+    header["vox_offset"] = header.sizeof_hdr + len(content)
+    content = header.binaryblock + content
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("wb"))
+        if path.suffix == ".gz":  # no name and no time, so that equal labels give equal files
+            file = stack.enter_context(gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0))
+        file.write(content)
+        file.write(voxels)
+
+
+def insert_extension(path: Path, extension: bytes) -> None:
+    """Give a NIfTI file this table of labels alone; header fields and voxels stay as they are."""
+    header = nifti_header(path)
+    with unpacked(path) as stream:
+        stream.seek(int(header["vox_offset"]))
+        voxels = stream.read()
+    write_nifti(path, header, voxels, extension)
 
 
 def nifti_affines(path: Path, header: Nifti1Header) -> list[np.ndarray]:  # of (4, 4)

@@ -15,6 +15,7 @@ from common.errors import InputError
 
 LONGEST = 1 << 20  # bytes of a header
 NRRD, META = (".nrrd", ".nhdr"), (".mha", ".mhd")  # suffixes
+SEGMENTATION = ".seg.nrrd"  # of 3D Slicer: NRRD with the names of its labels
 # Units of length that mean mm, or that nobody gave; units of axes that are no lengths.
 MM = (
     "mm",

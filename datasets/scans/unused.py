@@ -17,6 +17,7 @@ SEEN = "a link to a folder that is searched already"
 BELOW_SERIES = "below the folder of a DICOM series"
 BESIDE_SERIES = "not DICOM, beside DICOM slices"
 NO_IMAGE = "DICOM without an image of a scan"
+LABELS = "a segmentation of 3D Slicer, not a scan"
 OTHER_CHANNEL = "of another channel"
 # Notes, tables and what operating systems leave behind are expected beside scans.
 NOTES = (
@@ -55,7 +56,13 @@ def counted(unused: Sequence[Unused]) -> str:
 
 
 def path_below(path: Path, source: Path) -> str:
-    """Return a path below the input folder; of the input itself, and outside of it, the name."""
+    """Return a path below the input folder; of the input itself, and outside of it, the name.
+
+    Args:
+        source: the folder, a scan, or a table of scans, whose folder it then is.
+    """
+    if path.resolve() != source.resolve() and source.is_file():
+        source = source.parent
     inside = path.resolve() != source.resolve() and path.absolute().is_relative_to(
         source.absolute()
     )

@@ -67,11 +67,26 @@ def read_volume(
     return array, _place(path, image, tell=True)
 
 
+def read_layers(path: Path) -> tuple[np.ndarray, Geometry]:  # (layers, D, H, W)
+    """Read a file whose voxels may have several values, as layers of a segmentation have them.
+
+    Raises as `read_volume` does.
+    """
+    image = _read(path, layered=True)
+    array = sitk.GetArrayFromImage(image)
+    array = array[None] if image.GetNumberOfComponentsPerPixel() == 1 else np.moveaxis(array, -1, 0)
+    return (array[:, None] if array.ndim == 3 else array), _place(path, image, tell=True)
+
+
 def read_header(
-    path: str | Path, channel: int | None = None
+    path: str | Path, channel: int | None = None, *, layered: bool = False
 ) -> tuple[tuple[int, ...], Geometry]:  # (D, H, W)
-    """Read shape and geometry of a scan without its voxels; raises as `read_volume` does."""
-    source = _open(path, channel)
+    """Read shape and geometry of a scan without its voxels; raises as `read_volume` does.
+
+    Args:
+        layered: whether voxels may have several values, see `read_layers`.
+    """
+    source = _open(path, channel, layered=layered)
     return (1, *source.GetSize()[2::-1])[-3:], _place(Path(path), source)
 
 
@@ -163,9 +178,9 @@ def _written_planes(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
             yield np.frombuffer(content, dtype).reshape(shape[1:])
 
 
-def _read(path: Path, channel: int | None = None) -> sitk.Image:
+def _read(path: Path, channel: int | None = None, *, layered: bool = False) -> sitk.Image:
     """Read all voxels, or those of one channel."""
-    source = _open(path, channel)
+    source = _open(path, channel, layered=layered)
     if not isinstance(source, sitk.ImageFileReader):
         return source
     refuse_bad_voxels(Path(path))
@@ -173,8 +188,13 @@ def _read(path: Path, channel: int | None = None) -> sitk.Image:
         return source.Execute()
 
 
-def _open(path: str | Path, channel: int | None = None) -> sitk.ImageFileReader | sitk.Image:
+def _open(
+    path: str | Path, channel: int | None = None, *, layered: bool = False
+) -> sitk.ImageFileReader | sitk.Image:
     """Read the header, and set the reader to one volume of one real number per voxel.
+
+    Args:
+        layered: allow several numbers per voxel.
 
     Returns:
         The reader; for a NIfTI file that SimpleITK cannot read, the volume.
@@ -199,7 +219,7 @@ def _open(path: str | Path, channel: int | None = None) -> sitk.ImageFileReader 
     elif reader.GetDimension() not in (2, 3):
         raise _too_many_dimensions(path, reader.GetSize()[::-1])
     kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
-    if reader.GetNumberOfComponents() != 1 or "complex" in kind:
+    if (reader.GetNumberOfComponents() != 1 and not layered) or "complex" in kind:
         raise InputError(f"{path} holds voxels of {kind}, expected one real number per voxel")
     return reader
 

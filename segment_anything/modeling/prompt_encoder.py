@@ -3,12 +3,47 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
 from .common import LayerNorm2d
+
+# Kinds of prompt tokens: a place outside the organ, a place inside, and the corners of a box.
+PADDING, OUTSIDE, INSIDE, TOP_LEFT, BOTTOM_RIGHT = -1, 0, 1, 2, 3
+# The number of tokens for prompts is a multiple of it. Attention sees padding too, so that a
+# slice's result would else depend on how many prompts its neighbours in the batch have.
+TOKENS = 8
+
+
+@dataclass(frozen=True)
+class OrganPrompts:
+    """Clicks and corners of boxes on B images, each of which speaks of one organ.
+
+    SAM's prompts speak of one mask. SAMed predicts the masks of all organs at once, so a prompt has
+    to name its organ.
+
+    Args:
+        coords: (B, N, 2) float32, as (x, y) in pixels of the network's square input.
+        kinds: (B, N) int64: `OUTSIDE`, `INSIDE`, `TOP_LEFT`, `BOTTOM_RIGHT`, or `PADDING`.
+        organs: (B, N) int64 classes 1…C; of padding, any.
+    """
+
+    coords: torch.Tensor
+    kinds: torch.Tensor
+    organs: torch.Tensor
+
+    def padded(self) -> OrganPrompts:
+        """Return the same prompts with padding up to a multiple of `TOKENS`."""
+        missing = -self.kinds.shape[1] % TOKENS
+        return OrganPrompts(
+            F.pad(self.coords, (0, 0, 0, missing)),
+            F.pad(self.kinds, (0, missing), value=PADDING),
+            F.pad(self.organs, (0, missing)),
+        )
 
 
 class PromptEncoder(nn.Module):
@@ -64,7 +99,8 @@ class PromptEncoder(nn.Module):
             points: coordinates (B, N, 2) as (x, y) in input pixels and labels (B, N): 1 inside,
                 0 outside, -1 padding.
             boxes: (B, 4) as (x0, y0, x1, y1) in input pixels.
-            masks: (B, 1, 4H, 4W) logits.
+            masks: (B, 1, 4H, 4W) logits; those of twice the side, as a decoder with a third
+                upscaling returns them, are averaged.
 
         Returns:
             Sparse embeddings (B, tokens, C), without tokens if there is no prompt, and dense
@@ -77,11 +113,61 @@ class PromptEncoder(nn.Module):
         if boxes is not None:
             sparse.append(self._embed_boxes(boxes))
         if masks is not None:
+            if masks.shape[-1] == 8 * self.image_embedding_size[1]:
+                masks = F.avg_pool2d(masks, 2)
             dense = self.mask_downscaling(masks)
         else:
             no_mask = self.no_mask_embed.weight[:, :, None, None]
             dense = no_mask.expand(batch, -1, *self.image_embedding_size)
         return torch.cat(sparse, dim=1), dense
+
+    def embed_organs(
+        self, prompts: OrganPrompts, organ_tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed prompts that speak of organs: what is said (kind and organ), and of which place.
+
+        It is said twice: by a token, as in SAM, whose position is encoded in it, and in the image
+        embedding at its place, as SAM does with masks. A decoder that was never trained with
+        prompts does not learn in a training of usual length to find the place that a token means.
+
+        Args:
+            organ_tokens: (classes + 1, C), the decoder's own tokens of its masks, so that naming an
+                organ needs no new weights.
+
+        Returns:
+            Sparse embeddings (B, N, C), N rounded up to a multiple of `TOKENS`, and what is added
+            to the dense ones, (B, C, H, W).
+        """
+        prompts = prompts.padded()
+        is_padding = (prompts.kinds == PADDING)[..., None]
+        # A product in half precision would move places by pixels.
+        with torch.autocast(prompts.coords.device.type, enabled=False):
+            kinds = torch.cat([self.not_a_point_embed.weight, *self._kind_embeddings()])  # (5, C)
+            said = kinds[prompts.kinds + 1] + organ_tokens[prompts.organs]
+            position = self.pe_layer.at(prompts.coords + 0.5, self.input_image_size)
+            token = torch.where(is_padding, kinds[0], said + position)
+            dense = self._put(said.masked_fill(is_padding, 0), prompts.coords + 0.5)
+        return token, dense
+
+    def _put(self, vectors: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
+        """Put vectors (B, N, C) where they belong, each shared by the four nearest places.
+
+        Args:
+            coords: (B, N, 2) as (x, y) in input pixels, 0.5 the centre of the first.
+
+        Returns:
+            (B, C, H, W).
+        """
+        shares = []
+        for axis, places in ((1, self.image_embedding_size[0]), (0, self.image_embedding_size[1])):
+            pixels = self.input_image_size[1 - axis] / places
+            at = (coords[..., axis, None] / pixels - 0.5).clamp(0, places - 1)  # (B, N, 1)
+            line = torch.arange(places, device=coords.device)
+            shares.append((1 - (at - line).abs()).clamp(min=0))
+        return torch.einsum("bnc,bnh,bnw->bchw", vectors, *shares)
+
+    def _kind_embeddings(self) -> list[torch.Tensor]:
+        return [embedding.weight for embedding in self.point_embeddings]  # each (1, C)
 
     def _embed_points(
         self, coords: torch.Tensor, labels: torch.Tensor, *, pad: bool

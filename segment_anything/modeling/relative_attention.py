@@ -61,13 +61,13 @@ class Attention(nn.Module):
             return self.proj(rearrange(out, "n heads (h w) d -> n h w (heads d)", h=x.shape[1]))
         tokens = x.flatten(1, 2)
         tokens = tokens.to(product_dtype(tokens))  # before it is copied
-        zero = tokens.new_zeros(1, 1, tokens.shape[-1]).expand(len(x), -1, -1)
+        zero = tokens.new_zeros(1, 1, tokens.shape[-1]).expand(x.shape[0], -1, -1)
         tokens = torch.cat([tokens, zero], dim=1)  # (B, H·W + 1, C)
         # LoRA modules of the field expect a grid, so the tokens are given as one of a single row.
         projected = self.qkv(tokens[:, None]).flatten(1, 2)
         qkv = CutWindows.apply(projected, self.token_of, self.place_of, self.window)
         out = self.attend(qkv.view(-1, self.window, self.window, qkv.shape[-1]))
-        places = rearrange(out, "(b n) heads l d -> b (n l) heads d", b=len(x))
+        places = rearrange(out, "(b n) heads l d -> b (n l) heads d", b=x.shape[0])
         joined = JoinWindows.apply(places, self.token_of, self.place_of[:-1], self.window)
         return self.proj(joined.reshape(x.shape))
 

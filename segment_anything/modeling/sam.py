@@ -12,7 +12,7 @@ from torch import nn
 from .common import resize_bilinear
 from .image_encoder import ImageEncoderViT
 from .mask_decoder import MaskDecoder
-from .prompt_encoder import PromptEncoder
+from .prompt_encoder import OrganPrompts, PromptEncoder
 
 
 class Sam(nn.Module):
@@ -75,23 +75,40 @@ class Sam(nn.Module):
             full_size_masks: False: leave `masks` out. Training needs only `low_res_logits`.
 
         Returns:
-            For a tensor: `low_res_logits` (B, classes + 1, S/4, S/4), `iou_predictions`
-            (B, classes + 1) and `masks` (B, classes + 1, image_size, image_size), logits too.
+            For a tensor: `low_res_logits` (B, classes + 1, s, s), `iou_predictions`
+            (B, classes + 1) and `masks` (B, classes + 1, image_size, image_size), logits too. The
+            side s is S/4, or S/2 if the decoder has a third upscaling.
         """
         del multimask_output
         if not isinstance(batched_input, torch.Tensor):
             return self.forward_records(batched_input)
         embeddings = self.image_encoder(self.preprocess(batched_input))
-        sparse, dense = self.prompt_encoder(points=None, boxes=None, masks=None)
-        logits, iou = self.mask_decoder(
-            embeddings, self.prompt_encoder.get_dense_pe(), sparse, dense
-        )
+        logits, iou = self.decode(embeddings)
         outputs = {"low_res_logits": logits, "iou_predictions": iou}
         if full_size_masks:
             side = image_size or self.image_encoder.img_size
             # In bf16, neighbouring logits would be rounded to the same value.
             outputs["masks"] = self.postprocess_masks(logits.float(), (side, side), (side, side))
         return outputs
+
+    def decode(
+        self, embeddings: torch.Tensor, prompts: OrganPrompts | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the logits of all classes from the embeddings of images.
+
+        Args:
+            embeddings: (B, 256, S/16, S/16), from the image encoder.
+            prompts: of the B images; None: none, as published.
+
+        Returns:
+            low_res_logits (B, classes + 1, s, s) and iou_predictions (B, classes + 1).
+        """
+        sparse, dense = self.prompt_encoder(points=None, boxes=None, masks=None)
+        if prompts is not None:
+            tokens = self.mask_decoder.mask_tokens.weight
+            sparse, put = self.prompt_encoder.embed_organs(prompts, tokens)
+            dense = dense + put
+        return self.mask_decoder(embeddings, self.prompt_encoder.get_dense_pe(), sparse, dense)
 
     @torch.no_grad()
     def forward_records(self, records: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
@@ -100,11 +117,11 @@ class Sam(nn.Module):
         Args:
             records: dicts with `image` (3, H, W) and `original_size` (rows, columns), and
                 optionally `point_coords` (P, N, 2) with `point_labels` (P, N), `boxes` (P, 4) and
-                `mask_inputs` (P, 1, S/4, S/4), in pixels of `image`.
+                `mask_inputs` (P, 1, s, s), in pixels of `image`.
 
         Returns:
             For each record, `masks` (P, masks, rows, columns) bool, `iou_predictions` (P, masks)
-            and `low_res_logits` (P, masks, S/4, S/4).
+            and `low_res_logits` (P, masks, s, s).
         """
         images = torch.cat([self.preprocess(record["image"][None]) for record in records])
         embeddings = self.image_encoder(images)
@@ -146,7 +163,7 @@ class Sam(nn.Module):
         """Scale logits to the padded square, cut off the padding, and scale to the original size.
 
         Args:
-            logits: (B, masks, S/4, S/4).
+            logits: (B, masks, s, s), of any side s.
             input_size: (rows, columns) of the image inside the square.
             original_size: (rows, columns) of the image before it was resized.
 

@@ -11,7 +11,17 @@ from .common import MLPBlock
 
 
 class TwoWayTransformer(nn.Module):
-    """`depth` two-way blocks, and a final attention from the tokens to the image."""
+    """`depth` two-way blocks, and a final attention from the tokens to the image.
+
+    SAM has two blocks (SAM, appendix A). With base weights, each block beyond them starts as a copy
+    of the second (`base_weights.fill_base_weights`), so that a deeper network starts near SAM, but
+    not with its output. A block that starts as the identity is not possible: the blocks are
+    post-norm. Without its attentions and its MLP, a block still normalises the tokens three times
+    and the image once. The tokens that it gets are y = g·x + b, x normalised, with the trained g
+    and b of the block before. The mean and the variance of y differ from token to token, so no gain
+    and bias of a LayerNorm bring every normalised y back to y. They do so only if g and b are the
+    same in all channels, as in a network of random weights.
+    """
 
     def __init__(
         self, *, depth: int, embedding_dim: int, num_heads: int, mlp_dim: int, downsample: int = 2

@@ -22,6 +22,7 @@ from datasets.scans.labels import label_suffix
 from datasets.scans.stamps import stamp
 
 RECORDS, OVERLAYS, PROBABILITIES = ".done", "overlays", "probabilities"
+DICOM_SEG = ".seg.dcm"  # suffix
 CORRECTED = "its label file was changed after it was written; the volumes are those before"
 # The fields of a result that `predictions.json` and `volumes.csv` are written from.
 FIELDS = {
@@ -35,6 +36,8 @@ FIELDS = {
     "warnings": list,
     "not_used": list,
 }
+# Of each class, in the scan's own values (HU for CT); version 1.0 did not record them.
+INTENSITIES = ("intensity_mean", "intensity_sd")
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,13 @@ def finished(
         key: see `config.settings.prediction_key`.
         wanted: `--format`.
     """
-    records, found, corrected = recorded(written.folder, key, num_classes), {}, []
+    records, found, corrected = recorded(written, key, num_classes), {}, []
     for scan in scans:
         file, record = f"{scan.name}{label_suffix(scan, wanted)}", records.get(scan.name)
         if record is None or record.result["file"] != file or record.source != _stamp(scan):
             continue
         found[scan.name] = record.result
-        if _is_as_recorded(written.folder / file, record):
-            continue
-        if written.wrote(file):  # by another run, or this one was killed before its record
-            del found[scan.name]
-        else:
+        if not is_as_recorded(written.folder / file, record):
             corrected.append(file)
             warnings = [*record.result["warnings"], CORRECTED]
             found[scan.name] = record.result | {"warnings": warnings}
@@ -90,7 +89,7 @@ def _stamp(scan: ScanFile) -> list[Any]:
         return stamp(scan.path)
 
 
-def _is_as_recorded(path: Path, record: Record) -> bool:
+def is_as_recorded(path: Path, record: Record) -> bool:
     """Return whether a label file is the recorded one; a copy with another time also is."""
     given = path.stat()
     return record.label[1:] == [given.st_size, given.st_mtime_ns] or record.label[0] == sha256_of(
@@ -98,12 +97,19 @@ def _is_as_recorded(path: Path, record: Record) -> bool:
     )
 
 
-def recorded(folder: Path, key: dict[str, Any], num_classes: int) -> dict[str, Record]:
-    """Return the record of each case in a folder that has its label file and this key."""
-    found = {}
+def recorded(written: Written, key: dict[str, Any], num_classes: int) -> dict[str, Record]:
+    """Return the record of each case in a folder that has its label file and this key.
+
+    A process that was killed between a label file and its record leaves a record of other labels,
+    which does not count.
+    """
+    folder, found = written.folder, {}
     for path in sorted((folder / RECORDS).glob("[!.]*.json")):
         record = read_record(folder, path.stem, num_classes)
-        if record and record.key == key and (folder / record.result["file"]).is_file():
+        if not record or record.key != key or not (folder / record.result["file"]).is_file():
+            continue
+        file = record.result["file"]
+        if is_as_recorded(folder / file, record) or not written.wrote(file):
             found[path.stem] = record
     return found
 
@@ -131,11 +137,14 @@ def _is_record(content: Any, name: str, num_classes: int) -> bool:
         return False
     result, label = content["result"], content["label"]
     counts = [result["voxels"], result["cut_by_edge"], result["ml"] or result["voxels"]]
+    given = [result[name] for name in INTENSITIES if name in result]
     return (
         result["case"] == name
         and PurePosixPath(result["file"]).name == result["file"]
         and all(len(values) == num_classes for values in counts)
         and all(isinstance(value, int | float) for values in counts for value in values)
+        and all(isinstance(values, list) and len(values) == num_classes for values in given)
+        and all(isinstance(value, int | float | None) for values in given for value in values)
         and all(isinstance(text, str) for text in result["warnings"])
         and all(_has(one, {"path": str, "reason": str}, only=True) for one in result["not_used"])
         and len(label) == 3
@@ -165,6 +174,11 @@ def record_path(folder: Path, name: str) -> Path:
     return folder / RECORDS / f"{name}.json"
 
 
+def view_name(name: str) -> str:
+    """Return the name of the file with what `viewer.html` shows of a case."""
+    return f"{RECORDS}/{name}.view"
+
+
 def require_output(folder: Path) -> None:
     """Raise an `InputError` if the output folder was removed while the program runs."""
     if not (folder / RECORDS).is_dir():
@@ -180,7 +194,9 @@ def earlier_files(folder: Path, name: str, num_classes: int) -> list[str]:
     found = sorted((folder / PROBABILITIES / name).glob("[!.]*"))
     return [
         *([] if record is None else [record.result["file"]]),
+        f"{name}{DICOM_SEG}",
         f"{OVERLAYS}/{name}.png",
+        view_name(name),
         *[path.relative_to(folder).as_posix() for path in found],
     ]
 

@@ -13,9 +13,9 @@ from common.writing import remove_partials
 from common.written import Written
 from datasets.registry import DatasetSpec
 from datasets.scans.files import ScanFile
-from evaluation.records import OVERLAYS, PROBABILITIES, RECORDS, finished
-from evaluation.scan_results import case_files
-from evaluation.scan_summary import SUMMARY
+from prediction.records import OVERLAYS, PROBABILITIES, RECORDS, finished
+from prediction.results import case_files
+from prediction.summary import SUMMARY
 
 LOG = "log.txt"
 
@@ -49,7 +49,9 @@ def look_into_folder(
     if not args.overwrite:
         done = finished(scans, written, key, spec.num_classes, args.format)
     names = [name for s in scans if s.name not in done for name in case_files(args, spec, s)]
-    names += [*SUMMARY, *([] if LOG in written.known else [LOG])]
+    # Several processes add lines to the log, and another may have made it a moment ago.
+    logs = [] if LOG in written.known or LOG in Written(folder).known else [LOG]
+    names += [*SUMMARY, *logs]
     refuse_folders(folder, names)
     if not args.overwrite:
         if written.foreign(names):  # --overwrite would replace corrected labels of cases done too

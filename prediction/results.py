@@ -15,18 +15,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common.errors import cannot_write
+from common.errors import cannot_write, warn
 from common.writing import atomic_path, partial_name
 from common.written import Written
 from datasets.registry import DatasetSpec
 from datasets.scans.files import ScanFile
 from datasets.scans.labels import label_suffix, write_labels, write_like
 from datasets.scans.orientation import reorient
+from datasets.scans.text_headers import SEGMENTATION
 from datasets.scans.unused import path_below
-from evaluation.cases import Case
 from evaluation.figures import draw_overlays
 from evaluation.overlays import case_panel
-from evaluation.records import (
+from evaluation.viewer_case import count_classes
+from evaluation.views import save_picture, window_text
+from prediction.cases import Case
+from prediction.dicom_seg import dicom_seg_names, write_dicom_seg
+from prediction.records import (
     OVERLAYS,
     PROBABILITIES,
     RECORDS,
@@ -34,16 +38,20 @@ from evaluation.records import (
     record_path,
     remove_own,
     require_output,
+    view_name,
     write_record,
 )
-from evaluation.views import save_picture, window_text
+from prediction.viewing import write_view
 
 
 def case_files(args: argparse.Namespace, spec: DatasetSpec, scan: ScanFile) -> list[str]:
     """Return the names of all files of a case below the output folder, the label file last."""
     suffix = label_suffix(scan, args.format)
-    names = probability_names(spec, suffix) if args.probabilities else []
+    # A segmentation of 3D Slicer holds labels alone.
+    of_probabilities = ".nrrd" if suffix == SEGMENTATION else suffix
+    names = probability_names(spec, of_probabilities) if args.probabilities else []
     return [
+        *dicom_seg_names(args, scan),
         *[f"{PROBABILITIES}/{scan.name}/{name}" for name in names],
         f"{OVERLAYS}/{scan.name}.png",
         f"{scan.name}{suffix}",
@@ -77,12 +85,23 @@ def write_case(
     """
     folder, scan = written.folder, case.scan
     names = case_files(args, spec, scan)
+    segmentations = dicom_seg_names(args, scan)
     require_output(folder)
     if not args.overwrite:
         written.refuse_foreign(names, flag="--output")
     is_new = not record_path(folder, scan.name).exists()
     try:
-        _write_files(folder, spec, case, labels, probabilities, names)
+        rest = names[len(segmentations) :]
+        _write_files(folder, spec, case, labels, probabilities, rest)
+        for name in segmentations:
+            voxels = turned_back(labels, case)
+            if failed := write_dicom_seg(folder / name, spec, case, voxels, key):
+                warn(f"{scan.name}: {failed}")
+                case = replace(case, warnings=[*case.warnings, failed])
+                names = rest  # one of an earlier run would be another segmentation
+        if not args.no_viewer:
+            names = [view_name(scan.name), *names]
+            write_view(folder / names[0], spec, case, labels)
         earlier = earlier_files(folder, scan.name, spec.num_classes)
         remove_own(written, [name for name in earlier if name not in names])
         result = _result(Path(args.input), spec, case, labels, names[-1])
@@ -127,7 +146,8 @@ def _result(
 ) -> dict[str, Any]:
     """Return the result of a case, as `predictions.json` lists it."""
     bins, cut = spec.num_classes + 1, cut_classes(labels)
-    counts = sum(np.bincount(plane.ravel(), minlength=bins) for plane in labels)[1:].tolist()
+    counts = count_classes(labels)[1:bins]
+    means, deviations = intensities(case.slices.array, labels, spec.num_classes)
     return {
         "case": case.scan.name,
         "file": file,
@@ -136,12 +156,48 @@ def _result(
         "voxels": counts,
         "ml": None if case.voxel_ml is None else [count * case.voxel_ml for count in counts],
         "cut_by_edge": [value in cut for value in range(1, bins)],
+        "intensity_mean": means,
+        "intensity_sd": deviations,
         "warnings": case.warnings,
         "not_used": [
             asdict(replace(one, path=path_below(case.scan.path / one.path, source)))
             for one in case.unused
         ],
     }
+
+
+def intensities(
+    array: np.ndarray, labels: np.ndarray, num_classes: int
+) -> tuple[list[float | None], list[float | None]]:
+    """Return mean and standard deviation of a scan's own values in each class, in float64.
+
+    The deviation is that of the voxels themselves (divided by their number), as `numpy.std` and
+    PyRadiomics have it.
+
+    Args:
+        array: values of the file, in HU for CT: (D, H, W), or (D, 3, H, W) of a colour picture.
+        labels: classes (D, H, W).
+
+    Returns:
+        Both for the classes 1…num_classes; None for an empty class, and in colour pictures.
+    """
+    if array.ndim == 4:
+        return [None] * num_classes, [None] * num_classes
+    counts, sums, squares = np.zeros((3, num_classes + 1))
+    bins = len(counts)
+    for values, classes in zip(array, labels, strict=True):
+        flat = classes.ravel()
+        counts += np.bincount(flat, minlength=bins)
+        sums += np.bincount(flat, values.ravel().astype(np.float64), bins)
+    means = sums / np.maximum(counts, 1)
+    for values, classes in zip(array, labels, strict=True):  # from the mean: nothing cancels
+        flat = classes.ravel()
+        squares += np.bincount(flat, (values.ravel() - means[flat]) ** 2, bins)
+    deviations = np.sqrt(squares / np.maximum(counts, 1))
+    return tuple(
+        [float(value) if count else None for value, count in zip(found, counts, strict=True)][1:]
+        for found in (means, deviations)
+    )
 
 
 def cut_classes(labels: np.ndarray) -> set[int]:

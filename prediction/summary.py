@@ -13,11 +13,12 @@ from common.names import write_table
 from common.writing import write_json
 from datasets.registry import DatasetSpec
 from datasets.scans.labels import write_label_tables
+from datasets.scans.text_headers import SEGMENTATION
 from datasets.scans.unused import Unused
-from evaluation.records import require_output
+from prediction.records import INTENSITIES, require_output
 
-COLUMNS = ("case", "class", "value", "voxels", "ml", "cut_by_edge")
-SUMMARY = ("labels.txt", "labels.ctbl", "volumes.csv", "predictions.json")
+COLUMNS = ("case", "class", "value", "voxels", "ml", "cut_by_edge", *INTENSITIES)
+SUMMARY = ("labels.txt", "labels.ctbl", "volumes.csv", "predictions.json", "viewer.html")
 TABLE_ROWS = 40  # cases that are printed
 
 
@@ -54,13 +55,15 @@ def write_summary(
 
 def _rows(spec: DatasetSpec, result: dict[str, Any]) -> list[tuple[Any, ...]]:
     """Return a row of `volumes.csv` for each class of a case."""
-    amounts = result["ml"] or [None] * spec.num_classes
+    unknown = [None] * spec.num_classes
+    amounts = result["ml"] or unknown
     classes = zip(
         spec.class_names,
         spec.predicted_values,
         result["voxels"],
         amounts,
         result["cut_by_edge"],
+        *(result.get(name) or unknown for name in INTENSITIES),
         strict=True,
     )
     return [
@@ -71,8 +74,10 @@ def _rows(spec: DatasetSpec, result: dict[str, Any]) -> list[tuple[Any, ...]]:
             voxels,
             "" if ml is None else shown_ml(ml),
             "yes" if cut else "no",
+            # Numbers, not texts: a text that begins with a minus would be quoted.
+            *("" if number is None else float(f"{number:.6g}") for number in numbers),
         )
-        for name, value, voxels, ml, cut in classes
+        for name, value, voxels, ml, cut, *numbers in classes
     ]
 
 
@@ -106,7 +111,9 @@ def what_to_open(folder: Path, results: Sequence[dict[str, Any]]) -> list[str]:
     """Return lines that say which files to look at, and with which program."""
     lines = [f"to look at: {folder / 'overlays'} (pictures), {folder / 'volumes.csv'} (volumes)"]
     scans = [result["file"] for result in results if not result["file"].endswith(".png")]
-    if scans:
+    if scans and scans[0].endswith(SEGMENTATION):
+        lines.append(f"  {folder / scans[0]} over its scan: in 3D Slicer, with names and colours")
+    elif scans:
         lines.append(
             f"  {folder / scans[0]} over its scan: in ITK-SNAP with {folder / 'labels.txt'}, in 3D "
             f"Slicer with {folder / 'labels.ctbl'}"

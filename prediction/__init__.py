@@ -1,0 +1,1 @@
+"""Scans without labels: reading them, and the files that `predict.py` leaves."""

@@ -13,10 +13,15 @@ import pytest
 import torch
 from conftest import TINY_FLAGS, tiny_model, write_slices
 from golden_rule import assert_golden, golden_images, golden_model, read_npz
+from knobs import GROUPS
 
 import train
 from benchmarks.plain import PlainAttention
+from common.files import sha256_of
 from config.settings import complete
+from correction.predictor import WAYS, OrganPredictor
+from correction.prompts import Box, Click
+from evaluation.predict_volume import predict_volume
 from segment_anything.modeling import relative_attention
 from trainer import StepOptions, freeze_unreached, make_optimizer, training_step
 from training.batches import augmented_batch
@@ -120,3 +125,51 @@ def test_the_same_steps_end_with_the_same_bits(amp_dtype: torch.dtype | None):
         return hashlib.sha256(b"".join(state)).hexdigest()
 
     assert weights_after_six_steps() == weights_after_six_steps()
+
+
+@pytest.mark.parametrize("words", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("precision", [[], ["--use_amp"]], ids=["fp32", "bf16"])
+def test_every_knob_trains_twice_to_the_same_bits(
+    words: str, precision: list[str], base: Path, tmp_path: Path
+):
+    """Strict mode, so an operator of a knob that cannot repeat itself ends the run."""
+    data = write_slices(tmp_path / "data", count=7)
+    recipe = ["--batch_size", "4", "--max_epochs", "2", "--stop_epoch", "2", "--name", "run"]
+    common = ["--root_path", str(data), *TINY_FLAGS, "--ckpt", str(base), "--device", "cuda"]
+    hashes = []
+    for name in ("once", "again"):
+        output = ["--output", str(tmp_path / name)]
+        train.main([*common, *recipe, *precision, *output, *words.split()])
+        hashes.append(sha256_of(tmp_path / name / "run" / "epoch_1.pth"))
+    assert hashes[0] == hashes[1]
+
+
+def test_a_volume_gets_the_labels_of_a_cpu():
+    model = tiny_model().eval()
+    volume = np.random.default_rng(0).random((7, 40, 40), dtype=np.float32)
+    sizes = {"input_size": (48, 48), "image_size": (64, 64)}
+    expected = predict_volume(model, volume, **sizes)
+    assert len(np.unique(expected)) > 1
+    found = predict_volume(model.cuda(), volume, **sizes)
+    assert (found == expected).mean() > 0.999
+
+
+@pytest.mark.parametrize("by", WAYS)
+def test_prompts_correct_as_on_a_cpu(by: str):
+    model = tiny_model().eval()
+    model.prompt_prob = 0.5  # it says that it knows prompts
+    image = np.random.default_rng(0).random((50, 40), dtype=np.float32)
+    prompts = [
+        Click(2, 5.0, 30.0),
+        Click(1, 20.0, 10.0, inside=False),
+        Box(1, 4.0, 6.0, 30.0, 40.0),
+    ]
+    corrected = []
+    for device in ("cpu", "cuda"):
+        predictor = OrganPredictor(
+            model.to(device), ["liver", "spleen"], input_size=48, img_size=64, by=by
+        )
+        predictor.set_image(image)
+        corrected.append(predictor.correct(prompts))
+        assert (corrected[-1] != predictor.labels).any()
+    assert (corrected[0] == corrected[1]).mean() > 0.999

@@ -33,6 +33,7 @@ from trainer import freeze_unreached, trainer_synapse
 from training.batches import seen_slices
 from training.data_check import Page, count_parameters, describe
 from training.memory import choose_at_once, out_of_memory
+from training.recording import require_recordable
 from training.resuming import (
     at_once_before,
     earlier_starts,
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Check the flags, then train on as many GPUs of the recipe as this machine has."""
     args = parse_args(train_parser(), argv)
     processes = 1 if args.check else processes_here(args.device, args.processes, args.n_gpu)
+    require_recordable(args, choose_device(args.device), processes)
     if processes > 1:
         raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))
     device = local_device(choose_device(args.device))

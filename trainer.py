@@ -23,9 +23,10 @@ from training.batches import augmented_batch, make_loader
 from training.compiling import compile_blocks
 from training.losses import SegmentationLoss, calc_loss
 from training.memory import choose_at_once
-from training.optimizers import make_optimizer
+from training.optimizers import make_optimizer, parameters_of
 from training.parts import BatchInParts
 from training.prompts import DrawnPrompts, prompted_logits
+from training.recording import RecordedGradients
 from training.run import TrainingRun
 from training.trained import Trained
 from training.validation import training_data, validate
@@ -119,6 +120,7 @@ class StepOptions:
             then waits for the GPU.
         amp_dtype: dtype of autocast; None: full precision.
         scaler: scales the gradients of fp16, which would underflow, and skips steps that overflow.
+        recorded: replays the forward and the backward pass from a recording; None: computes them.
     """
 
     at_once: int | None = None
@@ -128,11 +130,16 @@ class StepOptions:
     scaler: torch.amp.GradScaler = field(
         default_factory=lambda: torch.amp.GradScaler(enabled=False)
     )
+    recorded: RecordedGradients | None = None
     ranks: Ranks = ALONE
 
     @classmethod
     def from_flags(
-        cls, args: argparse.Namespace, device: torch.device, ranks: Ranks
+        cls,
+        args: argparse.Namespace,
+        device: torch.device,
+        ranks: Ranks,
+        optimizer: torch.optim.Optimizer,
     ) -> StepOptions:
         """Return the options that the flags of `train.py` describe."""
         dtype = amp_dtype(device) if args.use_amp else None
@@ -142,6 +149,7 @@ class StepOptions:
             skip_not_finite=args.skip_nan > 0,
             amp_dtype=dtype,
             scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+            recorded=RecordedGradients.from_flags(args, parameters_of(optimizer)),
             ranks=ranks,
         )
 
@@ -166,27 +174,15 @@ def training_step(
         (B, classes + 1, s, s), still on the device.
     """
     options = options or StepOptions()
-    images, labels, scaler = batch["image"], batch["low_res_label"], options.scaler
+    scaler, parameters = options.scaler, parameters_of(optimizer)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)  # now, so that the forward pass has their memory
-    if len(images):
-        forward = partial(_low_res_logits, model, options.amp_dtype)
-        others = {name: batch[name] for name in ("seeds", "drawn") if name in batch}
-        parts = BatchInParts(forward, images, options.at_once, others)
-        logits = parts.logits()
-    else:  # There are fewer slices in this step than ranks.
-        parts = None
-        logits = images.new_zeros(0, criterion.n_classes, *labels.shape[1:], requires_grad=True)
-    terms = criterion(logits, labels)
+    compute = partial(_backpropagated, model, criterion, options)
+    terms, logits = options.recorded(compute, batch) if options.recorded else compute(batch)
     if options.skip_not_finite and not math.isfinite(terms["loss"].item()):
-        terms["grad_norm"] = terms["loss"]  # Every step has the same terms.
-        return {name: value.detach() for name, value in terms.items()}, logits.detach()
+        return terms | {"grad_norm": terms["loss"]}, logits  # Every step has the same terms.
 
-    scaler.scale(terms["loss"]).backward()
-    if parts is not None:
-        parts.backward(logits)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     options.ranks.add_gradients(parameters)
     if options.clip_grad is not None or options.skip_not_finite:
         scaler.unscale_(optimizer)
@@ -197,6 +193,26 @@ def training_step(
     if not watches or terms["grad_norm"].isfinite():
         scaler.step(optimizer)
         scaler.update()
+    return terms, logits
+
+
+def _backpropagated(
+    model: nn.Module, criterion: SegmentationLoss, options: StepOptions, batch: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Set the gradients of a batch; return the detached terms of its loss, and its logits."""
+    images, labels = batch["image"], batch["low_res_label"]
+    if len(images):
+        forward = partial(_low_res_logits, model, options.amp_dtype)
+        others = {name: batch[name] for name in ("seeds", "drawn") if name in batch}
+        parts = BatchInParts(forward, images, options.at_once, others)
+        logits = parts.logits()
+    else:  # There are fewer slices in this step than ranks.
+        parts = None
+        logits = images.new_zeros(0, criterion.n_classes, *labels.shape[1:], requires_grad=True)
+    terms = criterion(logits, labels)
+    options.scaler.scale(terms["loss"]).backward()
+    if parts is not None:
+        parts.backward(logits)
     return {name: value.detach() for name, value in terms.items()}, logits.detach()
 
 
@@ -254,7 +270,7 @@ def trainer_synapse(
         compile_blocks(model)
     criterion = SegmentationLoss.from_flags(args, device, ranks)
     optimizer = make_optimizer(model, args.optimizer, args.base_lr)
-    options = StepOptions.from_flags(args, device, ranks)
+    options = StepOptions.from_flags(args, device, ranks, optimizer)
     loader = make_loader(dataset, args, device, ranks)
 
     folder, trained = Path(snapshot_path), Trained(model, optimizer, options.scaler, args.ema)

@@ -138,6 +138,13 @@ TRAIN = {
             changes_numbers=False,
         ),
         Flag(
+            "cuda_graph",
+            "record the kernels of a training step and replay them together: the same bits, faster "
+            "where the GPU waits for the program, as with --use_amp; one process, CUDA only",
+            type=bool,
+            changes_numbers=False,
+        ),
+        Flag(
             "checkpoint_blocks",
             "compute the encoder's blocks again in the backward pass: the same numbers with less "
             "memory and more time",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from segment_anything.modeling import relative_attention
 from trainer import StepOptions, freeze_unreached, make_optimizer, training_step
 from training.batches import augmented_batch
 from training.losses import SegmentationLoss
+from training.optimizers import parameters_of
+from training.recording import RecordedGradients
 from utils import allow_tf32, seed_everything
 
 pytestmark = [
@@ -93,7 +96,17 @@ def test_both_forms_of_attention_equal_the_plain_one(grid: int, dtype: torch.dty
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize("flags", [[], ["--use_amp"], ["--tf32"], ["--compile"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--use_amp"],
+        ["--tf32"],
+        ["--compile"],
+        ["--cuda_graph"],
+        ["--use_amp", "--cuda_graph", "--deterministic", "0", "--ema", "0.9"],
+    ],
+)
 def test_training_runs_on_the_gpu(flags: list[str], tmp_path: Path):
     data = write_slices(tmp_path / "data")
     common = ["--root_path", str(data), "--output", str(tmp_path / "out"), *TINY_FLAGS]
@@ -125,6 +138,33 @@ def test_the_same_steps_end_with_the_same_bits(amp_dtype: torch.dtype | None):
         return hashlib.sha256(b"".join(state)).hexdigest()
 
     assert weights_after_six_steps() == weights_after_six_steps()
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
+def test_a_recorded_step_computes_the_same_bits(amp_dtype: torch.dtype | None):
+    """Batches of two sizes in turns, as an epoch has them, and a clipped gradient."""
+    models = [tiny_model().cuda().train()]
+    models.append(copy.deepcopy(models[0]))
+    found = []
+    for model, records in zip(models, (False, True), strict=True):
+        freeze_unreached(model)
+        optimizer = make_optimizer(model, "adamw", 1e-3)
+        recorded = RecordedGradients(parameters_of(optimizer)) if records else None
+        options = StepOptions(clip_grad=1.0, amp_dtype=amp_dtype, recorded=recorded)
+        torch.manual_seed(0)
+        losses = []
+        for size in (4, 4, 2, 4, 2, 4):
+            batch = {
+                "image": torch.rand(size, 1, 64, 64, device="cuda").expand(-1, 3, -1, -1),
+                "low_res_label": torch.randint(0, 3, (size, 16, 16), device="cuda"),
+            }
+            terms, logits = training_step(
+                model, batch, SegmentationLoss(3, 0.8), optimizer, 1e-3, options
+            )
+            losses.append(terms | {"logits": logits.double().sum()})
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        found.append((weights, torch.stack([x for terms in losses for x in terms.values()])))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("words", GROUPS.values(), ids=GROUPS)

@@ -190,10 +190,14 @@ def test_the_form_for_gpus_is_one_graph(window: int | None):
     assert torch.allclose(*grads, atol=1e-4 * float(grads[0].abs().max()))
 
 
-def test_programs_leave_cudnn_attention_out(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_programs_that_repeat_leave_cudnn_attention_out(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # is put back afterwards
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    seed_everything(0, deterministic=False)
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(deterministic)
+    seed_everything(0, deterministic=deterministic)
+    torch.set_deterministic_debug_mode("default")
+    assert torch.backends.cuda.cudnn_sdp_enabled() is not deterministic
     assert torch.backends.cuda.flash_sdp_enabled()
     assert torch.backends.cuda.mem_efficient_sdp_enabled()

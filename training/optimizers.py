@@ -40,3 +40,8 @@ OPTIMIZERS = {
 def make_optimizer(model: nn.Module, name: str, base_lr: float) -> torch.optim.Optimizer:
     """Return the optimiser of a row of `OPTIMIZERS`, for the weights that train."""
     return OPTIMIZERS[name].make(parameter_groups(model), base_lr)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return all parameters that an optimiser updates."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

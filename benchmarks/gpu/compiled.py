@@ -11,13 +11,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from benchmarks import scenes
 from benchmarks.timing import timed
 from benchmarks.where import installed
-from utils import allow_tf32, seed_everything
 
-from .rows import Row, Setting, at_most
-from .speed import Ceilings, measure, speed_row
+from .rows import Row, Setting, at_most, not_run
+from .speed import Ceilings, goal_rows, launch_rows, measure, measure_plain, memory_row, speed_row
 from .training import Case, Way
 from .work import step_operations
 
@@ -49,8 +50,7 @@ def compiled(setting: Setting) -> Iterator[Row]:
     case, device, way = Case.of(setting), setting.device, Way("bf16")
     # An earlier run must not have left its code.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scenes.scratch_folder())
-    seed_everything(0, deterministic=True, compiles=True)
-    allow_tf32(False)
+    way.choose(compiles=True)
     network = case.network(device)
     ceilings = Ceilings.of(sum(step_operations(network, case.image_size)), setting)
     whole, odd = (case.slices(count, device) for count in (case.batch, max(1, case.batch // 8)))
@@ -73,6 +73,33 @@ def compiled(setting: Setting) -> Iterator[Row]:
             found = measure(partial(update, whole), case.batch, setting)
             row = speed_row(f"{way}, compiled blocks", found, ceilings)
             yield replace(row, note=f"{row.note}; {HOPED}")
+    network = update = None  # so that their memory does not count
+    yield from recorded(case, setting, ceilings)
     right = graphs == [GRAPHS_OF_A_SHAPE, GRAPHS_OF_A_SHAPE, 0]
     expected = f"{GRAPHS_OF_A_SHAPE} for each shape, none when it comes again"
     yield Row("graphs of the three steps", " + ".join(map(str, graphs)), "", expected, right)
+
+
+def recorded(case: Case, setting: Setting, ceilings: Ceilings) -> Iterator[Row]:
+    """Time a step whose compiled kernels a CUDA graph replays, with and without repeatable ones."""
+    from training.compiling import compile_blocks
+
+    device = setting.device
+    if device.type != "cuda":
+        yield not_run("speed, compiled blocks, recorded")
+        return
+    network = case.network(torch.device("cpu"))
+    plain = measure_plain(network, case, setting)
+    batch = case.slices(case.batch, device)
+    for way in (Way("bf16", recorded=True), Way("bf16", deterministic=False, recorded=True)):
+        way.choose(compiles=True)
+        twin = copy.deepcopy(network).to(device)
+        compile_blocks(twin)
+        step = partial(way.updates(twin, case.batch), batch)
+        found = measure(step, case.batch, setting, recorded=True)
+        name = f"{way}, compiled blocks"
+        yield speed_row(name, found, ceilings)
+        yield memory_row(name, found)
+        yield from launch_rows(way, step, found, device)
+        yield from goal_rows(name, found, plain, ceilings)
+        del twin, step

@@ -14,6 +14,8 @@ from benchmarks import scenes
 from benchmarks.timing import timed
 from trainer import StepOptions, freeze_unreached, make_optimizer, training_step
 from training.losses import SegmentationLoss
+from training.optimizers import parameters_of
+from training.recording import RecordedGradients
 from utils import allow_tf32, seed_everything
 
 from .rows import Setting
@@ -71,24 +73,31 @@ class Way:
 
     Args:
         parts: number of equal parts in which the batch is computed.
+        recorded: whether a CUDA graph replays the step.
     """
 
     precision: str  # fp32, tf32 or bf16
     deterministic: bool = True
     parts: int = 1
+    recorded: bool = False
 
     def __str__(self) -> str:
         order = "deterministic" if self.deterministic else "not deterministic"
-        return f"{self.precision}, {order}" + (f", in {self.parts} parts" * (self.parts > 1))
+        parts = f", in {self.parts} parts" * (self.parts > 1)
+        return f"{self.precision}, {order}" + parts + ", recorded" * self.recorded
 
     @property
     def amp_dtype(self) -> torch.dtype | None:
         """The dtype of autocast."""
         return torch.bfloat16 if self.precision == "bf16" else None
 
-    def choose(self) -> None:
-        """Choose kernels as the programs do for this way."""
-        seed_everything(0, deterministic=self.deterministic)
+    def choose(self, *, compiles: bool = False) -> None:
+        """Choose kernels as the programs do for this way.
+
+        Args:
+            compiles: whether the network is compiled.
+        """
+        seed_everything(0, deterministic=self.deterministic, compiles=compiles)
         allow_tf32(self.precision == "tf32")
 
     def updates(
@@ -97,7 +106,11 @@ class Way:
         """Return a function from a batch to the loss, on the device, after an update by AdamW."""
         criterion = SegmentationLoss(CLASSES, 0.8)
         optimizer = make_optimizer(network, "adamw", LR)
-        options = StepOptions(at_once=-(-batch_size // self.parts), amp_dtype=self.amp_dtype)
+        options = StepOptions(
+            at_once=-(-batch_size // self.parts),
+            amp_dtype=self.amp_dtype,
+            recorded=RecordedGradients(parameters_of(optimizer)) if self.recorded else None,
+        )
         return lambda batch: training_step(network, batch, criterion, optimizer, LR, options)[0][
             "loss"
         ]

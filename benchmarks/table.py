@@ -30,7 +30,10 @@ def update_page(page: Path, results: Path) -> None:
         if device == "cuda" and proof.is_file():
             kept_proof = json.loads(proof.read_text(encoding="utf-8"))
             shown = report.table(kept_proof).replace("<", "&lt;")  # in names of kernels
-            parts.append(f"### {title}\n\n`make gpu`:\n\n{shown}")
+            summary = f"All rows of make gpu: {report.counts(kept_proof)}"
+            parts.append(
+                f"### {title}\n\n<details>\n<summary>{summary}</summary>\n\n{shown}\n\n</details>"
+            )
             if not kept:
                 continue
             title = f"{title}, against other programs"

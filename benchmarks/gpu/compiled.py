@@ -100,6 +100,6 @@ def recorded(case: Case, setting: Setting, ceilings: Ceilings) -> Iterator[Row]:
         name = f"{way}, compiled blocks"
         yield speed_row(name, found, ceilings)
         yield memory_row(name, found)
-        yield from launch_rows(way, step, found, device)
+        yield from launch_rows(name, step, found, device)
         yield from goal_rows(name, found, plain, ceilings)
         del twin, step

@@ -26,6 +26,8 @@ from preprocess.phantom_volume import make_phantom
 from trainer import StepOptions, freeze_unreached, learning_rate, make_optimizer, training_step
 from training.batches import augmented_batch
 from training.losses import SegmentationLoss
+from training.optimizers import parameters_of
+from training.recording import RecordedGradients
 
 from .rows import Row, Setting, at_least, at_most
 from .training import CLASSES, Case, Way
@@ -96,7 +98,9 @@ def trained(volumes: Volumes, sizes: Sizes, way: Way, device: torch.device) -> L
     )
     criterion = SegmentationLoss(CLASSES, 0.8)
     optimizer = make_optimizer(model, "adamw", PEAK_LR)
-    options = StepOptions(clip_grad=0.5, amp_dtype=way.amp_dtype)
+    # So small a network would wait for the program that launches its kernels.
+    recorded = RecordedGradients(parameters_of(optimizer)) if device.type == "cuda" else None
+    options = StepOptions(clip_grad=0.5, amp_dtype=way.amp_dtype, recorded=recorded)
     generator = torch.Generator().manual_seed(2)
     order = torch.randint(len(images), (sizes.steps, sizes.batch), generator=generator).to(device)
     for step, chosen in enumerate(order):

@@ -149,7 +149,7 @@ class StepOptions:
             skip_not_finite=args.skip_nan > 0,
             amp_dtype=dtype,
             scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-            recorded=RecordedGradients.from_flags(args, parameters_of(optimizer)),
+            recorded=RecordedGradients.from_flags(args, device, ranks, parameters_of(optimizer)),
             ranks=ranks,
         )
 
@@ -171,7 +171,8 @@ def training_step(
 
     Returns:
         The detached loss terms of the batches of all ranks together, and this rank's logits
-        (B, classes + 1, s, s), still on the device.
+        (B, classes + 1, s, s), still on the device. If the step is recorded, the next one
+        overwrites the logits.
     """
     options = options or StepOptions()
     scaler, parameters = options.scaler, parameters_of(optimizer)

@@ -139,8 +139,8 @@ TRAIN = {
         ),
         Flag(
             "cuda_graph",
-            "record the kernels of a training step and replay them together: the same bits, faster "
-            "where the GPU waits for the program, as with --use_amp; one process, CUDA only",
+            "record the kernels of a training step and replay them together: the same numbers, "
+            "faster where the GPU waits for the program, as with --use_amp; one process, CUDA only",
             type=bool,
             changes_numbers=False,
         ),

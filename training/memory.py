@@ -194,7 +194,7 @@ def memory_of_step(
     Empty if the network of a user's own module cannot be copied, or looks at its numbers.
     """
     try:
-        return estimate_training_memory(
+        memory = estimate_training_memory(
             model,
             batch_size=share,
             img_size=args.img_size,
@@ -204,6 +204,10 @@ def memory_of_step(
             amp_dtype=torch.bfloat16 if args.use_amp else None,  # fp16 takes as much
             at_once=at_once,
         )
+        if args.cuda_graph:  # A graph keeps its memory while batches of another size are computed.
+            activations = list(memory)[-1]
+            memory[f"{activations}, twice for --cuda_graph"] = 2 * memory.pop(activations)
+        return memory
     except Exception as error:
         logging.debug("the memory of a step is unknown", exc_info=error)
         return {}
@@ -263,7 +267,9 @@ def remedies(args: argparse.Namespace, place: str = "this GPU") -> str:
     if args.at_once is not None:  # None: the network itself did not fit.
         if args.at_once > 1:
             found.append(f"pass --at_once {args.at_once // 2} (the same recipe)")
-        if not args.checkpoint_blocks:
+        if args.cuda_graph:
+            found.insert(0, "leave --cuda_graph out")
+        elif not args.checkpoint_blocks:
             found.append("pass --checkpoint_blocks (the same recipe)")
         if not found and not args.use_amp:
             found.append("pass --use_amp")

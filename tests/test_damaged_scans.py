@@ -83,6 +83,7 @@ def test_a_number_of_dimensions_that_is_none(tmp_path: Path, dims: str, suffix: 
     [
         ("NDims = 3\n", "ndims twice"),
         ("NDims : 3\n", "ndims twice"),
+        ("NDims\n", "ndims twice"),
         ("BinaryData = False\n", "as text"),
         ("CompressedData = Maybe\n", "True or False"),
         ("HeaderSize = 5\n", "HeaderSize of 5"),

@@ -128,14 +128,14 @@ def _fields(path: Path, pairs: list[list[str]]) -> dict[str, str]:
     """Return the values by the names of the fields, in lower case."""
     fields: dict[str, str] = {}
     for name, *value in pairs:
-        key = name.strip().lower()
+        key, text = name.strip().lower(), "".join(value).strip()
         if key in fields and key in ONCE:
             raise InputError(
-                f"{path} gives its field {key} twice, as {fields[key]:.40} and "
-                f"{value[0].strip():.40}; export the scan again, e.g. as NIfTI"
+                f"{path} gives its field {key} twice, as {fields[key]:.40} and {text:.40}; "
+                "export the scan again, e.g. as NIfTI"
             )
         if value:
-            fields[key] = value[0].strip()
+            fields[key] = text
     return fields
 
 

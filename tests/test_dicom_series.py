@@ -15,6 +15,7 @@ from dicom_files import (
     STORED,
     UID,
     XRAY,
+    element,
     refused,
     slice_tags,
     write_dicom_file,
@@ -165,3 +166,18 @@ def test_a_single_picture(tmp_path: Path, capsys: pytest.CaptureFixture):
     write_dicom_file(tmp_path / "c" / "a.dcm", one)
     assert read_dicom(tmp_path / "c")[1] == Geometry((0.7, 0.7, 4.0), (1.0, 2.0, 3.0), ALONG_Z)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT])
+def test_what_follows_the_pixels(tmp_path: Path, syntax: str):
+    """Zeros and elements may follow. For other bytes GDCM takes gigabytes before it fails."""
+    folder, stored = tmp_path / "s", STORED[:1]
+    path = write_dicom_file(folder / "0.dcm", slice_tags(stored[0]), syntax=syntax)
+    whole = path.read_bytes()
+    padding = element(0xFFFC, 0xFFFC, "OB", b"abcd", explicit=syntax == EXPLICIT)
+    for harmless in (bytes(9), padding):
+        path.write_bytes(whole + harmless)
+        array, _ = read_dicom(folder)
+        assert array.shape == stored.shape
+    path.write_bytes(whole + bytes.fromhex("9fbf36ce4bad298dace0a04bf509404b"))
+    refused(folder, "cannot be read as slices: 0.dcm")

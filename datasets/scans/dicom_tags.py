@@ -145,7 +145,8 @@ def read_tags(path: Path) -> DicomFile:
     """Read the tags up to the pixels.
 
     Raises:
-        NotDicomError: the file is not DICOM, or ends within the tags.
+        NotDicomError: the file is not DICOM, or ends within the tags, or what follows its pixels is
+            not DICOM: for damaged bytes there, GDCM would take gigabytes before it fails.
     """
     with path.open("rb") as file:
         if file.read(PREFIX)[128:] != b"DICM":
@@ -162,8 +163,15 @@ def read_tags(path: Path) -> DicomFile:
             if not unpacker.eof:
                 raise NotDicomError("it is cut short, or more than 1 GiB")
         little = syntax != BIG_ENDIAN
-        tags |= _Reader(stream, little=little).elements()
-        return DicomFile(path, tags, little)
+        reader = _Reader(stream, little=little)
+        tags |= reader.elements()
+        found = DicomFile(path, tags, little)
+        if found.has_pixels and not (found.pixels.is_compressed or found.pixels.is_cut_short):
+            stream.seek(found.pixels.start + found.pixels.length)
+            if any(stream.read()):  # GDCM takes zeros as the end
+                stream.seek(found.pixels.start + found.pixels.length)
+                reader.elements()
+        return found
 
 
 class _Reader:

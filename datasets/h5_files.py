@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ FILTERS = {1, 2, 3, 4, 5, 6, 32000}
 LARGE = 256 << 20  # bytes
 MOST_COMPRESSED = 400  # bytes in memory for each byte in the file
 MOST_IN_ATTRIBUTE = 9  # values: the cosines of a direction
+HEAP = b"GCOL\x01\0\0\0"  # how a heap of texts starts
+HEAP_OBJECT = struct.Struct("<H6xQ")  # index, 0 for free space; length in bytes
 
 # Raises an error if the declared shapes or types of the arrays do not fit.
 Check = Callable[[Any, Any], object]
@@ -143,10 +147,39 @@ def read_attribute(file: h5py.File, name: str) -> str | np.ndarray | None:
     text = h5py.check_string_dtype(stored.dtype) is not None
     if not (text or stored.dtype.kind in "fiub") or math.prod(stored.shape) > MOST_IN_ATTRIBUTE:
         raise ValueError(f"{name} is neither a text nor a few numbers")
+    if h5py.check_vlen_dtype(stored.dtype) is not None or stored.dtype.hasobject:
+        _refuse_endless_heaps(file)
     value = file.attrs[name]
     if isinstance(value, bytes):
         value = value.decode("ascii")
     return value if isinstance(value, str) else np.asarray(value, dtype=float)
+
+
+def _refuse_endless_heaps(file: h5py.File) -> None:
+    """Refuse heaps, in which texts of any length lie, that HDF5 would walk through for ever.
+
+    It goes from object to object by their sizes, and stays where a free one has the size 0.
+
+    Raises:
+        ValueError: there is such a heap.
+    """
+    if file.id.get_create_plist().get_sizes()[1] != HEAP_OBJECT.size - 8:
+        return  # lengths of other than 8 bytes, which no program of the field writes
+    with (
+        Path(file.filename).open("rb") as raw,
+        mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        start = data.find(HEAP)
+        while start >= 0:
+            size = int.from_bytes(data[start + 8 : start + 16], "little")
+            here, end = start + 16, min(start + size, len(data))
+            while here + HEAP_OBJECT.size <= end:
+                index, length = HEAP_OBJECT.unpack_from(data, here)
+                step = HEAP_OBJECT.size + -(-length // 8) * 8 if index else length
+                if step == 0:
+                    raise ValueError("its texts are damaged")
+                here += step
+            start = data.find(HEAP, start + 8)
 
 
 def numbers(value: Sequence[float] | np.ndarray | str | None, count: int) -> tuple[float, ...]:

@@ -190,7 +190,10 @@ def read_orientation(path: Path) -> str | None:
         try:
             letters = read_attribute(file, "orientation")
         except (TypeError, ValueError, OSError) as error:
-            letters = np.array(first_line(error))
+            raise InputError(
+                f"{path} stores an orientation that is not readable ({first_line(error)}), "
+                "expected letters like LPS; run preprocess again"
+            ) from None
     if letters is not None and not (isinstance(letters, str) and is_orientation(letters)):
         raise InputError(
             f"{path} stores the orientation {letters!r:.20}, expected letters like LPS; run "

@@ -222,6 +222,24 @@ def test_faulty_attributes_are_refused_before_any_work(attributes: dict[str, Any
         check(path)
 
 
+def test_a_heap_of_texts_without_an_end_is_refused(tmp_path: Path):
+    """HDF5 would search for the text in it for ever: its free space has the size 0."""
+    path = volume(tmp_path, image=IMAGE, label=LABEL)
+    with h5py.File(path, "r+") as file:
+        file.attrs.update(STRAIGHT | {"orientation": "LPS"})
+    check(path)
+    content = bytearray(path.read_bytes())
+    heap = content.index(b"GCOL")
+    free = heap + 16 + 24  # after the heap's own 16 bytes, and 16 + 8 of the text
+    assert content[free : free + 8] == bytes(8) and content[free + 8] != 0
+    content[free + 8 : free + 16] = bytes(8)
+    path.write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"orientation that is not readable.*its texts are damaged"
+    ):
+        check(path)
+
+
 def test_references_and_other_objects_as_attributes_are_refused(tmp_path: Path):
     path = volume(tmp_path, image=IMAGE, label=LABEL)
     for what in STRAIGHT:

@@ -190,7 +190,7 @@ def log_warnings(args: argparse.Namespace, page: Page | None, model: LoRAModel) 
         )
     if args.ckpt == SCRATCH and args.base_lr >= 1e-3 and args.clip_grad is None:
         logging.warning(
-            "warning: training from scratch with --base_lr %g has been seen to collapse to "
+            "warning: training every weight with --base_lr %g has been seen to collapse to "
             "background; 3e-4 to 1e-3 with --warmup --AdamW --clip_grad 0.5 learns",
             args.base_lr,
         )

@@ -16,7 +16,8 @@ mine/train_npz/case1_slice000.npz mine/test_vol_h5/case1.npy.h5 ACDC/patient001.
 photo.png photo.JPG scan.tif scan.TIFF polyps/1.bmp
 output/run/config.json runs/x/log.txt data/lists/train.txt segmentations/volumes.csv
 mine/volumes.csv mine/predictions.json mine/.done/scan.json mine/overlays/scan.png
-mine/.written.jsonl mine/report.html comparison.html
+mine/.written.jsonl mine/report.html comparison.html mine/viewer.html
+corrected/images/abdomen/slice0 corrected/dataset_spec.json seg_2/labels.txt
 best.pth checkpoints/sam_vit_b_01ec64.pth adapter.safetensors
 """.split()
 

@@ -9,6 +9,8 @@ of file, the seed and its number, and can be repeated:
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import random
@@ -166,9 +168,9 @@ def _try_all(
             word = f"it took {watch.peak >> 20} MiB"
         told.send((number, word))
         if count == FIRST_TRIES:
-            settled = _memory("VmRSS")
-    if settled and _memory("VmRSS") - settled > GROWTH:
-        told.send((numbers.stop - 1, f"{(_memory('VmRSS') - settled) >> 20} MiB stay"))
+            settled = _held()
+    if settled and (grown := _held() - settled) > GROWTH:
+        told.send((numbers.stop - 1, f"{grown >> 20} MiB stay"))
     told.send("end")
     os._exit(0)
 
@@ -237,6 +239,13 @@ def _equal(first: Any, second: Any) -> bool:
     if isinstance(first, np.ndarray):
         return np.array_equal(first, second, equal_nan=first.dtype.kind == "f")
     return bool(first == second)
+
+
+def _held() -> int:
+    """Return the bytes that this process holds, without what is only kept to be used again."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _memory("VmRSS")
 
 
 def _memory(name: str) -> int:

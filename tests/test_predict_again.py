@@ -249,7 +249,7 @@ def test_memory_grows_only_with_the_scans_that_are_held(tmp_path: Path, adapter:
     held = (peaks[1] - peaks[0]) / (2 * 24 * 640 * 640)  # in scans
     # At a time one scan is read (and held twice), one is segmented and one is written. Labels take
     # half a scan: once for the scan that is segmented, three times for the one that is written.
-    # Measured: 6.7 to 7.3, and 9.03 beside other work. All eight scans with their labels would be 12.
+    # Measured: 6.7 to 7.3, and 9.03 beside other work. All eight with their labels would be 12.
     assert held < 10
 
 

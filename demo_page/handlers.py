@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import io
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.data_classes import ImageData
+from PIL import Image
 
 from common.errors import InputError, first_line
 from common.full_memory import what_is_full
@@ -68,14 +72,15 @@ class Page:
             index = correction.fullest()
             slider = gr.update(maximum=correction.depth, value=index + 1, visible=True)
             parts = [gr.update(visible=False), gr.update(visible=True)]
-            return *parts, slider, correction.picture(index), message("")
+            return *parts, slider, within_page(correction.picture(index)), message("")
 
     def show(self, number: float, request: gr.Request) -> tuple[Any, ...]:
         """Show a slice, counted from 1."""
         session = self.sessions.find(request.session_hash)
         with session.lock:
             correction = self.network.start_correction(session)
-            return (correction.picture(place_of(number, correction.depth)), message(""))
+            picture = correction.picture(place_of(number, correction.depth))
+            return within_page(picture), message("")
 
     def click(
         self, number: float, organ: str, kind: str, request: gr.Request, event: gr.SelectData
@@ -124,7 +129,7 @@ class Page:
         count = len(correction.clicks)
         said = f"{count} click{'s' * (count != 1)}; downloads hold the corrected labels"
         table = volumes(self.network.spec, session.result, correction)
-        return correction.picture(index), message(said), table
+        return within_page(correction.picture(index)), message(said), table
 
 
 def place_of(number: Any, depth: int) -> int:
@@ -132,6 +137,14 @@ def place_of(number: Any, depth: int) -> int:
     if type(number) not in (int, float) or not 1 <= number <= depth:
         raise InputError(f"the slice is {number!s:.20}, expected 1…{depth}")
     return int(number) - 1
+
+
+def within_page(picture: Image.Image) -> dict[str, Any]:
+    """Return a picture as a data address, so that there is no file of it to be asked for."""
+    packed = io.BytesIO()
+    picture.save(packed, "PNG", compress_level=1)
+    content = base64.b64encode(packed.getvalue()).decode()
+    return ImageData(url=f"data:image/png;base64,{content}").model_dump()
 
 
 def hidden(count: int) -> list[Any]:

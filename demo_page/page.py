@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.data_classes import ImageData
-from PIL import Image
 
 from demo_page.handlers import INSIDE, OUTSIDE, Page, guarded
 from demo_page.texts import heading
@@ -34,16 +30,6 @@ def text(html: str, **how: Any) -> gr.Markdown:
     gr.HTML would run its content as a template, which the page's policy forbids (unsafe-eval).
     """
     return gr.Markdown(html, sanitize_html=False, latex_delimiters=[], **how)
-
-
-def within_page(picture: Image.Image | None) -> ImageData | None:
-    """Return a picture as a data address, so that there is no file of it to be asked for."""
-    if picture is None:
-        return None
-    packed = io.BytesIO()
-    picture.save(packed, "PNG", compress_level=1)
-    content = base64.b64encode(packed.getvalue()).decode()
-    return ImageData(url=f"data:image/png;base64,{content}")
 
 
 @dataclass(frozen=True)
@@ -110,7 +96,6 @@ def lay_out(page: Page) -> Parts:
                     elem_id="slice",
                     alt_text="the slice with its labels; click on it to correct them",
                 )
-                picture.postprocess = within_page
                 number = gr.Slider(1, 2, 1, step=1, label="slice", elem_id="number", buttons=[])
             with gr.Column(scale=1, min_width=250):
                 organ = gr.Dropdown(page.organs, value=page.organs[0], label="organ")
@@ -136,7 +121,9 @@ def connect(page: Page, parts: Parts) -> None:
     ) -> Any:
         told = next(i for i, one in enumerate(outputs) if one in (parts.status, parts.said))
         safe = guarded(handler, page.sessions, len(outputs), told)
-        return event(safe, inputs, outputs, api_visibility="private", **how)
+        # The handlers return what the browser gets: Gradio would write pictures into files.
+        how |= {"postprocess": False, "api_visibility": "private"}
+        return event(safe, inputs, outputs, **how)
 
     def segment(request: gr.Request, progress: Any = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
         return page.segment(request, lambda share, words: progress(share, desc=words))

@@ -24,6 +24,7 @@ import demo as program
 from common.errors import InputError
 from datasets.scans.volumes import read_volume, write_volume
 from demo_page.server import HOST
+from demo_page.sessions import UPLOADS
 from evaluation.viewer_library import INSTALL, find_library
 from preprocess import prepare
 
@@ -133,6 +134,10 @@ class Tab:
         self.page.locator(where, has_text=text).wait_for(timeout=WAIT)
         return self.page.inner_text(where)
 
+    def picture(self) -> str:
+        """The address of the slice that is shown."""
+        return self.page.get_attribute("#slice img", "src")
+
     def download(self, text: str, path: Path) -> Path:
         with self.page.expect_download(timeout=WAIT) as waiting:
             self.page.get_by_role("link", name=text, exact=True).click()
@@ -199,7 +204,7 @@ def test_a_scan_is_segmented_shown_corrected_downloaded_and_written(
 
     tab.page.click("#start")
     tab.page.wait_for_selector("#slice img", timeout=WAIT)
-    assert tab.page.get_attribute("#slice img", "src").startswith("data:image/png")
+    assert tab.picture().startswith("data:image/png")
     box = tab.page.locator("#slice img").bounding_box()
     tab.page.locator("#slice img").click(position={"x": box["width"] / 2, "y": box["height"] / 2})
     tab.told("1 click;", "#said")
@@ -226,6 +231,22 @@ def test_a_scan_is_segmented_shown_corrected_downloaded_and_written(
     ]
     prepare.main([*map(str, words), "--workers", "1"])
     assert len(list((tmp_path / "data" / "train_npz").glob("*.npz"))) == 4
+
+
+def test_after_an_error_pictures_are_still_shown_and_never_files(tab: Tab, demo: Demo):
+    tab.page.click("#undo")
+    tab.told("0 clicks", "#said")
+    tab.page.click("#undo")
+    tab.told("no click to take back", "#said")
+    before, number = tab.picture(), tab.page.locator("#number input[type=number]")
+    number.fill("2" if number.input_value() == "1" else "1")  # the slider shows another slice
+    picture = tab.page.locator("#slice img")
+    sync_api.expect(picture).not_to_have_attribute("src", before, timeout=WAIT)
+    picture.evaluate("one => one.decode()")  # fails if it is broken
+    picture.click()
+    tab.told("1 click;", "#said")
+    assert tab.picture().startswith("data:image/png")
+    assert [path for path in demo.files() if UPLOADS in path.parts] == []
 
 
 def test_two_tabs_do_not_mix_and_a_closed_one_leaves_nothing(

@@ -101,12 +101,13 @@ class Page:
         session = self.sessions.find(request.session_hash)
         with session.lock, self.network.computing():
             correction = self.network.start_correction(session)
+            shown = place_of(number, correction.depth)
             index = correction.undo()
             if index is None:
                 raise InputError("there is no click to take back")
             picture, said, table = self._corrected(session, index)
-            moved = index != place_of(number, correction.depth)
-            return picture, said, table, gr.update(value=index + 1) if moved else gr.skip()
+            moved = gr.skip() if index == shown else gr.update(value=index + 1)
+            return picture, said, table, moved
 
     def write(self, request: gr.Request) -> tuple[Any, ...]:
         """Write scan and corrected labels as training data."""
@@ -133,10 +134,10 @@ class Page:
 
 
 def place_of(number: Any, depth: int) -> int:
-    """Return the index of a slice that the slider counts from 1."""
-    if type(number) not in (int, float) or not 1 <= number <= depth:
-        raise InputError(f"the slice is {number!s:.20}, expected 1…{depth}")
-    return int(number) - 1
+    """Return the index of a slice that the slider counts from 1; its box takes any number."""
+    if type(number) not in (int, float):
+        raise InputError(f"no slice is chosen, expected 1…{depth}")
+    return int(min(depth, max(1, number))) - 1
 
 
 def within_page(picture: Image.Image) -> dict[str, Any]:

@@ -121,8 +121,9 @@ def connect(page: Page, parts: Parts) -> None:
     ) -> Any:
         told = next(i for i, one in enumerate(outputs) if one in (parts.status, parts.said))
         safe = guarded(handler, page.sessions, len(outputs), told)
-        # The handlers return what the browser gets: Gradio would write pictures into files.
-        how |= {"postprocess": False, "api_visibility": "private"}
+        # The handlers take what the browser sends, and return what it gets: Gradio would tell a
+        # wrong number by a traceback, and write pictures into files.
+        how |= {"preprocess": False, "postprocess": False, "api_visibility": "private"}
         return event(safe, inputs, outputs, **how)
 
     def segment(request: gr.Request, progress: Any = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
@@ -131,7 +132,7 @@ def connect(page: Page, parts: Parts) -> None:
     p = parts
     taken = [p.status, p.result, p.correction]
     shown = [p.status, p.result, p.viewer, p.table, p.links, p.correction, p.start]
-    upload = on(p.scan.upload, page.take, [p.scan], taken, preprocess=False, **AT_ONCE)
+    upload = on(p.scan.upload, page.take, [p.scan], taken, **AT_ONCE)
     shown.append(p.tools)
     on(upload.success, segment, [], shown, show_progress_on=[p.status], **ONE_AT_A_TIME)
     begun = [p.start, p.tools, p.number, p.picture, p.said]

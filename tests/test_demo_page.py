@@ -249,6 +249,21 @@ def test_after_an_error_pictures_are_still_shown_and_never_files(tab: Tab, demo:
     assert [path for path in demo.files() if UPLOADS in path.parts] == []
 
 
+def test_a_number_beyond_the_slices_shows_the_nearest_one(tab: Tab):
+    number = tab.page.locator("#number input[type=number]")
+    pictures = []
+    for typed in ("3", "99", "0", "4", "1"):  # of 4 slices
+        before = tab.picture()
+        number.fill(typed)
+        shown = sync_api.expect(tab.page.locator("#slice img"))
+        shown.not_to_have_attribute("src", before, timeout=WAIT)
+        pictures.append(tab.picture())
+    assert pictures[1] == pictures[3] and pictures[2] == pictures[4]
+    number.fill("")
+    assert "expected 1…4" in tab.told("no slice", "#said")
+    assert not tab.page.get_by_text("maximum value").count()  # as Gradio would tell it
+
+
 def test_two_tabs_do_not_mix_and_a_closed_one_leaves_nothing(
     browser: sync_api.Browser, tab: Tab, demo: Demo, tmp_path: Path
 ):

@@ -17,6 +17,7 @@ from evaluation.overlays import shown_slice
 from evaluation.viewer_case import count_classes
 from evaluation.views import framed, view_of
 from prediction.cases import Case
+from prediction.results import cut_classes
 
 SHOWN_SIDE = 600  # pixels of the longer side of a picture, at least
 MARK = 8  # pixels from the middle of a click's mark to its end
@@ -95,6 +96,11 @@ class Correction:
     def counts(self) -> list[int]:
         """Return the number of voxels of each class 1…C."""
         return count_classes(self.labels)[1 : self.spec.num_classes + 1]
+
+    def cuts(self) -> list[bool]:
+        """Return for each class 1…C whether the edge of the scan cuts it, as predict.py tells."""
+        cut = cut_classes(self.labels)
+        return [value in cut for value in range(1, self.spec.num_classes + 1)]
 
     def picture(self, index: int) -> Image.Image:
         """Draw a slice with its labels and clicks: + inside, × outside."""

@@ -128,7 +128,8 @@ class Page:
     def _corrected(self, session: Session, index: int) -> tuple[Any, ...]:
         correction = session.correction
         count = len(correction.clicks)
-        said = f"{count} click{'s' * (count != 1)}; downloads hold the corrected labels"
+        what = "downloads hold the corrected labels" if count else "nothing is corrected"
+        said = f"{count} click{'s' * (count != 1)}; {what}"
         table = volumes(self.network.spec, session.result, correction)
         return within_page(correction.picture(index)), message(said), table
 

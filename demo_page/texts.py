@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from datasets.colours import label_colours
 from datasets.registry import DatasetSpec
@@ -69,25 +69,21 @@ def result_view(session: Session) -> str:
 
 def volumes(spec: DatasetSpec, result: dict[str, Any], correction: Correction | None = None) -> str:
     """Return the table of volumes, of the corrected labels if there are some."""
-    counts = None if correction is None else correction.counts()
-    amounts, unit = list(map(str, counts or result["voxels"])), "voxels"
-    if result["ml"] is not None:
-        unit = "ml"
-        found = result["ml"]
-        if correction is not None:
-            found = [count * correction.case.voxel_ml for count in counts]
-        amounts = [shown_ml(ml) if ml else "0" for ml in found]
+    head, voxels, ml, cuts = "volumes", result["voxels"], result["ml"], result["cut_by_edge"]
+    if correction is not None and correction.clicks:
+        head, voxels, cuts = "volumes after correction", correction.counts(), correction.cuts()
+        ml = None if ml is None else [count * correction.case.voxel_ml for count in voxels]
+    amounts, unit = list(map(str, voxels)), "voxels"
+    if ml is not None:
+        amounts, unit = [shown_ml(one) if one else "0" for one in ml], "ml"
     colours = label_colours(spec.class_names)[1:].tolist()
     rows = Markup("").join(
         Markup(
             '<tr><td><span class="colour" style="background:rgb({},{},{})"></span></td>'
             "<td>{}{}</td><td>{}</td></tr>"
-        ).format(*colour, name, " (cut by the edge)" if cut and counts is None else "", amount)
-        for colour, name, cut, amount in zip(
-            colours, spec.class_names, result["cut_by_edge"], amounts, strict=True
-        )
+        ).format(*colour, name, " (cut by the edge)" if cut else "", amount)
+        for colour, name, cut, amount in zip(colours, spec.class_names, cuts, amounts, strict=True)
     )
-    head = escape("volumes after correction" if counts is not None else "volumes")
     return plain(
         Markup("<table><caption>{}</caption><tr><th></th><th>organ</th><th>{}</th></tr>{}</table>")
         .format(head, unit, rows)

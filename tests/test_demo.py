@@ -255,6 +255,17 @@ def test_the_table_counts_corrected_voxels_also_where_the_network_found_none(
     assert "<td>600</td>" in volumes(SPEC, result | {"ml": None}, correction)
 
 
+def test_the_table_marks_organs_that_clicks_bring_to_the_edge(correction: Correction):
+    correction.case.voxel_ml = 0.5
+    result = {"voxels": [16, 0], "ml": [8.0, 0.0], "cut_by_edge": [True, False]}
+    assert "liver (cut by the edge)" in volumes(SPEC, result, correction)  # nothing is corrected
+    correction.click(0, (5, 5), 2, True)  # all of the lowest slice
+    table = volumes(SPEC, result, correction)
+    assert "spleen (cut by the edge)" in table and "liver (cut" not in table
+    correction.undo()
+    assert volumes(SPEC, result, correction) == volumes(SPEC, result)
+
+
 class Unpacking:
     """Stands for the reader: its function goes on after the tab was closed, and writes a file."""
 

@@ -215,7 +215,8 @@ def test_a_scan_is_segmented_shown_corrected_downloaded_and_written(
     assert len(np.unique(np.nonzero(changed)[0])) == 1  # only in the slice that was clicked
     assert ((after == 6) | (before == 6))[changed].all()  # only the liver changed
     tab.page.click("#undo")
-    tab.told("0 clicks", "#said")
+    tab.told("0 clicks; nothing is corrected", "#said")
+    assert "after correction" not in tab.page.inner_text("#volumes")
     tab.page.click("#write")
     tab.told("nothing is corrected yet", "#said")
     tab.page.locator("#slice img").click(position={"x": box["width"] / 2, "y": box["height"] / 2})

@@ -18,7 +18,7 @@ from io import StringIO
 from pathlib import Path, PurePosixPath
 
 from common.errors import InputError, cannot_write
-from datasets.scans.files import ScanFile, read_scan_header, search, select_channel
+from datasets.scans.files import SERIES, ScanFile, read_scan_header, search, select_channel
 
 ARCHIVE = ".zip"
 MOST_ENTRIES = 20_000  # of an archive; a long 4-D series has some thousand slices
@@ -73,8 +73,12 @@ def scan_of_upload(
     if path.name.lower().endswith(ARCHIVE):
         unpack(folder, limits, path)
         source = _only_folder(folder)
-    with contextlib.redirect_stderr(StringIO()):  # predict.py gives the same warnings again
-        scans = select_channel(search(source, keep_names=False)[0], channel)
+    try:
+        with contextlib.redirect_stderr(StringIO()):  # predict.py gives the same warnings again
+            scans = select_channel(search(source, keep_names=False)[0], channel)
+    except InputError as error:  # about a folder, where an archive was sent
+        told = str(error).replace(str(source), str(path))
+        raise InputError(told.replace(SERIES, "a zip archive of a DICOM series")) from None
     if len(scans) > 1:
         names = ", ".join(scan.name for scan in scans[:5])
         raise InputError(

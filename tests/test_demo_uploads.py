@@ -110,8 +110,11 @@ def test_archives_of_many_entries_encrypted_and_damaged_ones(
 def test_uploads_that_are_no_scan_too_large_or_several(tmp_path: Path):
     text = tmp_path / "a.txt"
     text.write_text("no scan")
-    with pytest.raises(InputError, match="not a scan or picture"):
+    with pytest.raises(InputError, match=r"not a scan or picture .* or a zip archive of a DICOM"):
         scan_of_upload(tmp_path / "in", LIMITS, None, text)
+    notes = packed(tmp_path / "notes.zip", {"a/b.txt": b"x"})
+    with pytest.raises(InputError, match=rf"^{notes} holds no scan, .* or a zip archive of a D"):
+        scan_of_upload(tmp_path / "notes", LIMITS, None, notes)
     write_volume(tmp_path / "large.nii.gz", np.zeros((40, 20, 20), np.int16), placed("LPS"))
     with pytest.raises(InputError, match="40 × 20 × 20 voxels, more than the 10,000"):
         scan_of_upload(tmp_path / "in", LIMITS, None, tmp_path / "large.nii.gz")

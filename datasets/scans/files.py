@@ -40,7 +40,8 @@ from datasets.scans.unused import (
 SCANS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 DICOM = "dicom"
-EXPECTED = f"{', '.join(SCANS + PICTURES)} or a folder of DICOM files"
+SERIES = "a folder of DICOM files"
+EXPECTED = f"{', '.join(SCANS + PICTURES)} or {SERIES}"
 RENAME = "rename them, or remove one of two copies"
 
 

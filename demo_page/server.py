@@ -157,13 +157,15 @@ def results_route(
                     return PlainTextResponse("this result has no such file", 404)
                 as_file = f"{case}_volumes.csv" if name == "volumes.csv" else None
                 return FileResponse(own[name], filename=as_file, headers=NOT_KEPT)
-            if name.removeprefix("labels") not in formats_of(session):
+            suffix = name.removeprefix("labels")
+            if suffix not in formats_of(session):
                 return PlainTextResponse("this result has no such file", 404)
             try:
-                path = labels_as(session, name.removeprefix("labels"))
+                path = labels_as(session, suffix)
             except InputError as error:
                 return PlainTextResponse(session.words(error), 400)
-        return FileResponse(path, filename=path.name, headers=NOT_KEPT)
+        # The scan itself may lie in the folder of downloads.
+        return FileResponse(path, filename=f"{case}_labels{suffix}", headers=NOT_KEPT)
 
     return serve
 

@@ -145,7 +145,8 @@ def test_results_are_served_by_their_token_alone(sessions: Sessions):
         one.result = {"case": "s", "file": "s.nii.gz"}
     serve = results_route(sessions, lambda session, suffix: session.output / "viewer.html")
     assert serve(session.token, "viewer.html").path == session.output / "viewer.html"
-    assert serve(session.token, "labels.mha").status_code == 200
+    told = serve(session.token, "labels.mha").headers["content-disposition"]
+    assert 'filename="s_labels.mha"' in told  # beside the scan itself, s.mha
     for name in ("../b/viewer.html", "labels.png", "labels/etc/passwd", "", "predictions.json"):
         assert serve(session.token, name).status_code == 404
     assert serve("x" * 32, "viewer.html").status_code == 404

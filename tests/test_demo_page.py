@@ -141,7 +141,7 @@ class Tab:
     def download(self, text: str, path: Path) -> Path:
         with self.page.expect_download(timeout=WAIT) as waiting:
             self.page.get_by_role("link", name=text, exact=True).click()
-        assert waiting.value.suggested_filename.endswith(text)
+        assert waiting.value.suggested_filename == f"new_labels{text}"
         waiting.value.save_as(path)
         return path
 

@@ -36,7 +36,7 @@ class Page:
         """Take an uploaded file into the session of the tab."""
         session = self.sessions.open(request.session_hash)
         session.take(self.sessions.uploaded(data))
-        return message("waiting for the network"), *hidden(2)
+        return message("waiting for the network"), *hidden(2), message("")
 
     def segment(self, request: gr.Request, progress: gr.Progress) -> tuple[Any, ...]:
         """Segment the scan of the tab, and show the result."""

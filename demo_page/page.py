@@ -44,6 +44,7 @@ class Parts:
     links: gr.Markdown
     correction: gr.Column
     start: gr.Button
+    said: gr.Markdown
     tools: gr.Row
     picture: gr.Image
     number: gr.Slider
@@ -51,7 +52,6 @@ class Parts:
     kind: gr.Radio
     undo: gr.Button
     write: gr.Button
-    said: gr.Markdown
 
 
 def build(page: Page) -> gr.Blocks:
@@ -86,6 +86,7 @@ def lay_out(page: Page) -> Parts:
         text("<h2>Correct the result</h2>")
         text(f"<p>{ABOUT_CLICKS}</p>", elem_id="about-clicks")
         start = gr.Button("Correct this result", elem_id="start", visible=False)
+        said = text("", elem_id="said")  # above the picture, where a phone shows it after a click
         with gr.Row(visible=False) as tools:
             with gr.Column(scale=3, min_width=300):
                 picture = gr.Image(
@@ -102,10 +103,9 @@ def lay_out(page: Page) -> Parts:
                 kind = gr.Radio([INSIDE, OUTSIDE], value=INSIDE, label="the clicked pixel")
                 undo = gr.Button("Undo the last click", elem_id="undo")
                 write = gr.Button("Write corrected scan", elem_id="write", variant="primary")
-                said = text("", elem_id="said")
     return Parts(
-        scan, status, result, viewer, table, links, correction, start, tools, picture,
-        number, organ, kind, undo, write, said,
+        scan, status, result, viewer, table, links, correction, start, said, tools, picture,
+        number, organ, kind, undo, write,
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def connect(page: Page, parts: Parts) -> None:
         return page.segment(request, lambda share, words: progress(share, desc=words))
 
     p = parts
-    taken = [p.status, p.result, p.correction]
+    taken = [p.status, p.result, p.correction, p.said]
     shown = [p.status, p.result, p.viewer, p.table, p.links, p.correction, p.start]
     upload = on(p.scan.upload, page.take, [p.scan], taken, **AT_ONCE)
     shown.append(p.tools)

@@ -138,6 +138,11 @@ class Tab:
         """The address of the slice that is shown."""
         return self.page.get_attribute("#slice img", "src")
 
+    def top(self, selector: str) -> float:
+        """Where a part begins, in pixels from the top of the page."""
+        place = "one => one.getBoundingClientRect().top + window.scrollY"
+        return self.page.locator(selector).evaluate(place)
+
     def download(self, text: str, path: Path) -> Path:
         with self.page.expect_download(timeout=WAIT) as waiting:
             self.page.get_by_role("link", name=text, exact=True).click()
@@ -205,9 +210,11 @@ def test_a_scan_is_segmented_shown_corrected_downloaded_and_written(
     tab.page.click("#start")
     tab.page.wait_for_selector("#slice img", timeout=WAIT)
     assert tab.picture().startswith("data:image/png")
+    top = tab.top("#slice")
     box = tab.page.locator("#slice img").bounding_box()
     tab.page.locator("#slice img").click(position={"x": box["width"] / 2, "y": box["height"] / 2})
     tab.told("1 click;", "#said")
+    assert tab.top("#said") < tab.top("#slice") == top  # the next click lands where it is aimed
     assert "after correction" in tab.page.inner_text("#volumes")
     after, _ = read_volume(tab.download(".nii.gz", tmp_path / "c.nii.gz"))
     changed = after != before
@@ -263,6 +270,14 @@ def test_a_number_beyond_the_slices_shows_the_nearest_one(tab: Tab):
     number.fill("")
     assert "expected 1…4" in tab.told("no slice", "#said")
     assert not tab.page.get_by_text("maximum value").count()  # as Gradio would tell it
+
+
+def test_the_next_scan_begins_without_the_messages_of_the_one_before(tab: Tab, tmp_path: Path):
+    tab.page.locator("#number input[type=number]").fill("")
+    tab.told("no slice", "#said")
+    tab.drop(scan(tmp_path / "new.nii.gz"))
+    tab.page.locator("#start").wait_for(timeout=WAIT)
+    assert not tab.page.inner_text("#said").strip()
 
 
 def test_two_tabs_do_not_mix_and_a_closed_one_leaves_nothing(

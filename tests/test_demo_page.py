@@ -289,6 +289,9 @@ def test_two_tabs_do_not_mix_and_a_closed_one_leaves_nothing(
     second.told("other is segmented")
     assert "new is segmented" in tab.page.inner_text("#status")
     assert second.page.evaluate("document.documentElement.scrollWidth") <= 400
+    label = second.page.locator("#scan > label").bounding_box()
+    clear = second.page.locator("#scan [aria-label='Clear']").bounding_box()
+    assert label["x"] + label["width"] < clear["x"]
     addresses = [one.page.get_attribute("#downloads a >> nth=0", "href") for one in (tab, second)]
     assert addresses[0] != addresses[1]
     own = [path for path in demo.files() if "other" in path.name]

@@ -34,8 +34,8 @@ def compiler() -> str:
     c_compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang")), None)
     found = {
         "Triton": installed("triton"),
-        "C compiler": c_compiler,
-        "Python.h": header if header.is_file() else None,
+        "C compiler": c_compiler and Path(c_compiler).name,
+        "Python.h": "found" if header.is_file() else None,
     }
     return ", ".join(f"{name}: {value or 'absent'}" for name, value in found.items())
 

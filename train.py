@@ -61,10 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Check the flags, then train on as many GPUs of the recipe as this machine has."""
     args = parse_args(train_parser(), argv)
     processes = processes_here(args.device, args.processes, args.n_gpu)
-    require_recordable(args, choose_device(args.device), processes)
+    device = choose_device(args.device)
+    require_recordable(args, device, processes)
     if processes > 1 and not args.check:
         raise SystemExit(launch(__file__, sys.argv[1:] if argv is None else argv, processes))
-    device = local_device(choose_device(args.device))
+    device = local_device(device)
     try:
         with joined(device) as ranks:
             train(args, device, ranks)

@@ -163,8 +163,9 @@ def _refuse_endless_heaps(file: h5py.File) -> None:
     Raises:
         ValueError: there is such a heap.
     """
-    if file.id.get_create_plist().get_sizes()[1] != HEAP_OBJECT.size - 8:
-        return  # lengths of other than 8 bytes, which no program of the field writes
+    _, bytes_of_a_length = file.id.get_create_plist().get_sizes()
+    if bytes_of_a_length != 8:  # which no program of the field writes
+        return
     with (
         Path(file.filename).open("rb") as raw,
         mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data,
